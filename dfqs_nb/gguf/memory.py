@@ -253,8 +253,8 @@ def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v
         cache = kv_cache_bytes(header, max(depth, 1), type_k=type_k, type_v=type_v)
         return cache.total * depth // _pad(max(depth, 1)) if cache.exactness == "exact" else 0
     keys = ("key_length", "indexer.key_length", "indexer.top_k", "sliding_window")
-    width, indexer, top_k, window = (int(header.arch(f"attention.{key}", 0)) for key in keys)
-    ratios = list(header.arch("attention.compress_ratios", []))[: header.n_layers]
+    width, indexer, top_k, window = (header.count(f"deepseek4.attention.{key}") for key in keys)
+    ratios = header.counts("deepseek4.attention.compress_ratios")[: header.n_layers]
     csa, hca = depth // CSA_RATIO, depth // HCA_RATIO
     elements = len(ratios) * min(depth, window) * width + ratios.count(HCA_RATIO) * hca * width
     elements += ratios.count(CSA_RATIO) * (min(csa, top_k) * width + csa * indexer)

@@ -152,7 +152,7 @@ def test_a_relative_model_file_reaches_the_notebook_as_absolute(outputs, tmp_pat
     )
     workbook.run_workbook("mine", {"model": "m.gguf"}, [show])
     assert f"got {tmp_path / 'm.gguf'}" in texts(outputs / "mine" / "01_show.ipynb")
-    workbook.run_workbook("mine", {"model": "nb/../nb"}, [show])  # a folder that holds a model's shards
+    workbook.run_workbook("mine", {"model": "nb/../nb"}, [show])  # a path that is no name
     assert f"got {tmp_path / 'nb/../nb'}" in texts(outputs / "mine" / "01_show.ipynb")
     workbook.run_workbook("mine", {"model": "outputs"}, [show])
     assert "got outputs\n" in texts(outputs / "mine" / "01_show.ipynb"), "a registry name is not a path"
