@@ -259,6 +259,7 @@ def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
     shape: Any = own or published_shape()
     weights = weights_bytes(file) if file else FLASH.weights
     spec, known = tables.requirements_spec()["envelope"], dict[str, Any]()
+    cards = published()["card_compute"]
     for n_ctx in CONTEXTS:
         sizes = {
             (name, full): kv_cache_bytes(shape, n_ctx, type_k=name, type_v=name, swa_full=full).total / GB
@@ -276,11 +277,14 @@ def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
             f"least_{n_ctx}_gib": least * GB / GIB,
             f"need_{n_ctx}_gb": least + compute["plain"],
             f"flash_{n_ctx}_gb": least + compute["flash"],
+            f"on_card_{n_ctx}_gb": (cards["weights"] + (card_compute(published_shape(), n_ctx) or 0)) / GB
+            + sizes["f16", False],
         }
     n_gpu, *logs = (spec["gpu_logs"][name] for name in ("context", "least", "most"))
     experts = FLASH.routed_total, iq1_s_experts_bytes()
     on_gpu = [(weights - held + log) / GB for held, log in zip(experts, logs, strict=True)]
-    last, cards = CONTEXTS[-1], published()["card_compute"]
+    planned = card_compute(published_shape(), n_gpu, "experts_in_memory") or 0
+    last = CONTEXTS[-1]
     return known | {
         "needs_gb": [*(known[f"need_{n_ctx}_gb"] for n_ctx in CONTEXTS), known[f"flash_{last}_gb"]],
         "gpu_context": n_gpu,
@@ -289,9 +293,10 @@ def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
         "gpu_kv_gb": known[f"kv_{n_gpu}_gb"],
         "card_8192_gb": cards["all"]["8192"] / GB,
         "card_plain_gb": cards["all_without_flash"]["8192"] / GB,
-        "card_experts_gb": (card_compute(published_shape(), n_gpu, "experts_in_memory") or 0) / GB,
+        "card_experts_gb": planned / GB,
         "card_decode": cards["decode_tokens_per_sec"],
         "offloaded_gb": [total + known[f"kv_{n_gpu}_gb"] for total in on_gpu],
+        "planned_gb": [(weights - held + planned) / GB + known[f"kv_{n_gpu}_gb"] for held in experts],
     }
 
 

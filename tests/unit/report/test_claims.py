@@ -327,7 +327,7 @@ def test_no_verdict_is_at_odds_with_its_own_evidence(nano_table):
     """A statement that rests on a file that llama.cpp refuses is not left open, nor confirmed."""
     refused = nano_table[nano_table["evidence"].str.contains("refuses|does not load")]
     assert len(refused) > 12 and set(refused["verdict"]) == {CONTRADICTED, IN_PART}
-    assert list(refused.index[refused["verdict"] == IN_PART]) == ["packaging"]
+    assert list(refused.index[refused["verdict"] == IN_PART]) == ["offload-h100", "packaging"]
 
 
 def test_a_figure_in_gb_that_only_gib_would_save_contradicts_the_documents_and_no_other_does(nano_table):
