@@ -70,7 +70,7 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     """Find all files of a model, by what their bytes say, and check that they belong together.
 
     ``model`` is a registered name, an ``hf://`` address, or a path: the file, or any one of its shards or
-    byte parts. Or all of these, in any order (byte parts in theirs). What is missing here is downloaded.
+    byte parts. Or all of these, in any order. What is missing here is downloaded.
     ``merged_to``: a folder where an earlier merge may have put the model, before it deleted these files.
     `HeaderError`, `LayoutError`, `ShardError`, `RegistryError`: files are missing, not sound, or not one set.
     """
@@ -82,7 +82,12 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
         raise (merged_to and _merged_before(model, merged_to)) or error from error
     first, alone = diagnose(files[0], allow_holes=True), len(files) == 1
     if first.kind is Kind.BYTE_PART:
-        parts = byte_parts(files[0]) if alone else tuple(files)
+        parts = byte_parts(files[0])  # in the order of their numbers: `*` sorts part10 before part2
+        if not alone and sorted(map(os.path.realpath, files)) != sorted(map(os.path.realpath, parts)):
+            what = (
+                f"not the {len(parts)} byte parts that lie there: {', '.join(it.name for it in parts[:10])}"
+            )
+            raise ShardError(what, where=files[0].parent, hint="name one of them, or each of them once")
         return Source(parts, first.kind, plan_join(parts))
     if alone and not (first.sound or first.headers):
         raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)

@@ -121,6 +121,10 @@ def test_byte_parts_are_joined(tmp_path, merged_reference):
     with pytest.raises(OutputError, match="byte parts are joined, not consumed"):
         merge_model(parts[1], tmp_path / "out.gguf", consume=True)
     assert merge_model(parts[1], tmp_path / "out.gguf").sha256 == MERGED
+    assert open_source([parts[2], parts[0], parts[1]]).files == tuple(parts), "as `*` may name them"
+    for given in ([parts[0], parts[0], parts[2]], parts[:2]):
+        with pytest.raises(DfqsError, match="not the 3 byte parts that lie there"):
+            open_source(given)
     parts[2].unlink()
     with pytest.raises(DfqsError, match="2 byte parts of m.gguf, and their names say 3"):
         merge_model(parts[0], tmp_path / "out2.gguf")
