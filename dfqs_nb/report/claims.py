@@ -295,6 +295,7 @@ def _memory(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
         "card_plain_gb": cards["all_without_flash"]["8192"] / GB,
         "card_experts_gb": planned / GB,
         "card_decode": cards["decode_tokens_per_sec"],
+        "processor_decode": cards["processor_decode_tokens_per_sec"],
         "offloaded_gb": [total + known[f"kv_{n_gpu}_gb"] for total in on_gpu],
         "planned_gb": [(weights - held + planned) / GB + known[f"kv_{n_gpu}_gb"] for held in experts],
     }
