@@ -168,8 +168,8 @@ class Answerer:
             _judge(codes, sandbox, folder / f"verdicts-{item_set.name}.jsonl", options)
             own["sandbox"] = sandbox.level
         ids = {row["id"] for row in rows.values() if row["grade"] != CUT}
-        if len(ids) < len(asked.items):
-            item_set = replace(item_set, items=tuple(item for item in item_set.items if item.id in ids))
+        if late := {item.id for item in asked.items} - ids:  # what a limit leaves out stays missing
+            item_set = replace(item_set, items=tuple(item for item in item_set.items if item.id not in late))
         facts: dict[str, Any] = {"n_items": max(1, len(item_set.items)), "n_resumed": n_resumed}
         facts |= {"model": self.model_id, "conditions": item_set.identity() | own}
         facts["conditions"]["repeats"] = options.n_samples

@@ -82,6 +82,14 @@ def slow(answers: list, seconds: float):
     return Answerer(answer, "chat", {}, "m")
 
 
+def test_a_limited_set_has_no_score_where_the_time_ends_before_the_limit_either(tmp_path):
+    answers = iter(["eos", "eos", "time"])
+    answerer = Answerer(lambda request: Completion("12", (1,), next(answers), 3), "chat", {}, "m")
+    run = answerer.score(NANO, tmp_path, Options(progress=False, limit=3))
+    assert len(run.answered) == 2 and run.score.value is None
+    assert (run.score.n, run.score.n_missing) == (191, 189), "the 189 that the limit leaves out are missing"
+
+
 def test_an_answer_is_cut_at_its_time_and_is_neither_right_nor_wrong(tmp_path):
     answers: list[int] = []
     options = Options(progress=False, until=time.monotonic() + 0.1)
