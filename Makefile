@@ -63,6 +63,8 @@ run: $(READY) ## install what is missing, run the notebooks in order, print the 
 	    $${DFQS_MAKE_RUN:+--run "$$DFQS_MAKE_RUN"} $${DFQS_MAKE_TIER:+--tier "$$DFQS_MAKE_TIER"} \
 	    $${DFQS_MAKE_BUDGET:+--budget-minutes "$$DFQS_MAKE_BUDGET"} "$$@"
 
+venv: $(READY) ## install what is missing, and run nothing
+
 # The notebooks write under a folder of their own, so a test never touches a run of yours.
 test: $(READY) ## test the package, and the notebooks against their stored outputs (WORKERS=2 processes)
 	@export DFQS_OUTPUTS="$$(mktemp -d -t dfqs-test-XXXXXX)" TQDM_DISABLE=1; \
@@ -112,8 +114,6 @@ wheelhouse: $(READY) ## download into wheelhouse/ what an install without networ
 clean: ## remove caches; outputs/ and the environment stay
 	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache build dist *.egg-info
 	find dfqs_nb tests tools notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
-
-venv: $(READY)
 
 $(READY): requirements.lock pyproject.toml
 	@test -n "$(or $(ANY),$(PYTHON))" || { echo "No Python found: install Python 3.11, 3.12 or 3.13." >&2; exit 1; }

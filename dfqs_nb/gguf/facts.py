@@ -166,11 +166,11 @@ def types_by_bytes(tensors: Iterable[Tensor]) -> dict[str, int]:
 def attention_layers(header: GGUFHeader) -> list[dict[str, Any]]:
     """One dict a layer: ``layer``, ``kind``, ``ratio`` (source tokens of a cached entry), ``routing``.
 
-    Outside DeepSeek-V4, ``kind`` is ``sliding window`` in all layers where the header states a window.
+    Outside DeepSeek-V4 a header with a window does not state which layers have it: ``window or full``.
     """
     ratios = header.counts(f"{header.architecture}.attention.compress_ratios")
     names = {0: "sliding window", 4: "compressed sparse", 128: "heavily compressed"}
-    default = "sliding window" if header.arch("attention.sliding_window") else "full"
+    default = "window or full" if header.arch("attention.sliding_window") else "full"
     moe, hashed = _moe_layers(header), experts(header).hash_layers
     rows = []
     for layer in range(header.n_layers):

@@ -17,6 +17,7 @@ ATTENTION_COLOURS = {
     "compressed sparse": PALETTE[0],
     "heavily compressed": PALETTE[1],
     "full": PALETTE[2],
+    "window or full": PALETTE[5],
 }
 ROUTING_COLOURS = {"hash": PALETTE[3], "scores": PALETTE[2], "dense": PAPER}
 

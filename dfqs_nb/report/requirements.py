@@ -25,6 +25,11 @@ LONG_FROM, LONG_TO = 8192, 65536  # the lengths that the paper names for the lon
 # Settings that are equal where metrics were measured; n_ctx is not listed, because the curve varies it.
 SHARED = "runtime system_info n_batch n_ubatch n_threads n_threads_batch n_gpu_layers seed flash_attn".split()
 SHARED += "type_k type_v use_mmap use_extra_bufts swa_full".split()
+# What the conditions of metrics are about: without one of each, there is nothing to judge.
+MEASURED = {
+    "the curve": ("context_stability_curve", "failure_boundary_tokens"),
+    "the scores and the speed": ("reasoning_score", "code_score", "cpu_tokens_per_sec"),
+}
 Judgement = tuple[str, str]  # a verdict, and the sentence that it rests on
 
 
@@ -67,6 +72,7 @@ def check_requirements(
     ``run_name`` is for the commands that evidence names.
     """
     is_dense, rows = header is not None and not experts(header).moe_layers, []
+    absent = [what for what, names in MEASURED.items() if all(metrics.get(name) is None for name in names)]
     for row in requirements_spec()["requirements"]:
         case, check = Case(row["evidence"], run, header, metrics), CHECKS[row["check"]]
         _, *needs = signature(check).parameters
@@ -77,6 +83,8 @@ def check_requirements(
             judgement = NOT_TESTED, not_run(missing, run_name)
         else:
             judgement = check(case, **{name: run[name] for name in needs})
+            if absent and check in CONDITIONS and judgement[0] == MET:
+                judgement = NOT_TESTED, f"not measured: {', '.join(absent)}"
         stated = (row["id"], row["level"], row["text"])
         rows.append((*stated, *judgement, row["notebook"], row["how"], row["source"]))
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -233,8 +241,18 @@ def reproducible(case: Case, routing: Any, long_context: Any, scores: Any) -> Ju
     return case.judged(MET, seed=seeds.pop(), it=it)
 
 
+CONDITIONS = (identical_conditions, cpu_baseline, runtime, prompt_sets, reproducible)
 CHECKS: dict[str, Callable[..., Judgement]] = {  # each is given the stages that its parameters name
     check.__name__: check
-    for check in (single_file, cpu_only, routing, metrics, llama_cpp, long_context, gpu, beyond_64k)
-    + (identical_conditions, cpu_baseline, runtime, prompt_sets, reproducible)
+    for check in (
+        single_file,
+        cpu_only,
+        routing,
+        metrics,
+        llama_cpp,
+        long_context,
+        gpu,
+        beyond_64k,
+        *CONDITIONS,
+    )
 }

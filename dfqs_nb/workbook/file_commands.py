@@ -227,6 +227,7 @@ def plan(
     `dfqs-nb plan hf://owner/repo/model.gguf --ram 64GB --vram 24GB,24GB --context 32768`
     """
     from dfqs_nb.gguf import placement, remote
+    from dfqs_nb.gguf.memory import kv_cache_bytes
     from dfqs_nb.llama.diagnosis import forecast
     from dfqs_nb.routing.profile import read_profile
 
@@ -249,6 +250,8 @@ def plan(
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
             name = remote.places_of(model)[0].name if far else model
         say(f"\n{placement.table(placed).to_string()}\n")
+        if note := kv_cache_bytes(known.shards.as_one, context).note:
+            say(f"the cache is an estimate: {note}")
         for name_of, text in outlook.rows.items() if outlook else ():
             say(f"  {name_of}: {text}")
         largest = placement.largest_context(shape, memory, cards, compute_bytes=compute)

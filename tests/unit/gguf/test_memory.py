@@ -14,6 +14,7 @@ from dfqs_nb.core import machine
 from dfqs_nb.core.errors import HeaderError, SpaceError
 from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.facts import attention_layers
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.shards import open_shards
@@ -227,6 +228,7 @@ def test_heads_by_layer_and_sliding_windows_are_said_to_be_a_bound(tmp_path):
     assert kv.total == 7 * 64 * 2 * 2 * 4096
     assert kv.exactness == "upper bound"
     assert "sliding-window" in kv.note
+    assert {row["kind"] for row in attention_layers(header)} == {"window or full"}
 
 
 def test_missing_or_odd_keys_are_named(tmp_path):

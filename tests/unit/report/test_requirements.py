@@ -240,6 +240,15 @@ def test_metrics_of_a_report_go_before_those_of_the_stages(header):
     assert judged(run_stages(), header, metrics=withheld).loc["metrics", "verdict"] == NOT_MET
 
 
+@pytest.mark.parametrize("names", requirements.MEASURED.values())
+def test_conditions_of_metrics_that_were_not_measured_are_not_tested(header, names):
+    known = {name: 1 for group in requirements.MEASURED.values() for name in group if name not in names}
+    table = judged(run_stages(), header, metrics=dict.fromkeys(requirements_spec()["metrics"]) | known)
+    rows = table.loc[["identical-conditions", "cpu-baseline", "runtime", "prompt-sets", "reproducible"]]
+    assert set(rows["verdict"]) == {NOT_TESTED}
+    assert rows["evidence"].str.startswith("not measured: the ").all()
+
+
 def test_a_setting_that_a_stage_does_not_state_is_not_tested_and_named(header):
     stages = run_stages()
     del stages["scores"]["conditions"]["flash_attn"]

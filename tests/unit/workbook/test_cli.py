@@ -233,6 +233,7 @@ def test_plan_prints_the_command_and_what_other_machines_would_do():
         assert words in done.stdout
     done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10", "--vram", "8GB,8GB")
     assert "no bound on speed: GPU not measured; give --gpu-gbs, in GB/s" in done.stdout, done.stderr
+    assert "the cache is an estimate" not in done.stdout
     done = dfqs("plan", FIRST, "--vram", "lots")
     assert done.returncode == 1 and "'lots' is no size; write 64GB" in done.stderr
     done = dfqs("plan", FIRST, "--context", "9999999")
