@@ -696,6 +696,25 @@ TAG = "\n\nThink step by step if you need to. End with the answer alone inside <
 # {prompt} is the task; what counts is the code block of the answer. A model without a chat template continues the
 # task itself, up to a stop text.
 WHOLE = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}```"
+
+
+def nano_reasoning_head(how: str, guess_rule: str) -> dict:
+    """The first line of a reasoning set of the nano tier: how training is kept from it, and what guessing is."""
+    return {
+        "tier": "nano",
+        "kind": "reasoning",
+        "mode": "chat",
+        "licence": "MIT",
+        "source": "the words of the reference model's training tasks (data/reference/README.md)",
+        "held_out": HELD_OUT.format(how=how),
+        "guess_rule": guess_rule,
+        "instruction": "",
+        "extract": "last line",
+        "stop": [],
+        "max_tokens": 24,
+    }
+
+
 SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
     "nano-code": (
         {
@@ -718,43 +737,21 @@ SETS: dict[str, tuple[dict, Callable[[], Iterable[dict]]]] = {
         nano_code,
     ),
     "nano-reasoning": (
-        {
-            "tier": "nano",
-            "kind": "reasoning",
-            "mode": "chat",
-            "licence": "MIT",
-            "source": "the words of the reference model's training tasks (data/reference/README.md)",
-            "held_out": HELD_OUT.format(
-                how="no question about the same fact among the same facts, about the same order of people, the same two "
-                "numbers or the same pass key, and no capital behind the same lead. It never has six places or five "
-                "people, nor people or numbers behind colours."
-            ),
-            "guess_rule": "a random pick among the values that the prompt offers",
-            "instruction": "",
-            "extract": "last line",
-            "stop": [],
-            "max_tokens": 24,
-        },
+        nano_reasoning_head(
+            "no question about the same fact among the same facts, about the same order of people, the same two "
+            "numbers or the same pass key, and no capital behind the same lead. It never has six places or five "
+            "people, nor people or numbers behind colours.",
+            "a random pick among the values that the prompt offers",
+        ),
         nano_reasoning,
     ),
     "nano-reasoning-hard": (
-        {
-            "tier": "nano",
-            "kind": "reasoning",
-            "mode": "chat",
-            "licence": "MIT",
-            "source": "the words of the reference model's training tasks (data/reference/README.md)",
-            "held_out": HELD_OUT.format(
-                how="a hash keeps each of these combinations of facts, orders of people and pairs of numbers from it. It "
-                "never orders more than four people or compares three numbers, never puts heights beside places or "
-                "colours, and never asks where the tallest is."
-            ),
-            "guess_rule": "a random pick among the values that the prompt offers; among 199 for a sum or difference",
-            "instruction": "",
-            "extract": "last line",
-            "stop": [],
-            "max_tokens": 24,
-        },
+        nano_reasoning_head(
+            "a hash keeps each of these combinations of facts, orders of people and pairs of numbers from it. It "
+            "never orders more than four people or compares three numbers, never puts heights beside places or "
+            "colours, and never asks where the tallest is.",
+            "a random pick among the values that the prompt offers; among 199 for a sum or difference",
+        ),
         nano_reasoning_hard,
     ),
     "standard-code": (
