@@ -1,4 +1,7 @@
-"""Figures of notebook 05: a tidy frame and ``ax=None`` in, the Axes out."""
+"""Figures of notebook 05: a tidy frame and ``ax=None`` in, the Axes out.
+
+A text comes out where there is nothing to draw, and says why.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,14 @@ if TYPE_CHECKING:
 LINE: dict[str, Any] = {"fmt": "o-", "color": PALETTE[0], "capsize": 3, "linewidth": 1}
 
 
-def _nothing(what: str, ax: Axes | None) -> Axes:
-    """In the place of a figure whose table has no rows."""
-    ax = new_axes(ax, 0.6)
-    ax.set_axis_off()
-    set_title(ax, f"{what}: not measured")
-    return ax
-
-
-def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None) -> Axes:
+def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None) -> Axes | str:
     """Accuracy by context length with its intervals, the non-increasing fit, the threshold and the boundary.
 
     Lengths that were not planned are drawn hollow. See `Counts.curve` and ``Boundary.as_dict()``.
     """
-    if curve.empty:
-        return _nothing("Retrieval by length", ax)
+    if len(curve) < 2:
+        at = f"at {curve['length'].iloc[0]:,} tokens only" if len(curve) else "at no length"
+        return f"No figure of the curve: retrieval was measured {at}."
     ax = new_axes(ax, 3.6)
     for planned, part in curve.groupby("planned"):
         style = {**LINE, "fmt": "o", "zorder": 3, "markerfacecolor": PALETTE[0] if planned else "white"}
@@ -60,10 +56,10 @@ def _level(ax: Axes, value: float, at: float, note: str) -> None:
     ax.annotate(note, (at, value), (0, -3), textcoords="offset points", fontsize=8, va="top")
 
 
-def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
     """A tile for each length and depth: the share of right answers, with its count (see `depth_tiles`)."""
     if tiles.empty:
-        return _nothing("Retrieval by depth (fewer than 10 questions a length)", ax)
+        return "No figure of depths: no cell has 10 questions."
     strata = [f"{a:.0%} to {b:.0%}" for a, b in zip(tiles["depth"], tiles["depth_end"], strict=True)]
     tiles = tiles.assign(row=strata).sort_values("depth")
     ax = _tiles(tiles, "correct", ax)
@@ -76,10 +72,10 @@ def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def tasks_by_length(run: TaskRun, ax: Axes | None = None) -> Axes:
+def tasks_by_length(run: TaskRun, ax: Axes | None = None) -> Axes | str:
     """A tile for each task and length: the share of right answers, with its count; empty where not asked."""
     if run.items.empty:
-        return _nothing("Tasks by length", ax)
+        return "No figure of tasks: none was asked."
     effective = run.effective()
     ax = _tiles(run.table().rename(columns={"task": "row"}), "right", ax)
     ax.set_xlabel("text, question and answer (tokens); empty: not asked")
@@ -109,10 +105,10 @@ def _tiles(table: pd.DataFrame, right: str, ax: Axes | None) -> Axes:
     return ax
 
 
-def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
     """Loss along held-out texts; see `curve.loss_by_position`."""
     if losses.empty:
-        return _nothing("Loss by position", ax)
+        return "No figure of the loss: it was not measured."
     ax = new_axes(ax)
     middle = (losses["start"] * losses["end"]) ** 0.5
     ax.errorbar(middle, losses["loss"], yerr=whiskers(losses, "loss"), **LINE)

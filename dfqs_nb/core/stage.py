@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfqs_nb.core.display import markdown
 from dfqs_nb.core.errors import StageError
 from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file, write_json, write_table
 from dfqs_nb.core.journal import remembered
@@ -16,7 +17,7 @@ from dfqs_nb.core.paths import run_dir, tilde
 
 if TYPE_CHECKING:
     import pandas as pd
-    from IPython.display import Image
+    from IPython.display import Image, Markdown
     from matplotlib.axes import Axes
 
 NOTEBOOKS = {
@@ -100,8 +101,15 @@ class Stage:
         """Write a frame as ``<name>.csv`` and seal it."""
         return write_table(self.path(f"{name}.csv"), table, index=index)
 
-    def figure(self, name: str, ax: Axes) -> Image:
-        """Save the figure of ``ax`` as ``<name>.png`` and ``.svg``, sealed; return it for display, closed."""
+    def figure(self, name: str, ax: Axes | str) -> Image | Markdown:
+        """Save the figure of ``ax`` as ``<name>.png`` and ``.svg``, sealed; return it for display, closed.
+
+        A text says why there is nothing to draw: no file is written, and the text is returned for display.
+        """
+        if isinstance(ax, str):
+            from IPython.display import Markdown
+
+            return Markdown(markdown(ax))
         from dfqs_nb.core.figures import compact, save
 
         for suffix in ("png", "svg"):

@@ -1,4 +1,7 @@
-"""Figures of this stage: a tidy frame and ``ax=None`` in, the Axes out."""
+"""Figures of this stage: a tidy frame and ``ax=None`` in, the Axes out.
+
+A text comes out where there is nothing to draw, and says why.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
     """Accuracy of each family with its interval, and guessing beside it; ``table`` as `Results.families`."""
+    if table.empty:
+        return "No figure of families: no question was answered in the time."
     ax = new_axes(ax, 1.2 + 0.2 * len(table))
     sets = list(dict.fromkeys(table["set"]))
     for colour, name in zip(PALETTE, sets, strict=False):
@@ -52,9 +57,13 @@ def choice_margins(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
     """Decode speed by depth, every repetition, below its roof; ``table`` as `speed.speed_by_depth`."""
-    ax, decode = new_axes(ax), table[table["phase"] == "decode"]
+    decode, row = table[table["phase"] == "decode"], metric_row(table)
+    if len(decode) < 2:
+        share = f"decode there reaches {row['utilisation']:.1%} of the roof"
+        return f"No figure of decode by depth: only depth {row['depth']:,} was timed; {share}."
+    ax = new_axes(ax)
     ax.plot(decode["depth"], decode["roof"], "--", color=INK, label="roof: memory bandwidth / bytes a token")
     for row in decode.itertuples():
         ax.plot([row.depth] * len(row.values), row.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
@@ -70,7 +79,6 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("tokens a second")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.4, 0.5))
     busy = " (the machine was busy)" if decode["contended"].any() else ""
-    row = metric_row(table)
     set_title(ax, f"Decode at depth {row['depth']:,} reaches {row['utilisation']:.1%} of the roof{busy}")
     return ax
 

@@ -79,6 +79,16 @@ class Answers:
     left_out: tuple[str, ...] = ()
 
     @property
+    def score(self) -> dict[str, Any]:
+        """The result as the stage file holds it: ``acc`` and ``acc_norm`` with Wilson's 95 % intervals."""
+        n, guess = len(self.items), float(self.items["guess"].mean())
+        score = {"set": self.questions.name, "n": n, "guess_rate": guess, "sentence": self.sentence}
+        for name in ("acc", "acc_norm"):
+            low, high = map(float, wilson(self.items[name].sum(), n))
+            score |= {name: float(self.items[name].mean()), f"{name}_low": low, f"{name}_high": high}
+        return score
+
+    @property
     def sentence(self) -> str:
         """The result for people."""
         parts, n = [], len(self.items)
