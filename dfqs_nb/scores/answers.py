@@ -6,16 +6,14 @@ import re
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
-from itertools import islice
 from symtable import Function, SymbolTable, symtable
 
-# A fence opens anywhere in a line (models glue it behind words) and closes with the same marks.
-FENCE = re.compile(r"(?P<mark>`{3,}|~{3,})[^`~\n]*\n")
+# A fence opens anywhere in a line (models glue it behind words), and closes with the same marks or never.
+FENCED = re.compile(r"(`{3,}|~{3,})[^`~\n]*\n(.*?)(?:\1|\Z)", re.DOTALL)
 CODE_LINE = re.compile(r"[ \t]*(def|async def|class|from|import|@)\b|[ \t]*[A-Za-z_]\w*[ \t]*=[^=]")
 MOST_DIGITS = 1000  # of a number that is compared as a number
-MOST_ENDS, MOST_TRIES = 8, 400  # closing fences of a block, and pieces of plain text, that are tried
+MOST_TRIES = 400  # pieces of plain text that may be code
 
 
 def normalised(text: str) -> str:
@@ -40,41 +38,22 @@ def normalised(text: str) -> str:
     return (written.rstrip("0").rstrip(".") if "." in written else written) if number else "0"
 
 
-def code_in(answer: str, name: str, prompt: str = "") -> str | None:
+def code_in(answer: str, name: str) -> str | None:
     r"""The code in a chat's answer that defines ``name``: the last code block that does, else plain text.
 
-    A block may be indented, unclosed, glued to words, or fenced by tildes. A method of a class counts (an
-    instance is made where it needs ``self``), and so does a body alone, which is put below ``prompt``. None
-    where there is no code.
+    A block may be indented, unclosed, glued to words, or fenced by tildes, and a method of a class counts.
+    None where there is no code.
 
     >>> code_in("Here:\n~~~python\ndef f(x):\n    return x", "f")
     'def f(x):\n    return x'
     """
     answer = re.sub("\r\n?|[\u2028\u2029]", "\n", answer)
-    blocks = list(_blocks(answer))
-    codes = (_defining(block, name) for block in reversed(blocks))
+    blocks = [textwrap.dedent(block).strip("\n") for _, block in FENCED.findall(answer)][::-1]
+    codes = (_defining(block, name) for block in blocks)
     if code := next(filter(None, codes), None) or _plain_code(answer, name):
         return code
-    for block in reversed(blocks or [textwrap.dedent(answer.strip("\n"))]):
-        body = prompt + textwrap.indent(block, "    ")
-        if prompt and re.search(r"^(return|yield)\b", block, flags=re.MULTILINE) and parsed(body)[0]:
-            return body
-        if re.search(rf"^(async )?def {re.escape(name)}\b", block, flags=re.MULTILINE):
-            return block  # it is no Python: running it says why
-    return None
-
-
-def _blocks(answer: str) -> Iterator[str]:
-    """Every fenced block; a block that its first closing fence leaves broken reaches to a later fence."""
-    at = 0
-    while opening := FENCE.search(answer, at):
-        rest = answer[opening.end() :]
-        marks = islice(re.finditer(re.escape(opening["mark"]), rest), MOST_ENDS)
-        ends = [match.start() for match in marks] or [len(rest)]
-        texts = [textwrap.dedent(rest[:end]).strip("\n") for end in ends]
-        chosen = next((i for i, text in enumerate(texts) if parsed(text)[0]), 0)
-        yield texts[chosen]
-        at = opening.end() + ends[chosen] + len(opening["mark"])
+    head = re.compile(rf"^(async )?def {re.escape(name)}\b", re.MULTILINE)
+    return next(filter(head.search, blocks or [answer]), None)  # it is no Python: running it says why
 
 
 def parsed(code: str) -> tuple[SymbolTable | None, int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.llama.thinking import answer_start
 from dfqs_nb.scores.answers import normalised
-from dfqs_nb.stats import N_BOOT, mcnemar, paired_bootstrap, wilson
+from dfqs_nb.stats import mcnemar, paired_bootstrap, wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,13 +117,12 @@ class SetRun:
         return self.items[self.items["grade"] != CUT]
 
     @classmethod
-    def of(cls, kind: str, name: str, items: Any, *, n_items: int | None = None, **facts: Any) -> SetRun:
-        """A run from its judged items (a frame or rows); the whole set has ``n_items``, by default these."""
+    def of(cls, kind: str, name: str, items: Any, *, n_items: int, **facts: Any) -> SetRun:
+        """A run from its judged items (a frame or rows); the whole set has ``n_items``."""
         import pandas as pd
 
         table = pd.DataFrame(items, columns=COLUMNS.split()) if isinstance(items, list) else items
-        n = table["id"].nunique() if n_items is None else n_items
-        return cls(kind, name, table, score_of(kind, table, name, n), **facts)
+        return cls(kind, name, table, score_of(kind, table, name, n_items), **facts)
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,14 @@ class Results:
         """One row a set: the metric, its value and interval, the guess rate, and how items failed."""
         import pandas as pd
 
-        rows = [{"set": run.name} | vars(run.score) for run in self.runs]
-        no_answer = [row.pop("counts").get("no_answer", 0) for row in rows]
-        return pd.DataFrame(rows).assign(no_answer=no_answer)
+        table = pd.DataFrame([{"set": run.name} | vars(run.score) for run in self.runs])
+        no_answer = [counts.get("no_answer", 0) for counts in table.pop("counts")]
+        return table.assign(no_answer=no_answer)
 
     def families(self) -> pd.DataFrame:
         """One row a family and length: counts, accuracy with Wilson's interval, guess rate, how it failed."""
-        import pandas as pd
-
-        items = pd.concat([run.answered for run in self.runs], ignore_index=True)
-        items["no_answer"] = items["grade"] == "no_answer"
+        items = self.items[self.items["grade"] != CUT]
+        items = items.assign(no_answer=items["grade"] == "no_answer")
         groups = items.groupby(["set", "family", "length"], sort=False)
         sums = {name: (name, "sum") for name in ("correct", "truncated", "no_answer")}
         shares = {"accuracy": ("correct", "mean"), "guess_rate": ("guess", "mean")}
@@ -160,7 +158,7 @@ class Results:
         low, high = wilson(table["accuracy"] * n_items, n_items)
         return table.assign(low=low, high=high).reset_index()
 
-    def failures(self, n: int = 3) -> pd.DataFrame:
+    def failures(self, n: int) -> pd.DataFrame:
         """Failed items to read, ``n`` a set, spread over its families: what was asked, answered, expected."""
         failed = self.items[~self.items["correct"].astype(bool)]
         turn = failed.groupby(["set", "family"], sort=False).cumcount()
@@ -168,42 +166,33 @@ class Results:
         return chosen[["family", "prompt", "completion", "expected", "reason"]].reset_index(drop=True)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The score of one set in two runs, paired by item: only items on which the runs differ are evidence."""
+def compare_runs(a: SetRun, b: SetRun) -> SimpleNamespace:
+    """Two runs of a set, paired by item: only items on which the runs differ are evidence.
 
-    n: int
-    a: float
-    b: float
-    difference: float  # b minus a, with its 95 % interval
-    low: float
-    high: float
-    only_a: int  # items that only the first run got right
-    only_b: int
-    p: float  # exact McNemar test of equal ability
-
-
-def compare_runs(a: SetRun, b: SetRun, n_boot: int = N_BOOT, seed: int = 0) -> Comparison:
-    """Two runs of a set; a `ComparisonError` names conditions that differ, or items without results."""
+    Returns ``n``, the scores ``a`` and ``b``, their ``difference`` (b minus a) with its 95 % interval ``low``
+    to ``high``, the items that one run alone got right (``only_a``, ``only_b``), and ``p`` of the exact
+    McNemar test. A `ComparisonError` names conditions that differ, or items without results.
+    """
     if differing := differing_fields(a.conditions, b.conditions):
         named = ", ".join(f"{key} ({mine} and {theirs})" for key, (mine, theirs) in differing.items())
-        what = f"the conditions differ in {named}"
-        raise ComparisonError(what, hint="run both again under the same conditions")
-    first, second = a.score.value, b.score.value
-    if first is None or second is None:
-        run = a if first is None else b
-        what = f"{run.score.n_missing} items of {run.name} lack a result"
-        raise ComparisonError(what, hint="let the run finish: it continues where it stopped")
+        hint = "run both again under the same conditions"
+        raise ComparisonError(f"the conditions differ in {named}", hint=hint)
+    values = []
+    for run in (a, b):
+        if run.score.value is None:
+            what = f"{run.score.n_missing} items of {run.name} lack a result"
+            raise ComparisonError(what, hint="let the run finish: it continues where it stopped")
+        values.append(run.score.value)
     keys = ["id", "sample"]
     both = a.answered[[*keys, "family", "correct"]].merge(b.answered[[*keys, "correct"]], on=keys)
     if not len(a.answered) == len(b.answered) == len(both):
         raise ComparisonError("the two runs did not answer the same items", hint="score both with --fresh")
     # an item sampled several times counts once, as right where most of its samples are
     items = both.groupby("id", sort=False).agg({"family": "first", "correct_x": "mean", "correct_y": "mean"})
-    change = (items["correct_y"] - items["correct_x"]).to_numpy()
-    groups = items["family"].to_numpy() if a.kind == "reasoning" else None
-    low, high = paired_bootstrap(change, groups, n_boot, seed)
+    change, families = items["correct_y"] - items["correct_x"], items["family"].to_numpy()
+    low, high = paired_bootstrap(change.to_numpy(), families if a.kind == "reasoning" else None)
     right_a, right_b = items["correct_x"] > 0.5, items["correct_y"] > 0.5
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    p = mcnemar(only_a, only_b)
-    return Comparison(len(items), first, second, second - first, low, high, only_a, only_b, p)
+    result = {"n": len(items), "a": values[0], "b": values[1], "difference": values[1] - values[0]}
+    result |= {"low": low, "high": high, "only_a": only_a, "only_b": only_b}
+    return SimpleNamespace(**result, p=mcnemar(only_a, only_b))

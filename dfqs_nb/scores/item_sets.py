@@ -58,7 +58,7 @@ class Item:
         """The code in an answer with this item's tests; None where a chat's answer has none."""
         sources: tuple[str, ...] = (self.prompt + answer,)
         if mode == "chat":
-            code = code_in(answer, self.entry_point, self.prompt)
+            code = code_in(answer, self.entry_point)
             if code is None:
                 return None
             task = f"{self.prompt}    pass\n"  # if it is no prose, the code may rely on its imports
@@ -105,7 +105,7 @@ class ItemSet(Head):
         """A set by its file's path, or a shipped one by its name; or a `PromptError`."""
         if Path(name).suffix == ".jsonl":
             return _read(Path(name))
-        known = item_set_paths()
+        known = {path.stem.replace("_", "-"): path for path in (paths.data_dir() / "prompts").glob("*.jsonl")}
         if str(name) not in known:
             raise PromptError(f"no question set {str(name)!r}", hint=f"there are: {', '.join(sorted(known))}")
         return _read(known[str(name)])
@@ -115,7 +115,7 @@ class ItemSet(Head):
         """The sets of a tier, then the user's own from ``folder``; a `PromptError` as `load`."""
         if tier not in TIERS:
             raise PromptError(f"no tier is called {tier!r}", hint=f"there are: {', '.join(TIERS)}")
-        own = item_set_paths(folder).values() if folder else ()
+        own = sorted(Path(folder).glob("*.jsonl")) if folder else ()
         return [cls.load(name) for name in (*TIERS[tier], *own)]
 
     def identity(self) -> dict[str, Any]:
@@ -138,25 +138,13 @@ class ItemSet(Head):
 
     def row(self) -> dict[str, Any]:
         """The set in one row of a table."""
-        sizes = {"items": len(self.items), "families": len(self.families())}
+        sizes = {"items": len(self.items), "families": len({item.family for item in self.items})}
         facts = {"guess rule": self.guess_rule, "licence": self.licence, "sha256": self.sha256[:12]}
         return {"set": self.name, "kind": self.kind, **sizes, **facts}
 
-    def families(self) -> list[str]:
-        """The families, in the order of their first item."""
-        return list(dict.fromkeys(item.family for item in self.items))
-
-
-def item_set_paths(folder: str | Path | None = None) -> dict[str, Path]:
-    """Every ``*.jsonl`` of a folder (by default the shipped ones) by the name in its first line."""
-    by_name = {}
-    for path in sorted((Path(folder) if folder else paths.data_dir() / "prompts").glob("*.jsonl")):
-        with path.open("rb") as file:
-            by_name[_head(file.readline(), path).set] = path
-    return by_name
-
 
 def _read(path: Path) -> ItemSet:
+    """A set from its file; a `PromptError` names the line and its fault."""
     if files.there_is(path) and not path.is_file():
         raise PromptError("not a regular file", where=paths.tilde(path), hint="give the path of a JSONL file")
     try:
@@ -164,31 +152,36 @@ def _read(path: Path) -> ItemSet:
     except OSError as error:
         hint = "give the path of a JSONL file, or the name of a set"
         raise PromptError(f"cannot be read ({error.strerror})", where=paths.tilde(path), hint=hint) from error
-    first, *lines = raw.split(b"\n")
-    head, items = _head(first, path), dict[str, Item]()
-    for number, line in enumerate(lines, start=2):
-        if line.strip():
-            item: Item = _typed(Item, line, number, path)
-            if what := f"the id {item.id!r:.60} is taken" if item.id in items else _fault(head, item):
-                raise _broken(path, number, what)
-            items[item.id] = item
-    if not items:
-        raise _broken(path, 2, "there are no items")
+    (first, *lines), number, items = raw.split(b"\n"), 1, dict[str, Item]()
+    try:
+        head, number = _head(first), 2
+        for place, line in enumerate(lines, start=2):
+            number = place
+            if line.strip():
+                item: Item = _reader(Item).validate_json(line, strict=True)
+                if what := f"the id {item.id!r:.60} is taken" if item.id in items else _fault(head, item):
+                    raise ValueError(what)
+                items[item.id] = item
+        if not items:
+            raise ValueError("there are no items")
+    except ValueError as error:
+        hint = "see data/prompts/ for the format"
+        raise PromptError(f"line {number}: {_reason(error)}", where=paths.tilde(path), hint=hint) from None
     mode = head.mode or ("chat" if head.kind == "reasoning" else "complete")
     facts = {"mode": mode, "sha256": hashlib.sha256(raw).hexdigest(), "n_whole": len(items)}
     return ItemSet(**vars(head) | facts, items=tuple(items.values()))
 
 
-def _head(line: bytes, path: Path) -> Head:
+def _head(line: bytes) -> Head:
     """The first line, if the set's name can name files."""
-    head: Head = _typed(Head, line.removeprefix(b"\xef\xbb\xbf"), 1, path)
+    head: Head = _reader(Head).validate_json(line.removeprefix(b"\xef\xbb\xbf"), strict=True)
     if not re.fullmatch(r"(?=.*\S)[\w. -]{1,50}", head.set):
         rule = "use up to 50 letters, digits, '-', '_' and '.'"
-        raise _broken(path, 1, f"set: {head.set!r:.60} names files: {rule}")
+        raise ValueError(f"set: {head.set!r:.60} names files: {rule}")
     if what := next(filter(None, (_fault(head, example) for example in head.examples)), ""):
-        raise _broken(path, 1, f"examples: {what}")
+        raise ValueError(f"examples: {what}")
     if head.examples and (head.kind != "choice" or head.mode == "chat"):
-        raise _broken(path, 1, "examples: only a choice set in the mode complete shows them")
+        raise ValueError("examples: only a choice set in the mode complete shows them")
     return head
 
 
@@ -210,24 +203,17 @@ def _fault(head: Head, item: Item) -> str:
 
 @cache
 def _reader(kind: type) -> Any:
+    """Reads a line as that dataclass, each value of exactly the type that the field states."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
 
 
-def _typed(kind: type, line: bytes, number: int, path: Path) -> Any:
-    """A line as that dataclass, each value of exactly the type that the field states."""
-    from pydantic import ValidationError
-
-    try:
-        return _reader(kind).validate_json(line, strict=True)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        shown = "" if fault["type"] in ("missing", "json_invalid") else f" ({fault['input']!r:.60})"
-        raise _broken(path, number, f"{name + ': ' if name else ''}{fault['msg']}{shown}") from None
-
-
-def _broken(path: Path, number: int, what: str) -> PromptError:
-    hint = "see data/prompts/ for the format"
-    return PromptError(f"line {number}: {what}", where=paths.tilde(path), hint=hint)
+def _reason(error: Any) -> str:
+    """What is wrong with a line; of pydantic's faults, the first with its field and value."""
+    if not hasattr(error, "errors"):
+        return str(error)
+    fault = error.errors()[0]
+    name = ".".join(str(part) for part in fault["loc"])
+    shown = "" if fault["type"] in ("missing", "json_invalid") else f" ({fault['input']!r:.60})"
+    return f"{name + ': ' if name else ''}{fault['msg']}{shown}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,24 +31,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROW = {"log_likelihoods": list, "greedy": list}  # what a line of the file of answers holds
+METRICS = ("acc", "acc_norm")
 N_CHOICES = 4  # of a question that is made from a set of questions with one answer each
 
 
-def load_choices(source: str | Path) -> ItemSet:
-    """A set of choices, or a reasoning set as multiple choice; a `PromptError` as `ItemSet.load`."""
-    questions = ItemSet.load(source)
-    return questions if questions.kind == "choice" else choices_of(questions)
-
-
 def choices_of(questions: ItemSet) -> ItemSet:
-    """Multiple choice from a reasoning set: the choices are answers of the same family.
+    """A set of choices as it is, or a reasoning set as one: the choices are answers of the same family.
 
     A hash of the question decides which and in what order. A set without enough answers is a `PromptError`.
     """
-    answers: dict[str, dict[str, None]] = {}
+    if questions.kind == "choice":
+        return questions
+    answers, items = defaultdict[str, dict[str, None]](dict), list[Item]()
     for item in questions.items:
-        answers.setdefault(item.family, {})[item.answer] = None
-    items = []
+        answers[item.family][item.answer] = None
     for item in questions.items:
         others = [answer for answer in answers[item.family] if answer not in ("", item.answer)]
         if len(others) >= N_CHOICES - 1:
@@ -80,49 +77,39 @@ class Answers:
 
     @property
     def score(self) -> dict[str, Any]:
-        """The result as the stage file holds it: ``acc`` and ``acc_norm`` with Wilson's 95 % intervals."""
-        n, guess = len(self.items), float(self.items["guess"].mean())
-        score = {"set": self.questions.name, "n": n, "guess_rate": guess, "sentence": self.sentence}
-        for name in ("acc", "acc_norm"):
-            low, high = map(float, wilson(self.items[name].sum(), n))
-            score |= {name: float(self.items[name].mean()), f"{name}_low": low, f"{name}_high": high}
-        return score
-
-    @property
-    def sentence(self) -> str:
-        """The result for people."""
-        parts, n = [], len(self.items)
-        for name in ("acc", "acc_norm"):
-            low, high = map(float, wilson(self.items[name].sum(), n))
-            parts.append(f"{name} {self.items[name].mean():.3f} ({low:.3f} to {high:.3f})")
-        guess = float(self.items["guess"].mean())
-        return f"{self.questions.name}: {', '.join(parts)}, n = {n}, guess rate {guess:.3f}"
+        """For the stage file: ``acc`` and ``acc_norm`` with Wilson's 95 % intervals, and a ``sentence``."""
+        n, guess, parts = len(self.items), float(self.items["guess"].mean()), list[str]()
+        score: dict[str, Any] = {"set": self.questions.name, "n": n, "guess_rate": guess}
+        for name in METRICS:
+            value, (low, high) = float(self.items[name].mean()), map(float, wilson(self.items[name].sum(), n))
+            score |= {name: value, f"{name}_low": low, f"{name}_high": high}
+            parts.append(f"{name} {value:.3f} ({low:.3f} to {high:.3f})")
+        sentence = f"{self.questions.name}: {', '.join(parts)}, n = {n}, guess rate {guess:.3f}"
+        return score | {"sentence": sentence}
 
     def families(self) -> pd.DataFrame:
         """A row a family: ``n``, ``acc``, ``acc_norm``, ``margin`` and its 95 % interval (nats)."""
         groups = self.items.groupby("family", sort=False)
-        table = groups[["acc", "acc_norm", "margin"]].mean()
+        table = groups[[*METRICS, "margin"]].mean()
         table.insert(0, "n", groups.size())
-        bounds = [mean_interval(group["margin"].to_numpy(float)) for _, group in groups]
-        table[["margin_low", "margin_high"]] = bounds
+        table[["margin_low", "margin_high"]] = [
+            mean_interval(it.to_numpy(float)) for _, it in groups["margin"]
+        ]
         return table.reset_index()
 
     def as_lm_eval(self) -> dict[str, Any]:
         """In the layout of lm-evaluation-harness: ``results``, ``n-shot``, ``config``, ``samples``."""
         name, n = self.questions.name, len(self.items)
-        scores: dict[str, Any] = {"alias": name}
-        for metric in ("acc", "acc_norm"):
+        scores, samples = dict[str, Any](alias=name), list[dict[str, Any]]()
+        for metric in METRICS:
             values = self.items[metric].to_numpy(float)
             error = float(values.std(ddof=1)) / sqrt(n) if n > 1 else 0.0
             scores |= {f"{metric},none": float(values.mean()), f"{metric}_stderr,none": error}
-        samples = [
-            {"doc_id": number, "doc": {"id": item.id, "query": item.prompt, "choices": item.choices}}
-            | {"target": item.gold, "acc": float(row.acc), "acc_norm": float(row.acc_norm)}
-            | {"resps": [[list(pair)] for pair in zip(row.log_likelihoods, row.greedy, strict=True)]}
-            for number, (item, row) in enumerate(
-                zip(self.questions.items, self.items.itertuples(), strict=True)
-            )
-        ]
+        for item, row in zip(self.questions.items, self.items.itertuples(), strict=True):
+            sample = {"doc_id": len(samples), "target": item.gold}
+            sample |= {"doc": {"id": item.id, "query": item.prompt, "choices": item.choices}}
+            sample |= {"resps": [[list(pair)] for pair in zip(row.log_likelihoods, row.greedy, strict=True)]}
+            samples.append(sample | {metric: float(getattr(row, metric)) for metric in METRICS})
         return {
             "results": {name: scores},
             "n-samples": {name: {"original": self.questions.n_whole, "effective": n}},
@@ -150,15 +137,14 @@ def answer(
     """
     import pandas as pd
 
-    folder = Path(folder)
+    folder, start = Path(folder), None
     folder.mkdir(parents=True, exist_ok=True)
     conditions = {"prompt_set_sha256": questions.sha256, "model": model_id, **model.conditions()}
+    conditions["delimiter"] = delimiter(model, questions)
     path, whole = folder / f"{questions.name}.likelihood.jsonl", partial(journal.holds, fields=ROW)
     kept = journal.Journal(path, conditions, fresh=fresh, whole=whole)
     encoded = {item.id: encode(model, questions, item) for item in questions.items if item.id not in kept}
-    shared = list(commonprefix([context for context, _ in encoded.values()]))
-    start = None
-    if shared:
+    if shared := commonprefix([context for context, _ in encoded.values()]):
         model.clear()
         model.decode(shared)
         start = model.save()
@@ -170,16 +156,21 @@ def answer(
             kept.add(item.id, log_likelihoods=logs, greedy=greedy)
     answered, rows = tuple(item for item in questions.items if item.id in kept), []
     for item in answered:
-        values = np.array(kept[item.id]["log_likelihoods"])
-        per_letter = values / [len(choice) for choice in item.choices]
-        row = {"id": item.id, "family": item.family, "gold": item.gold, **kept[item.id]}
-        row |= {"acc": int(values.argmax() == item.gold), "acc_norm": int(per_letter.argmax() == item.gold)}
-        margin = values[item.gold] - np.delete(values, item.gold).max()
-        rows.append(row | {"margin": float(margin), "guess": 1 / len(values)})
+        values, sizes = np.array(kept[item.id]["log_likelihoods"]), [len(choice) for choice in item.choices]
+        margin = float(values[item.gold] - np.delete(values, item.gold).max())
+        row = {"id": item.id, "family": item.family, "gold": item.gold, **kept[item.id], "margin": margin}
+        row |= {"acc": int(values.argmax() == item.gold), "guess": 1 / len(values)}
+        rows.append(row | {"acc_norm": int((values / sizes).argmax() == item.gold)})
     n, most = len(rows), len(questions.items)
     left_out = (f"only {n} of {most} questions of {questions.name} answered",) if n < most else ()
     questions = replace(questions, items=answered)
     return Answers(questions, model_id or model.path.name, conditions, pd.DataFrame(rows), left_out)
+
+
+def delimiter(model: Model, questions: ItemSet) -> str:
+    """What stands between a prompt and a choice: a blank behind the "Answer:" of a model without template."""
+    bare = questions.mode == "chat" and not model.has_template
+    return questions.delimiter or " " * bare
 
 
 def encode(model: Model, questions: ItemSet, item: Item) -> tuple[list[int], list[list[int]]]:
@@ -188,17 +179,14 @@ def encode(model: Model, questions: ItemSet, item: Item) -> tuple[list[int], lis
     Blanks at the context's end belong to the choices, and both are tokenized together, because tokenizers
     join a blank with the word behind it.
     """
-    between = questions.delimiter
+    between = delimiter(model, questions)
     if questions.mode == "chat":
         choices = [model.tokenize(between + choice, special=False) for choice in item.choices]
         return chat_prompt(model, item.prompt), choices
     solved = [f"{shot.prompt}{between}{shot.choices[shot.gold]}\n\n" for shot in questions.examples]
     whole = "".join([*solved, item.prompt])
-    text = whole.rstrip()
-    context = model.with_bos(model.tokenize(text, special=False))
-    together = [
-        model.with_bos(model.tokenize(whole + between + choice, special=False)) for choice in item.choices
-    ]
+    texts = whole.rstrip(), *(whole + between + choice for choice in item.choices)
+    context, *together = (model.with_bos(model.tokenize(text, special=False)) for text in texts)
     return context, [tokens[len(context) :] or tokens[-1:] for tokens in together]
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -155,35 +156,37 @@ class Answerer:
         asked = replace(item_set, items=item_set.items[: options.limit])
         samples = product(asked.by_turns(), range(options.n_samples))
         wanted = {f"{item.id}#{number}": (item, number) for item, number in samples}
-        todo = {key: sample for key, sample in wanted.items() if key not in answers}
+        todo = {
+            key: self.request(item_set, item, replace(options, seed=options.seed + number))
+            for key, (item, number) in wanted.items()
+            if key not in answers
+        }
         n_resumed, quiet = len(wanted) - len(todo), not options.progress
         with display.tqdm(total=len(wanted), initial=n_resumed, desc=item_set.name, disable=quiet) as bar:
-            for key, fields in self._answers(item_set, todo, options):
-                answers.add(key, **fields)
+            for key, answer in self._answers(todo, options.until):
+                answers.add(key, **answer)
                 bar.update()
         rows = {k: _row(item_set, *wanted[k], answers[k]) for k in wanted if k in answers}
         if sandbox:
-            ended = [(row, wanted[k][0], answers[k]) for k, row in rows.items() if "grade" not in row]
-            codes = [(row, _candidate(item, answer, self.mode)) for row, item, answer in ended]
+            codes = [
+                (row, _candidate(wanted[k][0], answers[k], self.mode))
+                for k, row in rows.items()
+                if "grade" not in row
+            ]
             _judge(codes, sandbox, folder / f"verdicts-{item_set.name}.jsonl", options)
             own["sandbox"] = sandbox.level
         ids = {row["id"] for row in rows.values() if row["grade"] != CUT}
         if late := {item.id for item in asked.items} - ids:  # what a limit leaves out stays missing
             item_set = replace(item_set, items=tuple(item for item in item_set.items if item.id not in late))
         facts: dict[str, Any] = {"n_items": max(1, len(item_set.items)), "n_resumed": n_resumed}
-        facts |= {"model": self.model_id, "conditions": item_set.identity() | own}
-        facts["conditions"]["repeats"] = options.n_samples
-        return SetRun.of(item_set.kind, item_set.name, list(rows.values()), **facts)
+        facts["conditions"] = item_set.identity() | own | {"repeats": options.n_samples}
+        return SetRun.of(item_set.kind, item_set.name, list(rows.values()), model=self.model_id, **facts)
 
-    def _answers(
-        self, item_set: ItemSet, todo: Mapping[str, tuple[Item, int]], options: Options
-    ) -> Iterator[tuple[str, Row]]:
+    def _answers(self, todo: Mapping[str, Request], until: float) -> Iterator[tuple[str, Row]]:
         """Answers as they come, by the key of their sample; the first is begun in any case."""
 
         def ask(key: str) -> tuple[str, Row]:
-            item, number = todo[key]
-            request = self.request(item_set, item, replace(options, seed=options.seed + number))
-            started, made = time.perf_counter(), self.answer(request)
+            started, made = time.perf_counter(), self.answer(todo[key])
             # no file could hold half of a surrogate pair
             text = made.text.encode("utf-8", "replace").decode()
             row = {"completion": text, "finish_reason": made.finish_reason, "opened": self.opens_thinking}
@@ -193,7 +196,7 @@ class Answerer:
             began = time.monotonic()
             for n, key in enumerate(todo):
                 now = time.monotonic()
-                if n and now + (now - began) / n > options.until:
+                if n and now + (now - began) / n > until:
                     return  # it would hardly end in time
                 yield ask(key)
             return
@@ -227,22 +230,18 @@ def _is_whole(answer: Mapping[str, Any]) -> bool:
 
 
 def _row(item_set: ItemSet, item: Item, number: int, answer: Mapping[str, Any]) -> Row:
-    """One row of the frame; code is judged later."""
-    shared, ended, how = (
-        ("id", "family", "length", "guess", "prompt"),
-        answer["finish_reason"],
-        item_set.extract,
-    )
-    row = {"set": item_set.name, "sample": number} | {name: getattr(item, name) for name in shared}
+    """One row of the frame; code that was not cut has no grade yet."""
+    ended, how, after = answer["finish_reason"], item_set.extract, f"after {answer['tokens']} tokens"
+    row = {"set": item_set.name, "sample": number, "expected": item.answer or item.reference}
+    row |= {name: getattr(item, name) for name in ("id", "family", "length", "guess", "prompt")}
     row |= {name: answer[name] for name in ("completion", "tokens", "seconds")}
-    row |= {"expected": item.answer or item.reference, "truncated": ended == "length"}
     if item_set.kind == "code" and ended != "time":
-        return row
-    judged, given = grade(answer["completion"], ended, item.answer, how, answer["opened"])
-    judged = CUT if ended == "time" else judged
+        return row | {"truncated": ended == "length"}
+    judged, given = CUT, ""
+    if ended != "time":
+        judged, given = grade(answer["completion"], ended, item.answer, how, answer["opened"])
     reasons = {"wrong": f"answered {given!r}", "no_answer": f"no answer in its {how}"}
-    reasons["truncated"] = f"cut off after {answer['tokens']} tokens"
-    reasons[CUT] = f"cut by the budget after {answer['tokens']} tokens"
+    reasons |= {"truncated": f"cut off {after}", CUT: f"cut by the budget {after}"}
     row |= {"grade": judged, "reason": reasons.get(judged, ""), "correct": judged == "correct"}
     return row | {"truncated": judged == "truncated"}
 
@@ -262,9 +261,8 @@ def _judge(
     """Run the candidates that have no verdict in ``path``, and put grade and reason into the rows."""
     conditions: dict[str, Any] = {"sandbox": sandbox.level, "limits": asdict(LIMITS), "driver": DRIVER}
     conditions["python"] = platform.python_version()
-    kept = journal.Journal(
-        path, conditions, fresh=options.fresh, whole=lambda row: journal.holds(row, VERDICT)
-    )
+    whole = partial(journal.holds, fields=VERDICT)
+    kept = journal.Journal(path, conditions, fresh=options.fresh, whole=whole)
     todo = {code.key: code for _, code in codes if isinstance(code, Candidate) and code.key not in kept}
     verdicts = sandbox.verdicts(list(todo.values()), progress=options.progress)
     for key, verdict in zip(todo, verdicts, strict=True):
@@ -276,9 +274,6 @@ def _judge(
         reason = f"{'cut off; ' * (cut and ran)}{verdict.outcome}: {verdict.detail}".rstrip(": ")
         row |= {"grade": verdict.outcome, "reason": "" if verdict.passed else reason}
         row |= {"correct": verdict.passed, "truncated": cut}
-
-
-# ---- under a budget ----
 
 
 @dataclass(frozen=True)
@@ -308,10 +303,7 @@ class QuestionPlan:
         Questions come spread evenly over the families. The answer at which the time ends is cut there.
         """
         end, runs, missing = time.monotonic() + self.budget_seconds, [], []
-        for number, each in enumerate(self.sets):
-            if number >= self.n_sets:
-                missing.append(f"the set {each.name}")
-                continue
+        for number, each in enumerate(self.sets[: self.n_sets]):
             now = time.monotonic()
             options = replace(self.options, until=now + (end - now) / (self.n_sets - number))
             run = score_set(self.model, each, folder, options, model_id=model_id)
@@ -320,7 +312,7 @@ class QuestionPlan:
             if n < most:
                 cut = "; 1 was cut off" if len(run.answered) < len(run.items) else ""
                 missing.append(f"only {n} of {most} questions of {each.name} answered{cut}")
-        return Results(runs), missing
+        return Results(runs), missing + [f"the set {each.name}" for each in self.sets[self.n_sets :]]
 
     def choose(self, folder: str | Path, seconds: float, *, model_id: str = "") -> Answers:
         """Multiple choice by likelihood, from the first set, for at most these seconds."""
@@ -342,10 +334,8 @@ def plan_questions(
 
     def cost(item_set: ItemSet) -> float:
         n_tokens = item_set.max_tokens + options.thinking_tokens
-        items = item_set.items[: options.limit]
-        return options.n_samples * sum(
-            pace.seconds(len(item.asked(item_set.instruction)) / 4 + 16, n_tokens) for item in items
-        )
+        prompts = (len(item.asked(item_set.instruction)) / 4 for item in item_set.items[: options.limit])
+        return options.n_samples * sum(pace.seconds(length + 16, n_tokens) for length in prompts)
 
     n_sets = len(item_sets)
     while n_sets > 1 and sum(cost(each.part(DOZEN)) for each in item_sets[:n_sets]) > seconds:

@@ -222,14 +222,14 @@ def choices(
     The result is written as lm-evaluation-harness does. Resumes after a kill.
     Example: `dfqs-nb choices model.gguf --set questions.jsonl`
     """
-    from dfqs_nb.scores import likelihood
+    from dfqs_nb.scores import ItemSet, likelihood
 
-    questions = likelihood.load_choices(set_name)
+    questions = likelihood.choices_of(ItemSet.load(set_name))
     questions = questions.part(limit) if limit else questions
     with open_model(model, n_ctx, threads) as opened:
         folder = model_run_dir(run, model, "scores")
         result = likelihood.answer(opened, questions, folder, model_id=identity(opened), fresh=fresh)
-    say(result.sentence)
+    say(result.score["sentence"])
     say_table(result.families())
     say(f"wrote {tilde(write_json(folder / f'{questions.name}.lm_eval.json', result.as_lm_eval()))}")
 

@@ -66,7 +66,7 @@ def f32(tmp_path_factory):
 def questions(tmp_path_factory):
     """Questions of a shipped set as plain text, the first two solved in front of each."""
     folder = tmp_path_factory.mktemp("questions")
-    made = likelihood.load_choices("standard-reasoning")
+    made = likelihood.choices_of(ItemSet.load("standard-reasoning"))
     rows = [asdict(item) | {"prompt": f"{item.prompt}\nAnswer:"} for item in made.items]
     rows = sorted(rows, key=lambda row: len(row["prompt"]))[
         :N_QUESTIONS

@@ -165,7 +165,7 @@ def test_question_sets(tmp_path: Path) -> None:
 
     def read() -> None:
         item_set = ItemSet.load(path)
-        item_set.row(), item_set.identity(), item_set.families()
+        item_set.row(), item_set.identity()
         for item in item_set.items:
             item.asked(item_set.instruction)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dfqs_nb.context import figures
 from dfqs_nb.context.boundary import (
     Boundary,
     Counts,
@@ -181,6 +182,23 @@ def test_curve_is_clipped_and_carries_raw_counts():
     table = same_answers([1, 1, 0.8, 0.8, 0.09], n_questions=100).curve()
     assert table["curve"].between(0, 1).all() and table["curve"].iloc[-1] == pytest.approx(0.09)
     assert table["n"].tolist() == [1200] * 5 and (table["low"] < table["accuracy"])[2:].all()
+
+
+def test_a_value_that_is_cut_at_1_has_the_accuracys_interval_beside_it():
+    """12 of 24, then 24 of 24: on the curve's scale both ends of the interval would be cut to 1."""
+    counts = same_answers([0.5, 1.0], n_texts=24, n_questions=1, lengths=[256, 512])
+    counts = dataclasses.replace(counts, successes=np.repeat([[0, 1], [1, 1]], 12, axis=0).astype(float))
+    row = counts.curve().iloc[1]
+    assert row["curve"] == row["accuracy"] == 1 and (row["low"] - 0) / (counts.a_0 - 0) > 1
+    assert row["low"] == pytest.approx(0.862, abs=0.001) and (row["correct"], row["n"]) == (24, 24)
+
+
+def test_no_figure_is_drawn_of_a_single_length():
+    counts = same_answers([1.0], lengths=[256])
+    drawn = figures.context_curve(counts.curve(), counts.boundary().as_dict())
+    assert drawn == "No figure of the curve: retrieval was measured at 256 tokens only."
+    empty = Counts.of(items_of()).curve()
+    assert figures.context_curve(empty, {}) == "No figure of the curve: retrieval was measured at no length."
 
 
 # ---- the largest fall ----

@@ -345,7 +345,8 @@ def test_cells_of_fewer_than_ten_questions_are_left_out_of_the_depth_figure():
 def test_few_questions_give_fewer_parts_of_depth():
     items = pd.DataFrame({"length": 256, "depth": np.linspace(0, 0.99, 26), "correct": True})
     assert depth_tiles(items)["depth"].tolist() == [0.0, 0.5]
-    assert depth_tiles(items[:9]).empty
+    few = depth_tiles(items[:9])
+    assert few.empty and context.figures.depth_by_length(few).startswith("No figure of depths")
 
 
 def test_the_probe_of_a_single_key_has_no_guess_rate(nano, tmp_path):

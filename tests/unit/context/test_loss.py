@@ -80,4 +80,4 @@ def test_what_the_budget_does_not_hold_is_not_measured(nano, tmp_path):
     slow = PrefillSpeed(10.0, 0.0)
     table = curve.loss_by_position(nano, probe_of("long-context-nano"), 512, 3, stage, slow)
     assert table.empty and stage.left_out == ["loss by position: not measured"]
-    assert "not measured" in figures.loss_by_position(table).get_title(loc="left")
+    assert figures.loss_by_position(table) == "No figure of the loss: it was not measured."

@@ -200,6 +200,7 @@ def test_a_run_without_answers_has_empty_tables():
     for run in (TaskRun(pd.DataFrame()), TaskRun(pd.DataFrame({"task": [], "length": []}))):
         assert not len(run.table()) and {"accuracy", "low", "high"} <= set(run.table())
         assert not len(run.effective()) and "effective" in run.effective()
+        assert figures.tasks_by_length(run) == "No figure of tasks: none was asked."
 
 
 def test_a_list_counts_where_several_words_are_expected(monkeypatch):

@@ -39,6 +39,12 @@ def test_the_seal_covers_what_was_written_through_the_stage(outputs):
     assert content["stage"] == "long_context" and content["boundary"] == 627
 
 
+def test_a_text_in_the_place_of_a_figure_writes_no_file_and_is_shown_literally(outputs):
+    stage = Stage("nano", "long_context")
+    shown = stage.figure("curve", "No figure of <b>: 1 length.")
+    assert shown.data == "No figure of &lt;b>: 1 length." and not finished(stage)["files"]
+
+
 def test_models_and_files_that_were_not_written_have_no_place_in_the_seal(outputs):
     stage = Stage("nano", "merge")
     stage.path("model.gguf").write_bytes(b"GGUF")

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from os.path import commonprefix
 
+import jsonschema
 import numpy as np
 import pytest
 from moe_models import write_model
@@ -15,12 +16,13 @@ from report_builder import append_damaged
 from scipy.special import log_softmax
 
 from dfqs_nb.core.errors import PromptError
-from dfqs_nb.core.paths import data_dir
+from dfqs_nb.core.files import read_json
+from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.llama.model import ContextFullError, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import ItemSet, likelihood
-from dfqs_nb.scores.likelihood import choices_of, load_choices
-from dfqs_nb.stats import clopper_pearson
+from dfqs_nb.scores.likelihood import choices_of
+from dfqs_nb.stats import clopper_pearson, wilson
 
 HEAD = {
     "set": "own",
@@ -74,7 +76,7 @@ def whole(model, context, tokens):
 
 
 def test_restored_states_give_what_whole_evaluations_give(model, own, tmp_path, evaluated):
-    questions = load_choices(own())
+    questions = ItemSet.load(own())
     answers = likelihood.answer(model, questions, tmp_path)
     n_evaluated = sum(evaluated)
     n_whole = 0
@@ -100,7 +102,7 @@ def test_four_choices_cost_little_more_than_one(model, own, tmp_path, evaluated)
         }
         for n, thing in enumerate(["a bench", "some grass", "a wall"])
     ]
-    questions = load_choices(own(HEAD, items))
+    questions = ItemSet.load(own(HEAD, items))
     encoded = [likelihood.encode(model, questions, item) for item in questions.items]
     shared = len(commonprefix([context for context, _ in encoded]))
     contexts = sum(len(context) - shared for context, _ in encoded)
@@ -115,7 +117,7 @@ def test_four_choices_cost_little_more_than_one(model, own, tmp_path, evaluated)
 def test_random_weights_score_at_chance(tmp_path):
     path = write_model("llama", tmp_path)
     path.write_bytes(with_vocabulary(path).bytes())
-    questions = load_choices("nano-reasoning")
+    questions = choices_of(ItemSet.load("nano-reasoning"))
     with open_model(path, OpenSettings(n_ctx=512, n_threads=1)) as random:
         items = likelihood.answer(random, questions, tmp_path).items
     for metric in ("acc", "acc_norm"):
@@ -125,7 +127,7 @@ def test_random_weights_score_at_chance(tmp_path):
 
 
 def test_context_and_choices_are_tokenized_together(model, own):
-    questions = load_choices(own())
+    questions = ItemSet.load(own())
     context, choices = likelihood.encode(model, questions, questions.items[1])
     text = b"".join(map(model.token_bytes, [*context, *choices[0]])).decode()
     assert text == "The sky is blue.\n\nRain fell softly on the  roof."
@@ -133,7 +135,7 @@ def test_context_and_choices_are_tokenized_together(model, own):
 
 
 def test_acc_norm_divides_by_the_length_of_a_choice(model, own, tmp_path):
-    answers = likelihood.answer(model, load_choices(own()), tmp_path)
+    answers = likelihood.answer(model, ItemSet.load(own()), tmp_path)
     for item, row in zip(ITEMS, answers.items.itertuples(), strict=True):
         per_letter = [
             value / len(choice) for value, choice in zip(row.log_likelihoods, item["choices"], strict=True)
@@ -142,8 +144,38 @@ def test_acc_norm_divides_by_the_length_of_a_choice(model, own, tmp_path):
     assert set(answers.families()["family"]) == {"all", "odd"}
 
 
+def test_the_stage_file_gets_both_accuracies_with_intervals_and_the_guess_rate(model, own, tmp_path):
+    answers = likelihood.answer(model, ItemSet.load(own()), tmp_path)
+    score = answers.score
+    assert {
+        "set": "own",
+        "n": 3,
+        "guess_rate": pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3),
+    }.items() <= score.items()
+    for metric in ("acc", "acc_norm"):
+        low, high = wilson(answers.items[metric].sum(), 3)
+        ends = score[f"{metric}_low"], score[f"{metric}_high"]
+        assert ends == (float(low), float(high)) and score[metric] == answers.items[metric].mean()
+    assert "guess rate 0.444" in score["sentence"]
+    schema = read_json(data_dir() / "spec" / "stages.schema.json")["$defs"]["scores"]["properties"]["choices"]
+    jsonschema.validate(score, schema)
+    notebook = (REPOSITORY / "notebooks" / "06_score_reasoning_and_code.ipynb").read_text(encoding="utf-8")
+    assert "choices=choices.score" in notebook
+
+
+def test_a_base_model_gets_a_blank_between_its_answer_mark_and_a_choice(tmp_path):
+    path = write_model("llama", tmp_path)
+    path.write_bytes(with_vocabulary(path).bytes())
+    questions = choices_of(ItemSet.load("nano-reasoning"))
+    with open_model(path, OpenSettings(n_ctx=512, n_threads=1)) as base:
+        assert not base.has_template
+        context, choices = likelihood.encode(base, questions, questions.items[0])
+        text = b"".join(map(base.token_bytes, [*context, *choices[0]])).decode()
+    assert text.endswith(f"Answer: {questions.items[0].choices[0]}")
+
+
 def test_the_file_has_the_layout_of_lm_eval(model, own, tmp_path):
-    answers = likelihood.answer(model, load_choices(own()), tmp_path)
+    answers = likelihood.answer(model, ItemSet.load(own()), tmp_path)
     result = json.loads(json.dumps(answers.as_lm_eval()))
     scores, samples = result["results"]["own"], result["samples"]["own"]
     right = [sample["acc"] for sample in samples]
@@ -154,7 +186,7 @@ def test_the_file_has_the_layout_of_lm_eval(model, own, tmp_path):
 
 
 def test_a_second_run_evaluates_nothing(model, own, tmp_path, evaluated):
-    questions = load_choices(own())
+    questions = ItemSet.load(own())
     first, n_evaluated = likelihood.answer(model, questions, tmp_path), sum(evaluated)
     append_damaged(tmp_path / "own.likelihood.jsonl")
     second = likelihood.answer(model, questions, tmp_path)
@@ -162,8 +194,8 @@ def test_a_second_run_evaluates_nothing(model, own, tmp_path, evaluated):
 
 
 def test_a_shipped_set_becomes_multiple_choice_the_same_way_each_time(model, tmp_path):
-    questions = load_choices("nano-reasoning")
-    assert questions == choices_of(ItemSet.load("nano-reasoning"))
+    questions = choices_of(ItemSet.load("nano-reasoning"))
+    assert questions == choices_of(ItemSet.load("nano-reasoning")) == choices_of(questions)
     assert questions.licence == ItemSet.load("nano-reasoning").licence != "not stated"
     answers = {item.id: item.answer for item in ItemSet.load("nano-reasoning").items}
     for item in questions.items:
@@ -171,7 +203,7 @@ def test_a_shipped_set_becomes_multiple_choice_the_same_way_each_time(model, tmp
     places = np.bincount([item.gold for item in questions.items], minlength=4) / len(questions.items)
     assert places.min() > 0.1, "the right choice stands at every place"
     result = likelihood.answer(model, replace(questions, items=questions.items[:8]), tmp_path)
-    assert len(result.items) == 8 and "guess rate 0.250" in result.sentence
+    assert len(result.items) == result.score["n"] == 8
     sizes = {"original": len(questions.items), "effective": 8}
     assert result.as_lm_eval()["n-samples"] == {"nano-reasoning-choices": sizes}
 
@@ -189,18 +221,18 @@ def test_a_shipped_set_becomes_multiple_choice_the_same_way_each_time(model, tmp
 )
 def test_a_broken_set_names_line_and_field(own, head, items, message):
     with pytest.raises(PromptError, match=message):
-        load_choices(own(head, items))
+        ItemSet.load(own(head, items))
 
 
 def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
     with pytest.raises(PromptError, match="has no 4 answers a family"):
-        load_choices("nano-code")
+        choices_of(ItemSet.load("nano-code"))
     with pytest.raises(PromptError, match="cannot be read"):
-        load_choices(tmp_path / "missing.jsonl")
+        ItemSet.load(tmp_path / "missing.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(PromptError, match="not a regular file"):
-        load_choices(tmp_path / "pipe.jsonl")
-    long = load_choices(own(HEAD, [{**ITEMS[0], "prompt": "The sky is blue. " * 300}]))
+        ItemSet.load(tmp_path / "pipe.jsonl")
+    long = ItemSet.load(own(HEAD, [{**ITEMS[0], "prompt": "The sky is blue. " * 300}]))
     with pytest.raises(ContextFullError):
         likelihood.answer(model, long, tmp_path)
 
@@ -215,4 +247,4 @@ def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
 )
 def test_a_head_that_means_nothing_is_refused(own, head, message):
     with pytest.raises(PromptError, match=message):
-        load_choices(own(head))
+        ItemSet.load(own(head))

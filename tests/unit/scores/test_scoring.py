@@ -147,10 +147,6 @@ RIGHT = {
     "used in a later block": f"{WHOLE}Use it so:\n```python\nprint(has_close([1.0], 2.0))\n```\n",
     "a method": f"```python\nclass Solution:\n    {SIGN.replace('(', '(self, ', 1)}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
     "a lambda": "```python\nhas_close = lambda xs, t: any(i != j and abs(a - b) < t for i, a in enumerate(xs) for j, b in enumerate(xs))\n```",
-    "a body alone": f"```python\n{BODY}```\n",
-    "a fence in its docstring": WHOLE.replace(
-        SIGN, f'{SIGN}    """Compare.\n\n    ```\n    x\n    ```\n    """\n'
-    ),
     "with helpers and imports": WHOLE.replace(
         "python\n", "python\nimport math\n\n\ndef helper(x):\n    return math.fabs(x)\n\n\n"
     ),
@@ -161,7 +157,6 @@ RIGHT = {
     "one of several names": f"```python\n{SIGN.replace('has_close', 'near')}{BODY}\nhas_close, other = near, None\n```",
     "other line ends": WHOLE.replace("\n", "\u2028"),
     "old line ends": WHOLE.replace("\n", "\r"),
-    "a body alone, without a fence": BODY,
     "behind a thinking of code": f"<think>{WHOLE.replace('<', '>')}</think>{WHOLE}",
 }
 TASK = item_sets.Item(
@@ -197,7 +192,7 @@ def test_right_code_is_found_however_it_is_written(way):
     ],
 )
 def test_an_answer_without_the_function_has_no_code(text):
-    assert code_in(text, "has_close", TASK.prompt) is None
+    assert code_in(text, "has_close") is None
 
 
 def test_code_with_a_fault_is_run_so_that_the_fault_is_seen():
@@ -268,7 +263,8 @@ def test_code_scores_by_task():
 def test_shipped_sets_are_whole(name):
     found = ItemSet.load(name)
     assert found.licence in ("MIT", "Apache-2.0") and len(found.source) > 40
-    head = json.loads(item_sets.item_set_paths()[name].read_text(encoding="utf-8").splitlines()[0])
+    path = PROMPTS / f"{name.replace('-', '_')}.jsonl"
+    head = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
     assert head["generator"] == "data/prompts/generate.py" and head["seed"]
     assert len({item.prompt for item in found.items}) == len(found.items)
     expected = {
@@ -549,9 +545,9 @@ def test_random_guesses_score_the_guess_rate_on_the_nano_set():
     assert right / total == pytest.approx(heights[0].guess, abs=0.03)
 
 
-def test_shipped_sets_lie_where_they_are_looked_for():
-    assert set(item_sets.item_set_paths()) == set(SHIPPED)
-    assert all(isinstance(path, Path) for path in item_sets.item_set_paths().values())
+def test_shipped_sets_have_the_names_of_their_files():
+    names = {path.stem.replace("_", "-") for path in PROMPTS.glob("*.jsonl")}
+    assert names == set(SHIPPED) == {ItemSet.load(name).name for name in SHIPPED}
 
 
 def test_every_shipped_file_is_in_the_list_and_what_others_wrote_has_its_licence():

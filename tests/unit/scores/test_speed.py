@@ -94,3 +94,5 @@ def test_the_metric_and_the_figure_have_the_same_depth():
         == "Decode at depth 512 reaches 10.0% of the roof"
     )
     assert speed.metric_row(table.iloc[:1])["depth"] == 128
+    alone = figures.decode_roofline(table.iloc[1:2])
+    assert alone.startswith("No figure of decode by depth: only depth 512 was timed; ") and "10.0%" in alone
