@@ -68,11 +68,18 @@ class Counts:
     n: np.ndarray = field(init=False)
     accuracy: np.ndarray = field(init=False)
     fit: np.ndarray = field(init=False)  # the accuracy that does not increase
+    a_0: float = field(init=False)  # accuracy at the shortest length; NaN where nothing was asked
+    threshold: float = field(
+        init=False
+    )  # the accuracy at which `SHARE` of the ability above guessing is left
+    n_texts: int = field(init=False)  # the fewest that were asked at a length
 
     def __post_init__(self) -> None:
         right, n = self.successes.sum(0), self.trials.sum(0)
-        fit = non_increasing(right, n)
-        vars(self).update(right=right, n=n, accuracy=right / n, fit=fit)
+        a_0 = float(right[0] / n[0]) if len(n) else nan
+        threshold = self.guess_rate + SHARE * (a_0 - self.guess_rate)
+        vars(self).update(right=right, n=n, accuracy=right / n, fit=non_increasing(right, n))
+        vars(self).update(a_0=a_0, threshold=threshold, n_texts=int(min((self.trials > 0).sum(0), default=0)))
 
     @classmethod
     def of(cls, items: pd.DataFrame) -> Counts:
@@ -93,21 +100,6 @@ class Counts:
             wrong = items.loc[~items["correct"].astype(bool), "another_key"]
             guess = 1 / n_keys if not len(wrong) or wrong.mean() >= 0.5 else 0.0
         return cls(lengths[kept], right[:, kept], trials[:, kept], planned[kept], guess)
-
-    @property
-    def n_texts(self) -> int:
-        """The fewest texts that were asked at a length."""
-        return int((self.trials > 0).sum(0).min())
-
-    @property
-    def a_0(self) -> float:
-        """Accuracy at the shortest length; NaN where nothing was asked."""
-        return float(self.accuracy[0]) if len(self.lengths) else nan
-
-    @property
-    def threshold(self) -> float:
-        """The accuracy at which ``SHARE`` of the model's ability above guessing is left."""
-        return self.guess_rate + SHARE * (self.a_0 - self.guess_rate)
 
     def curve(self) -> pd.DataFrame:
         """``length``, ``planned``, ``correct``, ``n``, ``accuracy``, Wilson's ``low`` and ``high``, ``fit``.
@@ -143,7 +135,7 @@ class Counts:
             cause=None if censored else "quality",
             **about,
             first_crossing=None if first == inf else round(first),
-            not_monotone=self.rises(),
+            not_monotone=self._rises(),
             provisional=provisional,
         )
 
@@ -180,7 +172,7 @@ class Counts:
         fall = float(self.accuracy[a] - self.accuracy[b])
         return fall - hypot(down_a, up_b), fall + hypot(up_a, down_b)
 
-    def rises(self) -> bool:
+    def _rises(self) -> bool:
         """Whether the accuracy recovers from below the threshold, beyond chance (5 %, Bonferroni)."""
         below = self.accuracy < self.threshold
         later = [(int(i), j) for i in np.flatnonzero(below) for j in range(i + 1, len(below)) if not below[j]]
@@ -274,24 +266,15 @@ def octaves(shortest: int, longest: int) -> list[int]:
     return [shortest * 2**k for k in range(int(log2(longest / shortest)) + 1)] if longest >= shortest else []
 
 
-def refined_lengths(counts: Counts) -> list[int]:
-    """The middles (in log2) of the intervals where the fit, and the accuracies themselves, first cross."""
-    middles = set()
-    for values in (counts.fit, counts.accuracy):
-        low, high = (float(edge) for edge in bracket(counts.lengths, values, counts.threshold))
-        if high != inf and high > low and log2(high / low) > CLOSE:
-            middles.add(round((low * high) ** 0.5))
-    return sorted(middles - set(counts.lengths.tolist()))
-
-
 def search_lengths(
     measure: Callable[[int, bool], Counts | None], grid: Sequence[int], rounds: int = 1
 ) -> Counts | None:
     """Measure the grid up to a clear failure, then halve the interval of the crossing ``rounds`` times.
 
-    ``measure`` takes a length and whether it is of the grid, and returns all counts so far, or None when it
-    could not run: the search ends. What comes next depends on the last counts, which are returned, alone: so
-    a resumed search repeats itself.
+    The intervals are those in which the fit, and the accuracies themselves, first cross. ``measure`` takes a
+    length and whether it is of the grid, and returns all counts so far, or None when it could not run: the
+    search ends. What comes next depends on the last counts, which are returned, alone: so a resumed search
+    repeats itself.
     """
     counts = None
     for length in grid:
@@ -302,7 +285,14 @@ def search_lengths(
         if len(high) > FAILED_LENGTHS and (high[-FAILED_LENGTHS:] < counts.threshold).all():
             break  # these fail by their whole intervals
     for _ in range(rounds):
-        for length in refined_lengths(counts) if counts else ():
+        if counts is None:
+            return None
+        middles = set()
+        for values in (counts.fit, counts.accuracy):
+            low, high = map(float, bracket(counts.lengths, values, counts.threshold))
+            if low < high < inf and log2(high / low) > CLOSE:
+                middles.add(round((low * high) ** 0.5))
+        for length in sorted(middles - set(counts.lengths.tolist())):
             if (done := measure(length, False)) is None:
                 return counts
             counts = done

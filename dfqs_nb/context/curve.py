@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ import numpy as np
 import pandas as pd
 
 from dfqs_nb.context.boundary import Boundary, Counts, search_lengths
-from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Probe, Question, StandIn, frame_of, sentences
-from dfqs_nb.context.plan import Meter, Plan, PrefillSpeed, RuntimeFailure, crew, side_by_side
+from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question, StandIn
+from dfqs_nb.context.plan import Meter, Plan, RuntimeFailure, crew, side_by_side
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.files import parse_json
 from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import TOLERANCE, DecodeError, Model, ReuseCheck, SavedState, check_reuse
-from dfqs_nb.stats import mean_interval, wilson
+from dfqs_nb.stats import wilson
 
 JOURNAL, REUSE = "long_context_items.jsonl", "reuse"  # and the row of the check of reuse in it
 ITEM = {  # what an answer in it holds
@@ -36,10 +35,6 @@ ITEM = {  # what an answer in it holds
     **dict.fromkeys(("planned", "correct", "another_key"), bool),
 }
 CHECK = {"allowed": bool, "largest_difference": float, "n_evaluated": int}
-CHUNK_TOKENS = 128  # of a held-out text that are evaluated at once, so that logits take little memory
-LOGIT_SECONDS = 3e-8  # that a logit takes to become a probability, measured on one core
-FIRST_BAND = 32  # tokens before it belong to the chat template
-LOSSES = ("start", "end", "texts", "tokens", "loss", "low", "high")
 LEAST_CELL, USUAL_CELL = 10, 13  # questions in a cell of the depth figure
 
 
@@ -63,13 +58,13 @@ class Asker:
 
     def ask(self, question: Question) -> tuple[str, int]:
         """The greedy answer, cut off when more tokens cannot make it right, or right for another key."""
-        if self._state is None:
-            self.model.clear()
-            tokens = [*self._body, *question.prompt]
-        else:
+        tokens, raw = list(question.prompt), b""
+        if self._state:
             self.model.restore(self._state)
-            tokens = list(question.prompt)
-        logits, raw = self.model.evaluate(tokens), b""
+        else:
+            self.model.clear()
+            tokens = [*self._body, *tokens]
+        logits = self.model.evaluate(tokens)
         for n_answer in range(question.max_tokens):
             token = int(np.argmax(logits))
             raw += b"" if self.model.ends(token) else self.model.token_bytes(token)
@@ -117,10 +112,6 @@ class Run:
         """Counts of the curve's answers."""
         return Counts.of(self.retrieval)
 
-    def curve(self) -> pd.DataFrame:
-        """See `Counts.curve`: planned lengths, and those added where the accuracy crosses."""
-        return self.counts().curve()
-
     def boundary(self) -> Boundary:
         """The smaller of the quality boundary and the first runtime failure."""
         counts, failure = self.counts(), self.failure
@@ -130,27 +121,20 @@ class Run:
         boundary = counts.boundary()
         return boundary if failure is None else boundary.capped(failure.length, failure.cause)
 
-    def tasks(self) -> pd.DataFrame:
-        """Every task that was asked; see `task_table`."""
-        return task_table(self.items)
-
-    def depths(self) -> pd.DataFrame:
-        """The curve's answers by length and depth; see `depth_tiles`."""
-        return depth_tiles(self.retrieval)
-
-    def hand_on(self, stage: Stage, conditions: dict[str, Any], losses: pd.DataFrame) -> list[str]:
+    def hand_on(self, stage: Stage, conditions: dict[str, Any]) -> list[str]:
         """Write ``long_context.json`` with its seal, and return its summary lines.
 
-        ``conditions``: of the open model. ``losses``: see `loss_by_position`.
+        ``conditions``: of the open model.
         """
-        counts, boundary, tasks, keys = self.counts(), self.boundary(), self.tasks(), self.plan.probe.needles
+        counts, boundary, tasks, plan = self.counts(), self.boundary(), task_table(self.items), self.plan
         curve, measured, lines = counts.curve(), boundary.status != "not measured", [boundary.sentence]
-        planned, first = curve[curve["planned"]], tasks[tasks["task"] == self.plan.probe.tasks[0]]
-        wrong, another = (int(first[name].sum()) for name in ("wrong", "another_key"))
+        planned, first = curve[curve["planned"]], tasks[tasks["task"] == plan.probe.tasks[0]]
+        guess: dict[str, Any] = {name: int(first[name].sum()) for name in ("wrong", "another_key")}
+        guess |= {"rate": counts.guess_rate, "keys": plan.probe.needles}
         if measured:
             of = f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}"
-            guessed = f"{another} of {wrong} wrong answers are another key's"
-            lines.append(f"{of}, guess rate {counts.guess_rate:.2f} ({guessed})")
+            guessed = f"{guess['another_key']} of {guess['wrong']} wrong answers are another key's"
+            lines.append(f"{of}, guess rate {guess['rate']:.2f} ({guessed})")
         if fall := counts.largest_fall():
             what = f"the largest fall of an octave is {fall['fall']:.0%} of the short-context ability"
             ends = f"from {fall['start']:,} to {fall['end']:,} tokens"
@@ -158,23 +142,22 @@ class Run:
         stage.add(self.journal.path)
         reused = {"reuse": bool(self.reuse and self.reuse.allowed)}
         stage.finish(
-            conditions={**conditions, **self.plan.conditions(), **reused},
+            conditions={**conditions, **plan.conditions(), **reused},
             summary=lines,
             model=stage.model,
-            tier=self.plan.probe.tier,
+            tier=plan.probe.tier,
             context_stability_curve=planned["curve"].tolist(),
             failure_boundary_tokens=boundary.tokens if measured else None,
             curve=planned.to_dict("records"),
             refined=curve[~curve["planned"]].to_dict("records"),
             boundary=boundary.as_dict() if measured else None,
-            not_measured="" if measured else "; ".join(self.plan.left_out) or boundary.sentence,
+            not_measured="" if measured else "; ".join(plan.left_out) or boundary.sentence,
             largest_fall=fall,
-            guess={"rate": counts.guess_rate, "keys": keys, "wrong": wrong, "another_key": another},
+            guess=guess,
             tasks=tasks.to_dict("records"),
             runtime_failure=asdict(self.failure) if self.failure else None,
             budget_hit=self.budget_hit,
             evaluated_tokens=self.evaluated_tokens,
-            losses=losses.to_dict("records"),
         )
         return lines
 
@@ -184,10 +167,9 @@ def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
     ``another_key``: the answer is right for another key of the text.
     """
-    items = [{key: value for key, value in row.items() if key != "id"} for row in rows if "question" in row]
-    order = ["length", "haystack", "task", "depth"]
-    frame = pd.DataFrame(items) if items else pd.DataFrame(columns=list(ITEM))
-    return frame.sort_values(order, ignore_index=True)
+    items = [row for row in rows if "question" in row]
+    frame = pd.DataFrame(items).drop(columns="id") if items else pd.DataFrame(columns=list(ITEM))
+    return frame.sort_values(["length", "haystack", "task", "depth"], ignore_index=True)
 
 
 def _is_whole(row: dict[str, Any]) -> bool:
@@ -206,7 +188,7 @@ def read_answers(folder: str | Path) -> list[pd.DataFrame]:
         row = parse_json(line)
         if not isinstance(row, dict) or not _is_whole(row):
             raise ValueError(f"not an answer: {line[:80].decode('utf-8', 'replace')}")
-        runs.setdefault(str(row.pop("conditions", "")), []).append(row)
+        runs.setdefault(str(row.pop("conditions", "")), []).append({"id": "", **row})
     frames = [item_frame(rows) for rows in reversed(runs.values())]
     return [frame for frame in frames if len(frame)]
 
@@ -231,10 +213,9 @@ def depth_tiles(items: pd.DataFrame) -> pd.DataFrame:
     n_least = int(items.groupby("length").size().min()) if len(items) else 0
     n_parts = max(1, min(N_STRATA, n_least // USUAL_CELL))
     part = (items["depth"] * n_parts).astype(int).clip(0, n_parts - 1) / n_parts
-    table = items.assign(depth=part).groupby(["length", "depth"])["correct"].agg(["sum", "count"])
-    table = table.rename(columns={"sum": "correct", "count": "n"}).reset_index()
-    table = table[table["n"] >= LEAST_CELL].reset_index(drop=True)
-    return table.assign(depth_end=table["depth"] + 1 / n_parts)
+    groups = items.assign(depth=part).groupby(["length", "depth"])["correct"]
+    table = groups.agg(correct="sum", n="count").reset_index()
+    return table[table["n"] >= LEAST_CELL].assign(depth_end=lambda cells: cells["depth"] + 1 / n_parts)
 
 
 def measure(
@@ -253,7 +234,7 @@ def measure(
     ``predicted``: a length that memory will not hold (`predict_failure`), which bounds the grid. ``alone``:
     leave the other cores to others.
     """
-    haystacks = Haystacks(frame_of(model, plan.probe), plan.probe, plan.grid[0])
+    haystacks = Haystacks.of(model, plan.probe, plan.grid[0])
     conditions = {**model.conditions(), "model_sha256": model_sha256, **plan.conditions()}
     journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh, whole=_is_whole)
     if predicted is not None:
@@ -273,6 +254,7 @@ def measure(
             if missing and not meter.holds(cost):
                 return False
             with meter.spend(cost * len(missing) / len(case.questions)):
+                bar.update(len(case.questions) - len(missing))
                 _ask(journal, asker, case, missing, planned, bar)
             return True
 
@@ -282,7 +264,8 @@ def measure(
         return None if run.budget_hit else Counts.of(items[items["length"].isin(done)])
 
     models = crew(model, alone) if isinstance(model, Model) else nullcontext()
-    with models as copies, tqdm(total=plan.tokens(), unit="tok", unit_scale=True, desc="long context") as bar:
+    total = plan.n_questions * sum(map(plan.n_texts, plan.grid))
+    with models as copies, tqdm(total=total, unit="question", desc="long context") as bar:
         try:
             if plan.n_haystacks:
                 reuse = plan.reuse and _reuses(model, journal, haystacks.case(0, now), plan.n_checked)
@@ -318,7 +301,6 @@ def _ask(
     n_held = asker.hold(case.body) if questions else 0
     if n_held and f"{text}/held" not in journal:
         journal.add(f"{text}/held", n_evaluated=n_held)
-    bar.update(n_held)
     for question in questions:
         started = time.perf_counter()
         answer, n_evaluated = asker.ask(question)
@@ -328,74 +310,4 @@ def _ask(
         row |= {"another_key": question.is_another(answer), "n_needles": case.n_needles}
         row |= {"n_prompt": len(case.body + question.prompt), "n_evaluated": n_evaluated}
         journal.add(f"{text}/{question.name}", **row, seconds=round(time.perf_counter() - started, 4))
-        bar.update(n_evaluated)
-
-
-# ---- held-out texts ----
-
-
-def loss_by_position(
-    model: Model, probe: Probe, longest: int, n_texts: int, stage: Stage, speed: PrefillSpeed
-) -> pd.DataFrame:
-    """Mean loss along held-out texts of ``longest`` tokens, a row a band of position that doubles in width.
-
-    The texts are the probe's filler, without keys. Columns ``start`` to ``end`` (tokens), ``texts``,
-    ``tokens``, ``loss`` (nats) with its 95 % interval over texts ``low`` to ``high``. It takes half of the
-    time that the stage has left: shorter texts, down to 128 tokens, and then fewer. One counts as none.
-    """
-    haystacks, n_tokens, seconds = Haystacks(frame_of(model, probe), probe), longest, stage.seconds_left / 2
-
-    def cost() -> float:
-        return speed.seconds(n_tokens) + n_tokens * model.n_vocab * LOGIT_SECONDS
-
-    while n_tokens >= 256 and 2 * cost() > seconds:
-        n_tokens //= 2
-    meter = Meter(seconds)
-
-    def read(reader: Model, number: int) -> np.ndarray | None:
-        if not meter.holds(cost()):
-            return None
-        with meter.spend(cost()):
-            return token_losses(reader, held_out_text(haystacks, number, n_tokens))
-
-    with crew(model) as models:
-        texts = [each for each in side_by_side(models, read, range(n_texts)) if each is not None]
-    if len(texts) < 2:
-        stage.leave_out(["loss by position: not measured"])
-        return pd.DataFrame(columns=LOSSES)
-    if (len(texts), n_tokens) != (n_texts, longest):
-        what = f"{len(texts)} held-out texts of {n_tokens:,} tokens, not {n_texts} of {longest:,}"
-        stage.leave_out([what])
-    edges, losses = [max(FIRST_BAND, len(haystacks.frame.head))], np.stack(texts)
-    while edges[-1] * 2 < n_tokens:
-        edges.append(edges[-1] * 2)
-    rows = []
-    for start, end in pairwise([*edges, n_tokens]):
-        part = losses[:, start - 1 : end - 1]
-        rows.append((start, end, len(part), part.size, part.mean(), *mean_interval(part.mean(1))))
-    return pd.DataFrame(rows, columns=LOSSES)
-
-
-def token_losses(model: Model, tokens: Sequence[int]) -> np.ndarray:
-    """Negative log-likelihood in nats of each token after the first, given all before it: ``(n - 1,)``."""
-    from scipy.special import log_softmax
-
-    model.clear()
-    losses, at = [], 1
-    for logits in model.logits(tokens, CHUNK_TOKENS):
-        targets = tokens[at : at + len(logits)]
-        rows = log_softmax(logits[: len(targets)].astype(np.float64), axis=1)
-        losses.append(-rows[np.arange(len(targets)), list(targets)])
-        at += len(logits)
-    return np.concatenate(losses)
-
-
-def held_out_text(haystacks: Haystacks, number: int, n_tokens: int) -> list[int]:
-    """Filler of the probe, drawn apart from every haystack, behind the chat template's head."""
-    frame, draw = haystacks.frame, haystacks.generator("held out", number)
-    tokens = list(frame.head)
-    for text in sentences(haystacks.probe, draw):
-        tokens += frame.text((" " if len(tokens) > len(frame.head) else "") + text)
-        if len(tokens) >= n_tokens:
-            break
-    return tokens[:n_tokens]
+        bar.update()

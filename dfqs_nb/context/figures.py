@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from dfqs_nb.context.tasks import TaskRun
 
-LINE: dict[str, Any] = {"fmt": "o-", "color": PALETTE[0], "capsize": 3, "linewidth": 1}
-
 
 def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None) -> Axes | str:
     """Accuracy by context length with its intervals, the non-increasing fit, the threshold and the boundary.
@@ -32,12 +30,15 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None
         return f"No figure of the curve: retrieval was measured {at}."
     ax = new_axes(ax, 3.6)
     for planned, part in curve.groupby("planned"):
-        style = {**LINE, "fmt": "o", "zorder": 3, "markerfacecolor": PALETTE[0] if planned else "white"}
+        style: dict[str, Any] = {"fmt": "o", "capsize": 3, "zorder": 3, "color": PALETTE[0]}
+        style["markerfacecolor"] = PALETTE[0] if planned else "white"
         ax.errorbar(part["length"], part["accuracy"], yerr=whiskers(part, "accuracy"), **style)
     ax.plot(curve["length"], curve["fit"], color=PALETTE[0], linewidth=1, alpha=0.7)
     shortest = curve["length"].min()
     for name in ("threshold", "guess_rate"):
-        _level(ax, boundary[name], shortest, f"{name.replace('_', ' ')} {boundary[name]:.2f}")
+        level, note = boundary[name], f"{name.replace('_', ' ')} {boundary[name]:.2f}"
+        ax.axhline(level, color=INK, linewidth=0.8, linestyle=":")
+        ax.annotate(note, (shortest, level), (0, -3), textcoords="offset points", fontsize=8, va="top")
     if boundary["status"] == "measured":
         right = boundary["high"] or curve["length"].max()
         ax.axvspan(boundary["low"] or shortest, right, color=PALETTE[0], alpha=0.13, linewidth=0)
@@ -49,11 +50,6 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None
     core.share_axis(ax.yaxis, f"right answers (n = {n} a length)")
     set_title(ax, textwrap.fill(f"Retrieval {boundary['sentence']}", 80))
     return ax
-
-
-def _level(ax: Axes, value: float, at: float, note: str) -> None:
-    ax.axhline(value, color=INK, linewidth=0.8, linestyle=":")
-    ax.annotate(note, (at, value), (0, -3), textcoords="offset points", fontsize=8, va="top")
 
 
 def depth_by_length(tiles: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
@@ -102,27 +98,4 @@ def _tiles(table: pd.DataFrame, right: str, ax: Axes | None) -> Axes:
     ax.tick_params(length=0)
     bar = ax.figure.colorbar(image, ax=ax, label="right answers")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    return ax
-
-
-def loss_by_position(losses: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
-    """Loss along held-out texts; see `curve.loss_by_position`."""
-    if losses.empty:
-        return "No figure of the loss: it was not measured."
-    ax = new_axes(ax)
-    middle = (losses["start"] * losses["end"]) ** 0.5
-    ax.errorbar(middle, losses["loss"], yerr=whiskers(losses, "loss"), **LINE)
-    label = f"position in the context (tokens); n = {losses['texts'].iloc[0]} texts"
-    token_axis(ax, [*losses["start"], losses["end"].iloc[-1]], label)
-    ax.set_ylabel("loss (nats a token, 95 % interval)")
-    ax.margins(y=0.2)
-    known = bool(losses["high"].notna().all())
-    best, last = losses.loc[losses["high" if known else "loss"].idxmin()], losses.iloc[-1]
-    if last["start"] == best["start"]:
-        set_title(ax, f"Loss is lowest at the end of the context, {last['loss']:.2f} nats a token")
-        return ax
-    start, end = (f"{row['loss']:.2f} {{}} {row['start']:,.0f}" for row in (best, last))
-    apart = "" if last["low"] > best["high"] else " (intervals overlap)"
-    apart = apart if known else " (too few texts for intervals)"
-    set_title(ax, f"Loss rises from {start.format('at')} tokens to {end.format('beyond')}{apart}")
     return ax

@@ -105,33 +105,13 @@ class Case:
     haystack: int
     length: int
     body: tuple[int, ...] = field(repr=False)
-    questions: tuple[Question, ...] = ()
-    n_needles: int = 1
-
-
-@dataclass(frozen=True)
-class Frame:
-    """How a text becomes tokens, and what stands around a haystack: the chat template, cut there."""
-
-    head: tuple[int, ...]
-    after: str
-    tokenize: Callable[..., Sequence[int]] = field(repr=False)
-
-    def text(self, text: str) -> tuple[int, ...]:
-        """Tokens of plain text, in which control tokens have no meaning."""
-        return tuple(self.tokenize(text, special=False))
+    questions: tuple[Question, ...]
+    n_needles: int
 
 
 # What is asked in the place of an open `Model`, such as a server. It has a model's `tokenize`, `with_bos`,
 # `conditions`, `clear` and `settings.n_ctx`, what `around` gives, and `hold` and `ask` as `curve.Asker`.
 StandIn = Any
-
-
-def frame_of(model: Model | StandIn, probe: Probe) -> Frame:
-    """The frame of this model: its chat template, or plain text where it has none."""
-    before, after = around(model) if isinstance(model, Model) else model.around
-    head = model.with_bos([*model.tokenize(before), *model.tokenize(probe.intro, special=False)])
-    return Frame(tuple(head), after, lru_cache(maxsize=8192)(model.tokenize))
 
 
 def around(model: Model) -> tuple[str, str]:
@@ -171,58 +151,77 @@ class _Fact(NamedTuple):
 
 
 class Haystacks:
-    """All texts of a probe for one model; a `PromptError`: ``shortest`` tokens cannot hold the keys."""
+    """All texts of a probe for one model; a `PromptError`: ``shortest`` tokens cannot hold the keys.
 
-    def __init__(self, frame: Frame, probe: Probe, shortest: int | None = None) -> None:
-        self.frame, self.probe = frame, probe
-        if shortest is not None and shortest < self.least_tokens():
-            what, least = f"{shortest} tokens cannot hold the keys of {probe.name}", self.least_tokens()
-            raise PromptError(what, hint=f"use lengths from {least} tokens on")
+    ``tokenize`` gives the token ids of a text; with ``special=False`` control tokens have no meaning in it.
+    ``head``: tokens before the sentences. ``after``: text between a question and its answer.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        tokenize: Callable[..., Sequence[int]],
+        head: Sequence[int],
+        after: str,
+        shortest: int | None = None,
+    ) -> None:
+        self.probe, self._tokenize, self._head = probe, lru_cache(maxsize=8192)(tokenize), tuple(head)
+        self._after = tuple(tokenize(after))
+        words = {"key": " ".join(max(part, key=len) for part in probe.keys), "code": "0" * probe.code_digits}
+        words["name"] = max(probe.guards, key=len, default="")  # the longest
+        tails = [self._tail(link, words) for link in ((False, True) if probe.link else (False,))]
+        # evaluated for the longest question and its answer
+        self.question_tokens = max(map(len, tails)) + self._size(probe.answer.format(**words))
+        facts = probe.needles * self._size(probe.needle.format(**words))
+        facts += self._size(probe.link.format(**words)) if probe.link else 0
+        beside = 12 * probe.needles if probe.needles > 1 else 0
+        # of the shortest context that holds every fact, and sentences beside them
+        self.least_tokens = len(self._head) + self.question_tokens + facts + beside
+        if shortest is not None and shortest < self.least_tokens:
+            what = f"{shortest} tokens cannot hold the keys of {probe.name}"
+            raise PromptError(what, hint=f"use lengths from {self.least_tokens} tokens on")
+
+    @classmethod
+    def of(cls, model: Model | StandIn, probe: Probe, shortest: int | None = None) -> Haystacks:
+        """For this model, in its chat template, or as plain text where it has none."""
+        before, after = around(model) if isinstance(model, Model) else model.around
+        head = model.with_bos([*model.tokenize(before), *model.tokenize(probe.intro, special=False)])
+        return cls(probe, model.tokenize, head, after, shortest)
 
     def case(self, number: int, length: int, links: bool = True) -> Case:
         """The text of this number at this length, with its questions; ``links``: the two-hop one too."""
-        draw = self.generator(length, number)
+        probe, draw = self.probe, random.Random(f"{self.probe.seed}:{self.probe.name}:{length}:{number}")
         facts = self._facts(number, draw)
-        texts = [*self.probe.sentences, *(fact.text for fact in facts)]
         # at the very beginning, without the blank before it, a sentence may take more tokens
-        first = max(0, *(len(self.frame.text(text)) - self._size(text) for text in texts))
-        room = length - len(self.frame.head) - self.question_tokens() - first
-        filler, drawn = list[str](), sentences(self.probe, draw)
+        texts = [*probe.sentences, *(fact.text for fact in facts)]
+        first = max(0, *(len(self._plain(text)) - self._size(text) for text in texts))
+        room = length - len(self._head) - self.question_tokens - first
+        filler, drawn = list[str](), sentences(probe, draw)
         left = room - sum(self._size(fact.text) for fact in facts)
         while text := next((text for text in islice(drawn, DRAWS) if self._size(text) <= left), ""):
             filler.append(text)
             left -= self._size(text)
         tokens, starts = self._laid_out(facts, filler, room)
-        asked = [fact for fact in facts if links or not fact.link]
-        questions = [self._question(fact, starts[fact.text] / max(1, len(tokens)), facts) for fact in asked]
-        body = self.frame.head + tuple(tokens)
-        return Case(number, length, body, tuple(questions), self.probe.needles)
-
-    def generator(self, *parts: object) -> random.Random:
-        """A generator that depends on the set's seed and these parts only."""
-        return random.Random(":".join(map(str, (self.probe.seed, self.probe.name, *parts))))
-
-    def question_tokens(self) -> int:
-        """Tokens evaluated for the longest question and its answer."""
-        words, kinds = self._longest_words(), (False, True) if self.probe.link else (False,)
-        longest = max(len(self._tail(link, words)) for link in kinds)
-        return longest + self._size(self.probe.answer.format(**words))
-
-    def least_tokens(self) -> int:
-        """Tokens of the shortest context that holds every fact, and sentences beside them."""
-        words, probe = self._longest_words(), self.probe
-        facts = probe.needles * self._size(probe.needle.format(**words))
-        facts += self._size(probe.link.format(**words)) if probe.link else 0
-        beside = 12 * probe.needles if probe.needles > 1 else 0
-        return len(self.frame.head) + self.question_tokens() + facts + beside
+        answers, questions = {probe.answer.format(**fact.words) for fact in facts}, []
+        for fact in facts:
+            if links or not fact.link:
+                expected, key = probe.answer.format(**fact.words), fact.words["key"]
+                name, others = (
+                    f"{key}/guard" if fact.link else key or "key",
+                    tuple(sorted(answers - {expected})),
+                )
+                depth, most = starts[fact.text] / max(1, len(tokens)), self._size(expected)
+                most += ANSWER_SPARE if probe.whole_answer else 1
+                about = depth, self._tail(fact.link, fact.words), expected, others, probe.whole_answer, most
+                questions.append(Question(name, probe.tasks[fact.link], *about))
+        return Case(number, length, self._head + tuple(tokens), tuple(questions), probe.needles)
 
     def _facts(self, number: int, draw: random.Random) -> list[_Fact]:
         """The keys of a text in strata of depth, and the link of its two-hop question."""
         probe, n_strata = self.probe, max(self.probe.needles, N_STRATA)
         codes, facts = probe.codes(draw, probe.needles), []
         for i, (key, code) in enumerate(zip(probe.key_names(draw, probe.needles), codes, strict=True)):
-            words = {"key": key, "code": code}
-            stratum = (number * probe.needles + i) % n_strata
+            words, stratum = {"key": key, "code": code}, (number * probe.needles + i) % n_strata
             target = (stratum + draw.random()) / n_strata
             facts.append(_Fact(target, words, probe.needle.format(**words)))
         if probe.link:
@@ -234,38 +233,25 @@ class Haystacks:
         self, facts: Sequence[_Fact], filler: Sequence[str], room: int
     ) -> tuple[list[int], dict[str, int]]:
         """Tokens of facts among filler, each at the sentence's end nearest its target; where each begins."""
-        tokens: list[int] = []
-        starts: dict[str, int] = {}
-        waiting = list(facts)
+        tokens, starts, waiting = list[int](), dict[str, int](), list(facts)
         for text in [*filler, None]:
             half = self._size(text) / 2 if text else room
             while waiting and waiting[0].target * room <= len(tokens) + half:
                 fact = waiting.pop(0)
                 starts[fact.text] = len(tokens)
-                tokens += self.frame.text((" " if tokens else "") + fact.text)
-            tokens += self.frame.text((" " if tokens else "") + text) if text else ()
+                tokens += self._plain((" " if tokens else "") + fact.text)
+            tokens += self._plain((" " if tokens else "") + text) if text else ()
         return tokens, starts
 
-    def _question(self, fact: _Fact, depth: float, facts: Sequence[_Fact]) -> Question:
-        probe, link = self.probe, fact.link
-        expected, key = probe.answer.format(**fact.words), fact.words["key"]
-        others = {probe.answer.format(**other.words) for other in facts} - {expected}
-        prompt = self._tail(link, fact.words)
-        most = self._size(expected) + (ANSWER_SPARE if probe.whole_answer else 1)
-        about = (depth, prompt, expected, tuple(sorted(others)), probe.whole_answer, most)
-        return Question(f"{key}/guard" if link else key or "key", probe.tasks[link], *about)
+    def _plain(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenize(text, special=False))
 
     def _size(self, text: str) -> int:
-        return len(self.frame.text(" " + text))
+        return len(self._plain(" " + text))
 
     def _tail(self, link: bool, words: dict[str, str]) -> tuple[int, ...]:
         """Tokens of a question, and of what its answer begins with."""
-        probe, after = self.probe, self.frame.tokenize(self.frame.after)
+        probe = self.probe
         question = probe.joint + (probe.link_question if link else probe.question).format(**words)
         prefix = (probe.link_answer_prefix if link else probe.answer_prefix).format(**words)
-        return (*self.frame.text(question), *after, *self.frame.text(prefix))
-
-    def _longest_words(self) -> dict[str, str]:
-        key = " ".join(max(part, key=len) for part in self.probe.keys)
-        name = max(self.probe.guards, key=len, default="")
-        return {"code": "0" * self.probe.code_digits, "key": key, "name": name}
+        return (*self._plain(question), *self._after, *self._plain(prefix))

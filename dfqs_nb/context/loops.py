@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from math import inf, nan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,8 +117,7 @@ def measure_loops(
     opened = {cache: replace(settings, type_k=cache, type_v=cache, flash_attn=True) for cache in cache_types}
     if odd := [it for it in temperatures if not 0 <= it < inf]:
         raise DfqsError(f"the temperature {odd[0]:g}", hint="give 0 or more: --temperature 0,1")
-    numbers, warmths = range(min(n_answers, len(requests.prompts))), dict.fromkeys(temperatures)
-    turns = [(number, temperature) for number in numbers for temperature in warmths]
+    turns = [*product(range(min(n_answers, len(requests.prompts))), dict.fromkeys(temperatures))]
     rows, left_out = list[dict[str, Any]](), list[str]()
     for at, cache in enumerate(opened):
         with open_model(path, opened[cache]) as model:
@@ -130,17 +130,17 @@ def measure_loops(
             cost, missing = probe(model).seconds(0, n_tokens), 0
             for number, temperature in tqdm(turns, leave=False):
                 key = f"{temperature}/{number}"
-                if key not in journal and not meter.holds(cost):
-                    missing += 1
-                    continue
                 if key not in journal:
+                    if not meter.holds(cost):
+                        missing += 1
+                        continue
                     how = n_tokens, Sampling(temperature, seed=number)
                     with meter.spend(cost):
                         answer = chat(model, requests.prompts[number], *how)
                     journal.add(key, tokens=answer.token_ids, ended=answer.finish_reason != "length")
-                tokens, loop = journal[key]["tokens"], first_loop(journal[key]["tokens"]) or Loop()
-                row = {"cache": cache, "temperature": temperature, "number": number, "n_tokens": len(tokens)}
-                rows.append({**row, "ended": journal[key]["ended"], **loop._asdict()})
+                tokens, ended = journal[key]["tokens"], journal[key]["ended"]
+                row = {"cache": cache, "temperature": temperature, "number": number, "ended": ended}
+                rows.append({**row, "n_tokens": len(tokens), **(first_loop(tokens) or Loop())._asdict()})
         if missing:
             left_out.append(f"{missing} of {len(turns)} answers with a {cache} cache")
     return LoopRun(pd.DataFrame(rows), tuple(left_out))

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import ceil, inf, nan
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dfqs_nb.context.boundary import octaves
-from dfqs_nb.context.haystacks import Haystacks, Probe, StandIn, frame_of, probe_of
+from dfqs_nb.context.haystacks import Haystacks, Probe, StandIn, probe_of
 from dfqs_nb.core.budget import duration, fit
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError, StageError
@@ -167,11 +167,6 @@ class Plan:
     left_out: tuple[str, ...] = ()  # what the budget took away
 
     @property
-    def longest(self) -> int:
-        """The longest planned length."""
-        return self.grid[-1]
-
-    @property
     def n_questions(self) -> int:
         """Questions about a text of a planned length; the two-hop one is asked at these only."""
         return self.probe.needles + bool(self.probe.link)
@@ -179,11 +174,6 @@ class Plan:
     def n_texts(self, length: int) -> int:
         """Texts asked about at a length."""
         return self.n_haystacks * (2 if length == self.grid[0] and self.n_haystacks > 1 else 1)
-
-    def tokens(self) -> int:
-        """Tokens evaluated at all planned lengths, if none is left out early."""
-        n, more = self.n_questions, (self.n_questions - 1) * self.question_tokens
-        return sum(self.n_texts(size) * (size + more if self.reuse else n * size) for size in self.grid)
 
     def text_seconds(self, length: int) -> float:
         """Seconds that a text of this length takes with its questions."""
@@ -250,7 +240,7 @@ class Plan:
         if not self.n_haystacks:
             return "; ".join(self.left_out)
         cut = f". Cut to keep to the budget: {'; '.join(self.left_out)}" if self.left_out else ""
-        return f"the curve to {self.longest:,} tokens will take about {duration(self.seconds)}{cut}"
+        return f"the curve to {self.grid[-1]:,} tokens will take about {duration(self.seconds)}{cut}"
 
     def conditions(self) -> dict[str, Any]:
         """What the answers depend on, beside the model."""
@@ -275,22 +265,21 @@ def make_plan(
     A `PromptError`: there is no such probe, or the shortest length cannot hold its keys. A `DfqsError`:
     ``longest`` is below it.
     """
-    probe, speed = probe_of(prompt_set), None
-    frame = frame_of(model, probe)
+    probe, speed, began = probe_of(prompt_set), None, time.monotonic()
+    haystacks = Haystacks.of(model, probe, shortest)
     if not shortest:
-        least, shortest = Haystacks(frame, probe).least_tokens(), 256 if probe.needles > 1 else 64
-        while shortest < least:
+        shortest = 256 if probe.needles > 1 else 64
+        while shortest < haystacks.least_tokens:
             shortest *= 2
     longest = longest or model.settings.n_ctx - SPARE_TOKENS
     grid = tuple(octaves(shortest, longest))
     if not grid:
         raise DfqsError(f"no length up to {longest:,} tokens", hint=f"the shortest is {shortest}")
-    n = Haystacks(frame, probe, shortest).question_tokens()
     if own := isinstance(model, Model):
-        began = time.monotonic()
         speed = measure_prefill(model, longest, budget_seconds)
         budget_seconds -= time.monotonic() - began
-    return Plan(probe, grid, n_haystacks, n, own and probe.needles > 1, rounds, budget_seconds, speed)
+    reuse, n = own and probe.needles > 1, haystacks.question_tokens
+    return Plan(probe, grid, n_haystacks, n, reuse, rounds, budget_seconds, speed)
 
 
 # ---- memory ----
@@ -316,7 +305,6 @@ def predict_failure(
     """
     available = available_memory().available_bytes if available_bytes is None else available_bytes
     shards, kept = open_shards(path), {name: getattr(settings, name) for name in MEMORY_SETTINGS}
-    lengths = sorted(lengths)
     plans = plan_memory(shards.paths[0], [replace(settings, n_ctx=n_ctx) for n_ctx in lengths])
     for n_ctx, plan in zip(lengths, plans, strict=True):
         needs = estimate(shards.as_one, n_ctx, min(n_ctx, settings.n_batch, settings.n_ubatch), **kept)
@@ -337,14 +325,12 @@ def settings_for(
     before anything is loaded, says that there is no such prompt set.
     """
     probe_of(prompt_set)
-    own, speeds = own_context(path), list[float]()
+    own, affordable = own_context(path), inf
     if not longest:
-        try:
+        with suppress(StageError):  # this notebook may run alone
             rows = stage.read("generate").get("speed") or []
-        except StageError:
-            rows = []  # this notebook runs alone
-        speeds = [row["median"] for row in rows if row.get("phase") == "prefill"]
-    affordable = max(LEAST_CONTEXT, stage.seconds_left * speeds[0]) if speeds else inf
+            speeds = [row["median"] for row in rows if row.get("phase") == "prefill"]
+            affordable = max(LEAST_CONTEXT, stage.seconds_left * max(speeds, default=inf))
     most = longest or min(own or NO_LIMIT, affordable)
     longest = int(min(most, own or most))
     failure = predict_failure(path, octaves(256, longest) or [longest], settings)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -68,16 +69,13 @@ class Tasks(PromptSet):
 
 
 class Drawn(NamedTuple):
-    """What a task expects and hides: ``facts`` to scatter among filler, or a ``text`` of its own.
-
-    ``words``: of the question. ``guess``: the chance of a pick among the text's candidates.
-    """
+    """What a task expects and hides."""
 
     expected: tuple[str, ...]
-    words: Mapping[str, Any] = {}
-    facts: Sequence[str] = ()
-    text: str = ""
-    guess: float = 0.0
+    words: Mapping[str, Any] = {}  # of the question
+    facts: Sequence[str] = ()  # to scatter among filler
+    text: str = ""  # in place of facts and filler
+    guess: float = 0.0  # the chance of a pick among the text's candidates
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class Writer:
         keys, (code, other) = self.probe.key_names(draw, 2 * (task.hops + 1)), self.probe.codes(draw, 2)
         chains = []
         for value, chain in ((code, keys[: task.hops + 1]), (other, keys[task.hops + 1 :])):
-            links = [task.link.format(key=b, before=a) for a, b in zip(chain, chain[1:], strict=False)]
+            links = [task.link.format(key=b, before=a) for a, b in pairwise(chain)]
             chains.append([task.fact.format(key=chain[0], value=value), *links])
         mixed = [fact for pair in zip(*chains, strict=True) for fact in pair]  # each keeps its own order
         return Drawn(tuple(keys[: task.hops + 1]), {"value": code}, mixed)
@@ -178,8 +176,7 @@ class Writer:
         for number in draw.sample(range(100, 100 + 10 * n), n):
             row = {"name": draw.choice(names), "number": number, "house": draw.randrange(1, 1000)}
             rows.append(row | {"trade": draw.choice(self.tasks.trades)})
-        asked = draw.choice(rows)
-        text = " ".join(task.fact.format(**row) for row in rows)
+        asked, text = draw.choice(rows), " ".join(task.fact.format(**row) for row in rows)
         return Drawn((str(asked["trade"]),), asked, text=text, guess=1 / len(self.tasks.trades))
 
     def _meaning(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
@@ -191,8 +188,7 @@ class Writer:
 
     def _scattered(self, facts: Sequence[str], draw: random.Random, n_filler: int) -> Iterator[str]:
         """The facts in their order, at places drawn evenly among filler that names none of their words."""
-        drawn = sentences(self.probe, draw)
-        filler = [next(drawn) for _ in range(n_filler)]
+        filler = list(islice(sentences(self.probe, draw), n_filler))
         places = sorted(draw.randrange(n_filler + 1) for _ in facts)
         for at in range(n_filler + 1):
             yield from (fact for fact, place in zip(facts, places, strict=True) if place == at)
@@ -214,11 +210,10 @@ class TaskRun:
         """By task and length: ``n``, ``right``, ``recall``, ``guess``, ``accuracy``, ``low``, ``high``."""
         columns = ["task", "length", "right", "recall", "guess"]  # also where there are no answers
         groups = self.items.reindex(columns=columns).groupby(columns[:2], sort=False)
-        table = groups[["recall", "guess"]].mean()
-        table.insert(0, "n", groups.size())
-        table.insert(1, "right", groups["right"].sum())
+        table = groups.agg(n=("right", "size"), right=("right", "sum"), recall=("recall", "mean"))
         low, high = wilson(table["right"], table["n"])
-        return table.assign(accuracy=table["right"] / table["n"], low=low, high=high).reset_index()
+        table = table.assign(guess=groups["guess"].mean(), accuracy=table["right"] / table["n"])
+        return table.assign(low=low, high=high).reset_index()
 
     def effective(self) -> pd.DataFrame:
         """A row a task: ``base`` accuracy, ``guess``, ``effective`` tokens and ``censored``.
@@ -266,37 +261,37 @@ def measure_tasks(
     conditions: dict[str, Any] = {**model.conditions(), **wording.identity(), "model": model_id}
     conditions |= {"filler": writer.probe.identity(), "answer": ANSWER_RULE}
     path, whole = Path(folder) / "long_context_tasks.jsonl", partial(holds, fields=ROW)
-    journal = Journal(path, conditions, fresh=fresh, whole=whole)
-    meter, rows, n_missing = Meter(budget_seconds), list[dict[str, Any]](), 0
-    asked, right = Counter[str](), Counter[str]()  # by task, at the shortest length
+    journal, meter = Journal(path, conditions, fresh=fresh, whole=whole), Meter(budget_seconds)
 
-    def ask(copy: Model, turn: tuple[str, int, int]) -> None:
-        cost, key = planned_seconds(speed, [turn[1]], 1, 1), "/".join(map(str, turn))
-        text = writer.text(*turn) if key not in journal and meter.holds(cost) else None
-        if text is not None:
-            with meter.spend(cost):
-                answer = greedy(copy, text)
-            recall = text.recall(answer)
-            journal.add(key, answer=answer, expected=text.expected, recall=recall, guess=text.guess)
+    rows, n_missing, going = list[dict[str, Any]](), 0, chosen
+
+    def ask(copy: Model, turn: dict[str, Any]) -> None:
+        cost = planned_seconds(speed, [turn["length"]], 1, 1)
+        if _key(turn) in journal or not meter.holds(cost) or (text := writer.text(**turn)) is None:
+            return
+        with meter.spend(cost):
+            answer = greedy(copy, text)
+        recall = text.recall(answer)
+        journal.add(_key(turn), answer=answer, expected=text.expected, recall=recall, guess=text.guess)
 
     with crew(model) as models:
         for length in tqdm(lengths, desc="lengths", leave=False):
-            going = [task for task in chosen if asked[task] < n_texts or right[task]]
             # in turn, so that a short budget leaves every task of a length some texts
-            turns = [(task, length, number) for number in range(n_texts) for task in going]
+            turns = [{"task": task, "length": length, "number": k} for k in range(n_texts) for task in going]
             side_by_side(models, ask, turns)
-            for turn in turns:
-                if (key := "/".join(map(str, turn))) not in journal:
-                    n_missing += 1
-                    continue
-                row = {**dict(zip(("task", "length", "number"), turn, strict=True)), **journal[key]}
-                rows.append(row | {"right": row["recall"] == 1})
-                if length == lengths[0]:
-                    asked[turn[0]] += 1
-                    right[turn[0]] += row["recall"] == 1
+            done = [{**turn, **journal[_key(turn)]} for turn in turns if _key(turn) in journal]
+            rows += [row | {"right": row["recall"] == 1} for row in done]
+            n_missing += len(turns) - len(done)
+            if length == lengths[0]:
+                wrong = Counter(row["task"] for row in done if row["recall"] < 1)
+                going = [task for task in chosen if wrong[task] < n_texts]
     rows.sort(key=lambda row: (chosen.index(row["task"]), row["length"], row["number"]))
     missing = [f"{n_missing} texts of the table of tasks"] if n_missing else []
     return TaskRun(pd.DataFrame(rows), tuple(missing if rows else ["the table of tasks: not measured"]))
+
+
+def _key(turn: Mapping[str, Any]) -> str:
+    return "/".join(map(str, turn.values()))
 
 
 def planned_seconds(speed: PrefillSpeed, lengths: Sequence[int], n_tasks: int, n_texts: int) -> float:

@@ -146,7 +146,7 @@ def _long_context(server: Any, folder: Path, **options: Any) -> None:
     if result.failure:
         say(f"{result.failure.length:,} tokens: {result.failure.message}")
     if len(result.items):
-        say_table(result.curve()[["length", "correct", "n", "accuracy", "low", "high", "curve"]])
+        say_table(result.counts().curve()[["length", "correct", "n", "accuracy", "low", "high", "curve"]])
         say(f"retrieval {result.boundary().sentence}")
     say(f"haystacks: {tilde(folder)}/")
 

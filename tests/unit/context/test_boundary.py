@@ -17,7 +17,6 @@ from dfqs_nb.context.boundary import (
     crossing,
     octaves,
     paired,
-    refined_lengths,
     search_lengths,
 )
 from dfqs_nb.core.paths import REPOSITORY
@@ -293,6 +292,12 @@ def test_search_is_the_same_when_repeated_from_stored_counts():
 
 
 def test_only_wide_intervals_are_halved():
-    counts = same_answers([1, 1, 0.3], lengths=[256, 1024, 1200])
-    assert refined_lengths(counts) == []
-    assert refined_lengths(same_answers([1, 1, 0.3], lengths=[256, 512, 1024])) == [724]
+    for grid, added in (([256, 1024, 1200], []), ([256, 512, 1024], [724])):
+        asked = []
+
+        def measure(length, planned, grid=grid, asked=asked):
+            asked.append(length)
+            return same_answers([1, 1, 0.3], lengths=grid)
+
+        search_lengths(measure, grid)
+        assert asked == grid + added

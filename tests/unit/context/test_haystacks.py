@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_memory import NANO
 
-from dfqs_nb.context.haystacks import PROBES, Frame, Haystacks, Probe, Question, frame_of, probe_of
+from dfqs_nb.context.haystacks import PROBES, Haystacks, Probe, Question, probe_of
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.prompts import load_prompts
 from dfqs_nb.llama.model import open_model
@@ -31,7 +31,7 @@ def words(text: str, special: bool = True) -> list[int]:
 
 @pytest.fixture
 def many_keys() -> Haystacks:
-    return Haystacks(Frame((1, 2), "answer:", words), probe_of("standard"), 256)
+    return Haystacks(probe_of("standard"), words, (1, 2), "answer:", 256)
 
 
 # ---- prompt sets ----
@@ -87,7 +87,7 @@ def test_a_broken_set_names_its_field(tmp_path, monkeypatch, change, message):
 
 @pytest.mark.parametrize(("name", "lengths"), [("long-context-nano", (64, 300, 512)), ("nano", (300, 512))])
 def test_pieces_are_tokenized_as_the_whole_text_would_be(nano, name, lengths):
-    haystacks = Haystacks(frame_of(nano, probe_of(name)), probe_of(name), lengths[0])
+    haystacks = Haystacks.of(nano, probe_of(name), lengths[0])
     for number, length in itertools.product(range(5), lengths):
         case = haystacks.case(number, length)
         for question in case.questions:
@@ -100,7 +100,7 @@ def test_pieces_are_tokenized_as_the_whole_text_would_be(nano, name, lengths):
 
 def test_the_wording_is_the_reference_models_own(nano):
     probe = probe_of("long-context-nano")
-    case = Haystacks(frame_of(nano, probe), probe, 64).case(0, 64)
+    case = Haystacks.of(nano, probe, 64).case(0, 64)
     text = nano.llama.detokenize(list(case.body + case.questions[0].prompt), special=True).decode()
     code = case.questions[0].expected.removeprefix("The pass key is ").rstrip(".")
     assert f"The pass key is {code}. Remember it. {code} is the pass key." in text
@@ -128,8 +128,7 @@ def test_depths_are_spread_over_the_whole_text(many_keys):
 
 
 def test_the_depths_of_a_single_key_are_stratified_over_texts(nano):
-    probe = probe_of("long-context-nano")
-    haystacks = Haystacks(frame_of(nano, probe), probe, 64)
+    haystacks = Haystacks.of(nano, probe_of("long-context-nano"), 64)
     depths = [haystacks.case(t, 512).questions[0].depth for t in range(20)]
     assert np.histogram(depths, 5, (0, 1))[0].min() >= 3, (
         "four are drawn in each; whole sentences shift them a little"
@@ -139,7 +138,7 @@ def test_the_depths_of_a_single_key_are_stratified_over_texts(nano):
 def test_texts_are_fresh_for_each_length_and_the_same_for_every_tokenizer(many_keys, nano):
     keys = {length: {q.name for q in many_keys.case(3, length).questions} for length in LENGTHS}
     assert all(keys[a] != keys[b] for a, b in itertools.combinations(LENGTHS, 2))
-    other = Haystacks(frame_of(nano, probe_of("standard")), probe_of("standard"), 256)
+    other = Haystacks.of(nano, probe_of("standard"), 256)
     assert [(q.name, q.expected) for q in other.case(3, 512).questions] == [
         (q.name, q.expected) for q in many_keys.case(3, 512).questions
     ]
@@ -158,7 +157,7 @@ def test_two_hops_lead_to_the_code_through_the_text(many_keys):
 @pytest.mark.parametrize("shortest", [32, 100, 120])
 def test_a_length_that_cannot_hold_the_keys_is_refused(shortest):
     with pytest.raises(PromptError, match="cannot hold the keys.*use lengths from"):
-        Haystacks(Frame((1, 2), "", words), probe_of("standard"), shortest)
+        Haystacks(probe_of("standard"), words, (1, 2), "", shortest)
 
 
 # ---- judging ----

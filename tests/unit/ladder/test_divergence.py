@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from dfqs_nb.context.curve import token_losses
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.ladder import divergence
 from dfqs_nb.ladder.divergence import TextError, Tokens
@@ -44,14 +43,16 @@ def test_probabilities_sum_to_one_even_far_from_zero():
     assert np.exp(rows).sum(axis=1) == pytest.approx([1, 1])
 
 
-def test_the_scored_tokens_lose_what_the_loss_module_says(model):
-    """Against `token_losses` of the context stage, which walks through the text in other pieces."""
+def test_the_scored_tokens_lose_what_the_logits_of_other_pieces_say(model):
     tokens = divergence.load_text("calibration-nano").tokens(model)[:256]
     for chunk in divergence.chunks(tokens, 128, 2):
         ((predicted, targets),) = divergence.predictions(model, chunk, divergence.bands(128)[-1:])
         losses = -predicted[np.arange(len(targets)), targets]
-        bos = model.llama.token_bos()
-        assert losses == pytest.approx(token_losses(model, [bos, *chunk[1:]])[64:], abs=2e-3)
+        whole = [model.llama.token_bos(), *chunk[1:]]
+        model.clear()
+        rows = np.concatenate([piece.copy() for piece in model.logits(whole, 32)]).astype(float)
+        by_hand = -log_softmax(rows, axis=1)[np.arange(127), whole[1:]]
+        assert losses == pytest.approx(by_hand[64:], abs=2e-3)
         assert len(losses) == 63
 
 
