@@ -14,7 +14,6 @@ import io
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import types
@@ -74,22 +73,19 @@ def _stripped(base: Any, value: Any) -> Any:
 def _send(pipe: IO[bytes], message: Any) -> None:
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=5).dump(message)
-    pipe.write(struct.pack("<Q", buffer.tell()) + buffer.getbuffer())
+    pipe.write(buffer.tell().to_bytes(8, "little") + buffer.getbuffer())
     pipe.flush()
 
 
 def _receive(pipe: IO[bytes]) -> Any:
-    (n_bytes,) = struct.unpack("<Q", _read(pipe, 8))
+    head = pipe.read(8)
+    n_bytes = int.from_bytes(head, "little")
     if n_bytes > MOST_BYTES:
         raise Gone(f"an answer of {n_bytes:,} bytes")
-    return _Unpickler(io.BytesIO(_read(pipe, n_bytes))).load()
-
-
-def _read(pipe: IO[bytes], n_bytes: int) -> bytes:
     raw = pipe.read(n_bytes)
-    if len(raw) < n_bytes:
+    if len(head) < 8 or len(raw) < n_bytes:
         raise Gone
-    return raw
+    return _Unpickler(io.BytesIO(raw)).load()
 
 
 # ---- the judge ----
