@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -83,14 +83,7 @@ class Run:
     journal: Journal = field(repr=False)
     failure: RuntimeFailure | None = None
     budget_hit: bool = False
-
-    @property
-    def reuse(self) -> ReuseCheck | None:
-        """Whether a saved state serves all questions of a text; None where that was not checked."""
-        if REUSE not in self.journal:
-            return None
-        row = self.journal[REUSE]
-        return ReuseCheck(row["allowed"], row["largest_difference"], TOLERANCE, row["n_evaluated"])
+    reuse: ReuseCheck | None = None  # whether a saved state serves all questions of a text; None: not checked
 
     @property
     def items(self) -> pd.DataFrame:
@@ -231,15 +224,12 @@ def measure(
     """Ask all questions of a plan, or those that ``long_context_items.jsonl`` in the folder lacks.
 
     ``model``: open, with a context that holds the longest length; or what is asked in its place.
-    ``predicted``: a length that memory will not hold (`predict_failure`), which bounds the grid. ``alone``:
+    ``predicted``: the length above the plan's that memory does not hold (`predict_failure`). ``alone``:
     leave the other cores to others.
     """
     haystacks = Haystacks.of(model, plan.probe, plan.grid[0])
     conditions = {**model.conditions(), "model_sha256": model_sha256, **plan.conditions()}
     journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh, whole=_is_whole)
-    if predicted is not None:
-        held = tuple(length for length in plan.grid if length < predicted.length)
-        plan = replace(plan, grid=held or plan.grid[:1])
     run, meter = Run(plan, journal, predicted, not plan.n_haystacks), Meter(plan.budget_seconds)
     askers, now, done = list[Any](), plan.grid[0], set[int]()
 
@@ -268,8 +258,10 @@ def measure(
     with models as copies, tqdm(total=total, unit="question", desc="long context") as bar:
         try:
             if plan.n_haystacks:
-                reuse = plan.reuse and _reuses(model, journal, haystacks.case(0, now), plan.n_checked)
-                askers += [Asker(copy, reuse) for copy in copies] if copies else [model]
+                if plan.reuse:
+                    run.reuse = _check_reuse(model, journal, haystacks.case(0, now), plan.n_checked)
+                allowed = bool(run.reuse and run.reuse.allowed)
+                askers += [Asker(copy, allowed) for copy in copies] if copies else [model]
                 search_lengths(measured, plan.grid, plan.rounds)
         except DecodeError as error:
             at = min(now, model.settings.n_ctx) if error.cause == "n_ctx" else now
@@ -279,13 +271,14 @@ def measure(
     return run
 
 
-def _reuses(model: Model, journal: Journal, case: Case, n_tokens: int) -> bool:
+def _check_reuse(model: Model, journal: Journal, case: Case, n_tokens: int) -> ReuseCheck:
     """Whether asking from a saved state changes nothing for a question; the journal keeps what was seen."""
     if REUSE not in journal:
         check = check_reuse(model, case.body[:n_tokens], [case.questions[0].prompt], TOLERANCE)
         facts = {"largest_difference": check.largest_difference, "n_evaluated": check.evaluated_tokens}
         journal.add(REUSE, allowed=check.allowed, **facts)
-    return bool(journal[REUSE]["allowed"])
+    row = journal[REUSE]
+    return ReuseCheck(row["allowed"], row["largest_difference"], TOLERANCE, row["n_evaluated"])
 
 
 def _ask(

@@ -287,12 +287,11 @@ def make_plan(
 
 @dataclass(frozen=True)
 class RuntimeFailure:
-    """The first length that could not be run, and why; ``predicted``: it was not even tried."""
+    """The first length that could not be run, or that memory will not hold, and why."""
 
     length: int
     cause: str
     message: str
-    predicted: bool = False
 
 
 def predict_failure(
@@ -311,7 +310,7 @@ def predict_failure(
         needs = replace(needs, compute_bytes=plan["compute_bytes"])
         if (required := needs.must_fit_bytes + needs.kv.total) > available:
             needed = f"{n_ctx:,} tokens need {required:,} bytes beside the weights"
-            return RuntimeFailure(n_ctx, "oom", f"{needed}, and {available:,} are free", predicted=True)
+            return RuntimeFailure(n_ctx, "oom", f"{needed}, and {available:,} are free")
     return None
 
 

@@ -313,10 +313,10 @@ def test_a_decode_that_fails_is_the_boundary_with_its_cause(nano, tmp_path, monk
     assert run.counts().curve()["length"].tolist() == [64], "a failure is not a wrong answer"
 
 
-def test_a_predicted_shortage_bounds_the_run_and_is_its_cause(nano, tmp_path):
-    shortage = RuntimeFailure(128, "oom", "too much", predicted=True)
-    run = measure(nano, one_key(nano), tmp_path, predicted=shortage)
-    assert run.items["length"].max() == 64 and run.boundary().cause == "oom"
+def test_a_predicted_shortage_is_the_cause_of_the_boundary(nano, tmp_path):
+    shortage = RuntimeFailure(128, "oom", "too much")
+    boundary = measure(nano, one_key(nano, 64), tmp_path, predicted=shortage).boundary()
+    assert (boundary.cause, boundary.tokens, boundary.right_censored) == ("oom", 128, False)
 
 
 # ---- tables ----
