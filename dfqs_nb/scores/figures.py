@@ -65,10 +65,18 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
         return f"No figure of decode by depth: only depth {row['depth']:,} was timed; {share}."
     ax = new_axes(ax)
     ax.plot(decode["depth"], decode["roof"], "--", color=INK, label="roof: memory bandwidth / bytes a token")
-    for row in decode.itertuples():
-        ax.plot([row.depth] * len(row.values), row.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
-    label, at = f"decode, median of {len(decode['values'].iloc[0])}", decode["depth"]
-    ax.plot(at, decode["median"], "_-", color=PALETTE[5], markersize=16, markeredgewidth=2, label=label)
+    for at in decode.itertuples():
+        ax.plot([at.depth] * len(at.values), at.values, "o", color=PALETTE[5], alpha=0.4, markersize=5)
+    label = f"decode, median of {len(decode['values'].iloc[0])}"
+    ax.plot(
+        decode["depth"],
+        decode["median"],
+        "_-",
+        color=PALETTE[5],
+        markersize=16,
+        markeredgewidth=2,
+        label=label,
+    )
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(decode["depth"], [f"{depth:,}" for depth in decode["depth"]])

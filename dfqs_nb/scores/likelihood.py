@@ -106,7 +106,7 @@ class Answers:
             error = float(values.std(ddof=1)) / sqrt(n) if n > 1 else 0.0
             scores |= {f"{metric},none": float(values.mean()), f"{metric}_stderr,none": error}
         for item, row in zip(self.questions.items, self.items.itertuples(), strict=True):
-            sample = {"doc_id": len(samples), "target": item.gold}
+            sample: dict[str, Any] = {"doc_id": len(samples), "target": item.gold}
             sample |= {"doc": {"id": item.id, "query": item.prompt, "choices": item.choices}}
             sample |= {"resps": [[list(pair)] for pair in zip(row.log_likelihoods, row.greedy, strict=True)]}
             samples.append(sample | {metric: float(getattr(row, metric)) for metric in METRICS})

@@ -163,15 +163,13 @@ def test_the_stage_file_gets_both_accuracies_with_intervals_and_the_guess_rate(m
     assert "choices=choices.score" in notebook
 
 
-def test_a_base_model_gets_a_blank_between_its_answer_mark_and_a_choice(tmp_path):
-    path = write_model("llama", tmp_path)
-    path.write_bytes(with_vocabulary(path).bytes())
+def test_a_base_model_gets_a_blank_between_its_answer_mark_and_a_choice(model, monkeypatch):
     questions = choices_of(ItemSet.load("nano-reasoning"))
-    with open_model(path, OpenSettings(n_ctx=512, n_threads=1)) as base:
-        assert not base.has_template
-        context, choices = likelihood.encode(base, questions, questions.items[0])
-        text = b"".join(map(base.token_bytes, [*context, *choices[0]])).decode()
-    assert text.endswith(f"Answer: {questions.items[0].choices[0]}")
+    for has_template, ending in ((True, ""), (False, "Answer: ")):
+        monkeypatch.setattr(type(model), "has_template", property(lambda _, has=has_template: has))
+        context, choices = likelihood.encode(model, questions, questions.items[0])
+        text = b"".join(map(model.token_bytes, [*context, *choices[0]])).decode()
+        assert text.endswith(ending + questions.items[0].choices[0]) and ("Answer:" in text) != has_template
 
 
 def test_the_file_has_the_layout_of_lm_eval(model, own, tmp_path):
