@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-SOME = re.compile(r"(?<=[a-z])s\b")  # the plural s, which goes for 1
-
 
 @dataclass(frozen=True)
 class Fitted:
@@ -54,7 +52,9 @@ def counted(n: int, name: str) -> str:
     >>> counted(1, "timed repetitions"), counted(4, "texts a length")
     ('1 timed repetition', '4 texts a length')
     """
-    return f"{n:,} {re.sub(SOME, '', name, count=1) if n == 1 else name}"
+    if n == 1:
+        name = re.sub(r"(?<=[a-z])s\b", "", name, count=1)
+    return f"{n:,} {name}"
 
 
 def duration(seconds: float) -> str:

@@ -17,9 +17,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn
 
 import psutil
 
@@ -28,7 +28,6 @@ from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import REPOSITORY
 
 _running: set[subprocess.Popen[bytes]] = set()
-AnyError = TypeVar("AnyError", bound=DfqsError)
 SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:cpp|c|cu|h|m):\d+)")  # of the machine that compiled llama.cpp
 GRACE_SECONDS = 10.0  # between asking a child to end and killing it
 REBUILD = "delete .venv and run `make run` again"
@@ -83,7 +82,7 @@ def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
         process.stdin.flush()  # and stays open: when it closes, the child ends
 
 
-class Worker:
+class Worker(AbstractContextManager["Worker"]):
     """A child ``python -m module`` that does one job after another, so that its libraries load once.
 
     After a death the next job starts a new child. Close the worker, or use it in a ``with`` block. ``log``:
@@ -91,13 +90,9 @@ class Worker:
     """
 
     def __init__(self, module: str, *, log: IO[bytes] | None = None) -> None:
-        self.module, self._owns_log = module, False
+        self.module = module
         self._process: subprocess.Popen[bytes] | None = None
-        self._log = log or tempfile.TemporaryFile()  # noqa: SIM115 (`__del__` closes it)
-        self._owns_log = log is None
-
-    def __enter__(self) -> Worker:
-        return self
+        self._log = log or tempfile.TemporaryFile()  # noqa: SIM115 (it goes with this object)
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
@@ -108,10 +103,7 @@ class Worker:
             end(self._process, grace_seconds=0)
             self._process = None
 
-    def __del__(self) -> None:
-        self.close()
-        if self._owns_log:
-            self._log.close()
+    __del__ = close
 
     def run(
         self,
@@ -228,7 +220,8 @@ def died(
     hint = HINTS.get(cause, "the last line of its log gives the cause").format(file=quoted(where or "FILE"))
     error = ChildDied(what, where=where, hint=hint)
     error.cause, error.messages, error.log = cause, tuple(messages), tuple(log)
-    return _with_log(error, log)
+    _add_log(error, log)
+    return error
 
 
 def telling_line(log: list[str]) -> str:
@@ -249,17 +242,17 @@ def _parsed(line: bytes) -> dict[str, Any]:
 def _error(failed: dict[str, Any], log: list[str]) -> DfqsError:
     """The child's error: of the class with that name, else a DfqsError."""
     cls = next((cls for cls in _subclasses(DfqsError) if cls.__name__ == failed["kind"]), DfqsError)
-    return _with_log(cls(failed["what"], where=failed["where"], hint=failed["hint"]), log)
+    _add_log(error := cls(failed["what"], where=failed["where"], hint=failed["hint"]), log)
+    return error
 
 
 def _subclasses(cls: type[DfqsError]) -> list[type[DfqsError]]:
     return [cls, *(below for sub in cls.__subclasses__() for below in _subclasses(sub))]
 
 
-def _with_log(error: AnyError, log: list[str]) -> AnyError:
+def _add_log(error: DfqsError, log: list[str]) -> None:
     if lines := [line for line in log if line.strip(" .")][-12:]:
         error.add_note("its last lines:\n  " + "\n  ".join(lines))
-    return error
 
 
 # ---- the child's side ----

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 LONGEST = 3_000  # characters of what, where or hint
 
@@ -21,10 +19,6 @@ class DfqsError(Exception):
         what, hint = _cut(what), _cut(hint)
         text = f"{_cut(str(where))}: {what}" if where is not None else what
         super().__init__(f"{text}; {hint}" if hint else text)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the three fields, so that an error can leave its process."""
-        return partial(type(self), self.what, where=self.where, hint=self.hint), ()
 
 
 def _cut(text: str) -> str:

@@ -110,26 +110,20 @@ def parse_json(raw: bytes) -> Any:
     """JSON of unknown origin.
 
     Raises:
-        ValueError: it is not JSON, nested deeper than Python reads, or holds a number that JSON does not have
-            (NaN, infinity) or that no measurement gives (over 19 digits).
+        ValueError: it is not JSON, nested deeper than Python reads, or holds NaN or a number without bounds.
     """
-
-    def integer(digits: str) -> int:
-        return int(digits) if len(digits) <= 19 else _refuse_number(digits)
-
     try:
-        return json.loads(raw.decode(), parse_constant=_refuse_number, parse_float=_finite, parse_int=integer)
+        return json.loads(raw.decode(), parse_constant=_number, parse_float=_number, parse_int=_number)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
 
-def _refuse_number(text: str) -> int:
-    raise ValueError(f"{text[:20]} is no JSON number that is read here")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _refuse_number(text)
+def _number(text: str) -> float:
+    """A finite number; an integer of more digits than any count has is a float."""
+    value = int(text) if len(text) < 20 and text.lstrip("-").isdigit() else float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no number that is read here")
+    return value
 
 
 def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) -> Path:

@@ -67,7 +67,6 @@ class Journal:
             item, key = row.pop("id"), row.pop("conditions", None)
             if key == self.key and whole(row):
                 self._rows[item] = row
-        self.n_found = len(self._rows)
 
     def __contains__(self, item: str) -> bool:
         return item in self._rows

@@ -148,7 +148,8 @@ class Stage:
             seconds = round(time.monotonic() - self._started, 1)
             content["budget"] = {"seconds": self.budget_seconds, "used_seconds": seconds}
             content["left_out"] = self.left_out
-        content = _without_nan(json.loads(json.dumps(content, default=str)))
+        # JSON has no NaN and no infinity: null
+        content = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
         content["files"] = {
             name: sha256_of_file(self.folder / name)
             for name in self._files
@@ -164,7 +165,7 @@ def read_stage(folder: str | Path, stage: str, *, sealed: bool = False) -> dict[
     """Read the ``<stage>.json`` that an earlier notebook wrote; ``sealed``: check its seal, too.
 
     Raises:
-        StageError: it is missing or damaged; the message names the notebook to run.
+        StageError: it is missing or damaged, or the seal is broken. The message names the notebook to run.
     """
     path, again = Path(folder) / f"{stage}.json", f"run {NOTEBOOKS[stage]} again"
     try:
@@ -175,30 +176,16 @@ def read_stage(folder: str | Path, stage: str, *, sealed: bool = False) -> dict[
         raise StageError(f"cannot be read ({error})", where=tilde(path), hint=again) from error
     if not isinstance(content, dict) or content.get("stage") != stage:
         raise StageError(f"not the stage {stage!r}", where=tilde(path), hint=again)
-    if sealed:
-        _check_seal(path, content, again)
-    return content
-
-
-def _check_seal(path: Path, content: Mapping[str, Any], again: str) -> None:
-    """Reject a stage file that was edited, or whose files changed, after it was written."""
+    if not sealed:
+        return content
     files, unsealed = content.get("files"), {key: value for key, value in content.items() if key != "seal"}
     if "seal" not in content or not isinstance(files, dict):
         raise StageError("has no seal", where=tilde(path), hint=again)
     if canonical_sha256(unsealed) != content["seal"]:
         raise StageError("was edited after it was written", where=tilde(path), hint=again)
     for name, then in files.items():
-        file = path.parent / name
-        if not is_file(file):
+        if not is_file(file := path.parent / name):
             raise StageError(f"is missing; {path.name} stands on it", where=tilde(file), hint=again)
         if sha256_of_file(file) != then:
             raise StageError(f"was changed after {path.name} was written", where=tilde(file), hint=again)
-
-
-def _without_nan(value: Any) -> Any:
-    """A JSON value whose NaN and infinities, which JSON does not have, are null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return content

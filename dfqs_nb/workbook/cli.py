@@ -1,42 +1,92 @@
-"""The command ``dfqs-nb``: the workbook as a whole, its reports, and the one place where every error ends.
+"""The program ``dfqs-nb``: the workbook as a whole, its reports, and the one place where every error ends.
 
-`file_commands` handles files, `model_commands` measures a model; `app` is what they share. Other packages are
-imported inside the functions, so that a fast command starts fast.
+`file_commands` handles files, `model_commands` measures a model. Other packages are imported inside the
+functions, so that a fast command starts fast.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from dfqs_nb import __version__
-from dfqs_nb.core.display import did_you_mean, plain
+from dfqs_nb.core.display import did_you_mean, plain, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
-from dfqs_nb.workbook.app import REPORT, WHOLE, Fresh, app, as_typed, say, say_table, say_written
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LOG = "dfqs-nb-error.log"
 USAGE: Any = typer.BadParameter.__base__  # of the click that this typer stands on, its own or the installed
+app = typer.Typer(
+    name="dfqs-nb",
+    help="Merge, inspect, run, score and report GGUF models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+WHOLE, FILES, MEASURE, REPORT = "The workbook", "Files", "Measure a model", "Report"
+# What several commands take.
+Gguf = Annotated[str, Argument(help="A GGUF file, or any of its shards.")]
+Context = Annotated[int, Option(help="Tokens of context.")]
+Threads = Annotated[int, Option(help="0: chosen for the model.")]
+Run = Annotated[str, Option(help="The folder under outputs/. Default: from the model.")]
+Fresh = Annotated[bool, Option("--fresh", help="Ignore the results of an earlier run.")]
+Budget = Annotated[float, Option(min=0, help="Work that does not fit is left out and listed.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier output once the new one is made.")]
+KeyVariable = Annotated[str, Option(metavar="NAME", help="Environment variable with the server's key.")]
+ServerModel = Annotated[str, Option(metavar="NAME", help="Which of the server's models.")]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        say(f"dfqs-nb {__version__}")
-        raise typer.Exit
+def say(*lines: object) -> None:
+    """Print lines; what steers a terminal, in text from a file or a server, is taken out."""
+    for line in lines:
+        print(as_typed(line), flush=True)
+
+
+def say_table(table: pd.DataFrame, digits: str = ".3f") -> None:
+    """Print a frame without its index, its fractions in that format."""
+    say(table.to_string(index=False, float_format=f"{{:{digits}}}".format))
+
+
+def say_written(paths: Iterable[Path], folder: Path) -> None:
+    """Print which files lie in a folder now."""
+    say(f"wrote {', '.join(path.name for path in paths)} to {tilde(folder)}/")
+
+
+def as_typed(text: object) -> str:
+    """Text for a terminal, in which commands of this program run as pasted, wherever it is installed."""
+    return re.sub(r"(?<![\w./-])dfqs-nb(?= [a-z])", lambda _: _program(), plain(text))
+
+
+@lru_cache(maxsize=1)
+def _program() -> str:
+    own, here = Path(sys.executable).with_name("dfqs-nb"), Path.cwd()
+    if shutil.which("dfqs-nb"):
+        return "dfqs-nb"
+    if not own.exists():
+        return f"{quoted(sys.executable)} -m dfqs_nb"
+    return quoted(own.relative_to(here) if own.is_relative_to(here) else own)
 
 
 @app.callback()
-def _top(
-    version: bool = Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-) -> None:
+def _top(version: bool = Option(False, "--version", help="Print the version.")) -> None:
     pass
 
 
@@ -47,26 +97,19 @@ def run(
     run: str = Option("", help="The folder under outputs/. Default: nano, or the model's name."),
     fresh: Fresh = False,
     tier: str = Option("", help="nano or standard. Default: nano for the reference model, else standard."),
-    budget_minutes: float = Option(60.0, min=1, help="Of the whole run; long measurements are shortened."),
-    parameter: list[str] = Option(None, "-p", "--parameter", metavar="NAME=VALUE", help="For the notebooks."),
+    budget_minutes: float = Option(60.0, help="Of the whole run; long measurements are shortened."),
+    parameter: list[str] = Option([], "-p", "--parameter", metavar="NAME=VALUE", help="For the notebooks."),
 ) -> None:
     """Run the notebooks in order into outputs/RUN/.
 
     Examples: `dfqs-nb run`, `dfqs-nb run 01 02 --model model.gguf`, `dfqs-nb run -p n_ctx=4096`
     """
     from dfqs_nb.workbook import run as workbook
-    from dfqs_nb.workbook import tiers
 
     paths = workbook.find_notebooks(notebooks or [])
-    assignments = (parameter or []) + ([f"model={model}"] if model else [])
-    values = workbook.parse_parameters(assignments, paths)
-    name = run or values.get("run_name") or workbook.default_run_name(values.get("model"))
-    values.pop("run_name", None)
-    tier = tier or tiers.tier_of(values.get("model"), name)
-    settings = {key: value for key, value in tiers.settings_of(tier).items() if key not in values}
-    say(f"run {name}: {tier} tier, {len(paths)} notebooks, at most about {budget_minutes:.0f} minutes")
-    if settings:
-        say("  " + ", ".join(f"{key}={value}" for key, value in settings.items()))
+    values = workbook.parse_parameters([*parameter, *([f"model={model}"] if model else [])], paths)
+    name = values.pop("run_name", "")
+    name = run or name or workbook.default_run_name(values.get("model"))
     result = workbook.run_workbook(name, values, paths, fresh, sys.stderr, tier, budget_minutes, say)
     say(f"\n{workbook.summary_text(result)}")
     raise typer.Exit(int(any(notebook.failed for notebook in result.notebooks)))
@@ -88,7 +131,7 @@ def sweep(
     jobs: int = Option(0, min=0, help="Rows at once. 0: one here, all workers of a cluster."),
     scheduler: str = Option("", metavar="tcp://HOST:8786", help="A Dask cluster that sees these files."),
     name: str = Option("", help="The folder under outputs/. Default: sweep- and the table's name."),
-    notebook: list[str] = Option(None, metavar="NN", help="Only these notebooks. Default: all."),
+    notebook: list[str] = Option([], metavar="NN", help="Only these notebooks. Default: all."),
     fresh: Fresh = False,
 ) -> None:
     """Run the workbook for each row of a table, and rank the reports.
@@ -99,7 +142,7 @@ def sweep(
     from dfqs_nb.workbook.run import find_notebooks
 
     options: dict[str, Any] = {"jobs": jobs, "scheduler": scheduler, "name": name, "fresh": fresh}
-    rows = sweeps.sweep(table, notebooks=find_notebooks(notebook or []), tell=say, **options)
+    rows = sweeps.sweep(table, notebooks=find_notebooks(notebook), tell=say, **options)
     say_table(rows[["line", "run", "status", "seconds", "reason"]], ".1f")
     n_done = int((rows["status"] == "done").sum())
     at_once = "; speeds of rows that ran at once are contended" if jobs > 1 or scheduler else ""
@@ -130,18 +173,17 @@ def report(
 
     folder = run_folder(run)
     if check:
-        say("\n".join([f"{tilde(folder)}/", *(f"  {line}" for line in reports.check_run(folder))]))
+        say(f"{tilde(folder)}/", *(f"  {line}" for line in reports.check_run(folder)))
         return
     written = reports.write_report(folder, reports.build_report(folder))
-    say(str(reports.verdict(reports.read_report(folder))))
+    say(reports.verdict(reports.read_report(folder)))
     say_written(written, folder)
 
 
 @app.command(rich_help_panel=REPORT)
 def compare(
     reports: list[str] = Argument(..., metavar="RUN...", help="Runs or report.json files; baseline first."),
-    accept: list[str] | None = Option(None, metavar="FIELD", help="Only chat_template_sha256 may differ."),
-    output: Path | None = Option(None, metavar="FOLDER", help="Default: compare-RUN-RUN under outputs/."),
+    accept: list[str] = Option([], metavar="FIELD", help="Only chat_template_sha256 may differ."),
 ) -> None:
     """Compare reports made under equal conditions, item by item.
 
@@ -150,11 +192,10 @@ def compare(
     from dfqs_nb import report
 
     places = [name if Path(name).is_file() else str(run_folder(name)) for name in reports]
-    comparison = report.compare_reports(places, accept=accept or [])
-    folder = output or run_dir("-".join(["compare", *(run.report["run"] for run in comparison.runs)]))
-    written = comparison.write(folder)
-    say(str(comparison))
-    say_written([written], folder)
+    comparison = report.compare_reports(places, accept=accept)
+    folder = run_dir("-".join(["compare", *(run.report["run"] for run in comparison.runs)]))
+    say(comparison)
+    say_written([comparison.write(folder)], folder)
 
 
 @app.command(rich_help_panel=REPORT)
@@ -166,7 +207,7 @@ def leaderboard(folder: Path | None = Argument(None, help="Default: outputs/."))
     from dfqs_nb import report
 
     ranked = report.leaderboard(folder or outputs_dir())
-    say(str(ranked))
+    say(ranked)
     say_written(ranked.write(), ranked.folder)
     raise typer.Exit(int(ranked.n_problems > 0))
 
@@ -185,8 +226,11 @@ def main(argv: list[str] | None = None) -> int:
     error is one line too, and its traceback goes to a log.
     """
     warnings.formatwarning = lambda message, *place, **more: f"dfqs-nb: {plain(message)}\n"
+    words = argv if argv is not None else sys.argv[1:]
+    if "--version" in words[:1]:
+        say(f"dfqs-nb {__version__}")
+        return 0
     try:
-        words = argv if argv is not None else sys.argv[1:]
         status = program()(words, prog_name="dfqs-nb", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except typer.Exit as leave:
@@ -212,11 +256,7 @@ def _fail(message: str, status: int = 1) -> int:
 
 
 def _log_traceback() -> Path:
-    for folder in (outputs_dir(), Path(tempfile.gettempdir())):
-        try:
-            with (folder / LOG).open("a", encoding="utf-8", errors="replace") as log:
-                log.write(traceback.format_exc() + "\n")
-        except OSError:
-            continue  # not there, or not ours to write
-        return folder / LOG
-    return Path(os.devnull)
+    folder = outputs_dir() if os.access(outputs_dir(), os.W_OK) else Path(tempfile.gettempdir())
+    with suppress(OSError), (folder / LOG).open("a", encoding="utf-8", errors="replace") as log:
+        log.write(traceback.format_exc() + "\n")
+    return folder / LOG

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
+from dfqs_nb import ladder
+from dfqs_nb import merge as merging
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.paths import outputs_dir, tilde
-from dfqs_nb.workbook.app import FILES, Overwrite, Place, app, say, say_table
+from dfqs_nb.gguf import diff as differences
+from dfqs_nb.gguf import facts, memory, models, placement, remote
+from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
 
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
 MACHINES = ("64GB", "96GB", "128GB")
 RAM, GPU, DISK = "RAM", "GPU", "disk"
-UNKNOWN_BUFFER = "a card's compute buffer is unknown for this model, and 1 GiB of each card is left for it"
-CARD_BUFFER = (
-    "the card's compute buffer is what llama.cpp planned for this shape on an H100, with flash attention\n"
-    "and n_ubatch 512; 1 GiB of the card is left beside it"
-)
+CARD_BUFFERS = "planned by llama.cpp for this shape on an H100, with flash attention and n_ubatch 512"
+Place = Annotated[str, Argument(help="A file, a name of `dfqs-nb models`, hf://..., https://...")]
 
 
 @app.command(rich_help_panel=FILES)
@@ -42,23 +45,18 @@ def inspect(
 
 
 def _inspect(path: str, quick: bool) -> bool:
-    from dfqs_nb.gguf import models, remote
-    from dfqs_nb.merge import diagnose
-
     with ExitStack() as stack:
         copy = stack.enter_context(remote.headers_of(path)) if models.is_address(path) else None
         local = copy.path if copy else Path(path)
-        diagnosis = diagnose(local, allow_holes=copy is not None)
+        diagnosis = merging.diagnose(local, allow_holes=copy is not None)
         rows = _header_rows(local) if diagnosis.sound else diagnosis.evidence
-        step = diagnosis.next_step
         if copy:
-            step = step and f"after the download: {step.replace(f'{local.parent}/', '')}"
             rows["read over the network"] = f"{copy.fetched_bytes:,} bytes of headers"
         if (diagnosis.sound or diagnosis.kind == "raw concatenation") and not quick:
             rows |= _outlook(local)
         say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
-        if step:
-            say(f"  -> {step}")
+        if step := diagnosis.next_step:
+            say(f"  -> {f'after the download: {step}'.replace(f'{local.parent}/', '') if copy else step}")
         for what, value in rows.items():
             say(f"  {what + ':':<28}{format(value, ',') if type(value) is int else value}")
         return diagnosis.sound
@@ -66,7 +64,6 @@ def _inspect(path: str, quick: bool) -> bool:
 
 def _outlook(path: Path) -> dict[str, Any]:
     """Whether llama.cpp knows the model of these headers, glued or not, and what it needs of this machine."""
-    from dfqs_nb.gguf import memory, remote
     from dfqs_nb.llama.check import loader_verdict
 
     try:
@@ -84,10 +81,6 @@ def _outlook(path: Path) -> dict[str, Any]:
 
 def _header_rows(path: Path) -> dict[str, Any]:
     """The whole model's facts, from all its shards when they are there."""
-    from dfqs_nb.gguf import facts
-    from dfqs_nb.gguf.header import read_header
-    from dfqs_nb.gguf.shards import open_shards
-
     try:
         header = open_shards(path).as_one
     except ShardError:
@@ -114,13 +107,11 @@ def merge(
 
     Resumes after a kill. Example: `dfqs-nb merge model-00001-of-00002.gguf -o model.gguf`
     """
-    from dfqs_nb.merge import merge_model, open_source
-
     if dry_run:
-        plan = open_source(paths).dry_run(output, overwrite=overwrite, consume=consume)
+        plan = merging.open_source(paths).dry_run(output, overwrite=overwrite, consume=consume)
         say(f"{len(plan.sources)} file(s) -> {output}: {plan.nbytes:,} bytes; nothing was written")
     else:
-        _say_made(merge_model(paths, output, overwrite=overwrite, consume=consume))
+        _say_made(merging.merge_model(paths, output, overwrite=overwrite, consume=consume))
 
 
 def _say_made(result: Any) -> None:
@@ -139,18 +130,16 @@ def repair(
 
     Example: `dfqs-nb repair DeepSeek-V4-Flash-IQ1_S-XL.gguf --in-place`
     """
-    from dfqs_nb.merge import repair as make
-
     if bool(output) == in_place:
         raise typer.BadParameter("give either -o OUTPUT or --in-place")
-    _say_made(make(path, output or None, in_place=in_place, overwrite=overwrite))
+    _say_made(merging.repair(path, output or None, in_place=in_place, overwrite=overwrite))
 
 
 @app.command(rich_help_panel=FILES)
 def verify(
     path: str = Argument(..., metavar="FILE", help="The model's file."),
     sha256: str = Option("", help="The expected SHA-256 of the file."),
-    against: list[str] = Option(None, metavar="SHARD", help="Any shard; or repeat the option for each."),
+    against: list[str] = Option([], metavar="SHARD", help="Any shard; or repeat the option for each."),
     write_manifest: bool = Option(False, "--write-manifest", help="Keep the hashes beside FILE, for later."),
     data: bool = Option(False, "--data", help="Also look for runs of zeros, and scales that are no numbers."),
 ) -> None:
@@ -158,17 +147,12 @@ def verify(
 
     Example: `dfqs-nb verify model.gguf --against model-00001-of-00002.gguf`
     """
-    from dfqs_nb.merge import verify_model
-
-    shards = against[0] if against and len(against) == 1 else against or None
-    result = verify_model(
-        path, sha256=sha256 or None, against=shards, data=data, write_manifest=write_manifest
-    )
+    shards = against[0] if len(against) == 1 else against or None
+    options: dict[str, Any] = {"sha256": sha256 or None, "data": data, "write_manifest": write_manifest}
+    result = merging.verify_model(path, against=shards, **options)
     say(f"{result.path}: {result.nbytes:,} bytes, {len(result.tensors):,} tensors, SHA-256 {result.sha256}")
-    for sentence in result.meaning:
-        say(f"  {sentence}")
-    if write_manifest:
-        say(f"  kept in {result.path.name}.manifest.json")
+    kept = [f"kept in {result.path.name}.manifest.json"] if write_manifest else []
+    say(*(f"  {sentence}" for sentence in (*result.meaning, *kept)))
     raise typer.Exit(int(not result.diagnosis.sound))
 
 
@@ -186,27 +170,26 @@ def quantize(
 
     Example: `dfqs-nb quantize dfqs-nano-f16 iq1_s-xl -o small.gguf --calibrate calibration-nano`
     """
-    from dfqs_nb import ladder
-    from dfqs_nb.gguf import models as registry
     from dfqs_nb.ladder.imatrix import collect
     from dfqs_nb.ladder.recipes import load_recipe
 
-    path, chosen = registry.resolve(source)[0], load_recipe(recipe)
+    path, chosen = models.resolve(source)[0], load_recipe(recipe)
     if not (output or dry_run):
         raise DfqsError("no output was named", hint="pass -o FILE, or --dry-run to see what it would be")
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
-    matrix: Any = collect(path, calibrate) if calibrate and chosen.weights else imatrix or None
+    matrix: Any = imatrix or None
+    if calibrate and chosen.weights:
+        matrix = collect(path, calibrate)
+        if not dry_run:
+            matrix.save(Path(f"{output}.imatrix.gguf"))
     if dry_run:
         plan = ladder.plan(path, chosen, matrix)
     else:
-        if calibrate and chosen.weights:
-            matrix.save(Path(f"{output}.imatrix.gguf"))
         plan = ladder.quantize(path, chosen, output, imatrix=matrix, overwrite=overwrite)
     say_table(plan.by_class(), ".2f")
-    where = "would be" if dry_run else f"{output}:"
-    total = f"{where} {plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits a weight"
-    say("\n".join([*plan.notes, total]))
+    total = f"{plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits a weight"
+    say(*plan.notes, f"would be {total}" if dry_run else f"{output}: {total}")
 
 
 @app.command(rich_help_panel=FILES)
@@ -226,43 +209,41 @@ def plan(
     Examples: `dfqs-nb plan model.gguf`,
     `dfqs-nb plan hf://owner/repo/model.gguf --ram 64GB --vram 24GB,24GB --context 32768`
     """
-    from dfqs_nb.gguf import placement, remote
-    from dfqs_nb.gguf.memory import kv_cache_bytes
     from dfqs_nb.llama.diagnosis import forecast
     from dfqs_nb.routing.profile import read_profile
 
     cards = [placement.size_of(text) for text in vram.split(",") if text.strip()]
-    memory = placement.size_of(ram) if ram else available_memory().available_bytes
+    ram_bytes = placement.size_of(ram) if ram else available_memory().available_bytes
     with remote.outline(model) as known:
+        header, far = known.shards.as_one, known.copy is not None
         reads, about = read_profile(profile, known.shards.headers) if profile else ({}, "")
-        shape = placement.Model(known.shards.as_one, reads)
+        shape = placement.Model(header, reads)
         if shape.n_context and context > shape.n_context:
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
             raise DfqsError(what, where=remote.shown(model), hint=f"give --context {shape.n_context} or less")
-        say(f"{remote.shown(model)}: {size(known.shards.nbytes)}, {known.shards.as_one.architecture}")
-        compute, far = _runtime_rows(known, context), known.copy is not None
-        placed = placement.place(shape, context, memory, cards, compute_bytes=compute)
-        paged = not (far or known.glued or cards) and placed.disk_token_bytes
-        room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
-        outlook = forecast(known.shards.headers, room, helped=placed.disk_token_bytes) if paged else None
+        say(f"{remote.shown(model)}: {size(known.shards.nbytes)}, {header.architecture}")
+        compute = _runtime_rows(known, context)
+        placed = placement.place(shape, context, ram_bytes, cards, compute_bytes=compute)
+        outlook = None
+        if placed.disk_token_bytes and not (far or known.glued or cards):
+            room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
+            outlook = forecast(known.shards.headers, room, helped=placed.disk_token_bytes)
         speeds = _speeds(placed, outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
-        name = known.path.name if far else tilde(known.path)
-        if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
-            name = remote.places_of(model)[0].name if far else model
         say(f"\n{placement.table(placed).to_string()}\n")
-        if note := kv_cache_bytes(known.shards.as_one, context).note:
+        if note := memory.kv_cache_bytes(header, context).note:
             say(f"the cache is an estimate: {note}")
-        for name_of, text in outlook.rows.items() if outlook else ():
-            say(f"  {name_of}: {text}")
-        largest = placement.largest_context(shape, memory, cards, compute_bytes=compute)
-        for line in _advice(placed, largest, speeds, outlook):
-            say(line)
+        largest = placement.largest_context(shape, ram_bytes, cards, compute_bytes=compute)
+        say(f"largest context: {largest:,} tokens" if largest else "no context fits")
+        say(*_advice(placed, speeds, outlook))
         if about:
             say(f"experts' use: {about}. The page cache is assumed to keep those that it reads most")
         if cards:
-            known_buffer = placed.devices[0].compute_bytes is not None
-            say(CARD_BUFFER if known_buffer else UNKNOWN_BUFFER)
+            source = CARD_BUFFERS if placed.devices[0].compute_bytes is not None else "unknown for this model"
+            say(f"a card's compute buffer: {source}; 1 GiB of each card is left beside it, or for it")
             say("there, llama-server also places without these flags (--fit), and plans that buffer")
+        name = known.path.name if far else tilde(known.path)
+        if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
+            name = remote.places_of(model)[0].name if far else model
         say(f"\n{placed.command(name)}")
         if not ram and not cards:
             table = placement.machines_table(shape, context, MACHINES, speeds, compute_bytes=compute)
@@ -303,11 +284,11 @@ def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, flo
     return speeds
 
 
-def _advice(placed: Any, largest: int, speeds: dict[str, float], outlook: Any) -> list[str]:
-    lines = [f"largest context: {largest:,} tokens" if largest else "no context fits"]
+def _advice(placed: Any, speeds: dict[str, float], outlook: Any) -> list[str]:
+    lines = [f"  {name}: {text}" for name, text in outlook.rows.items()] if outlook else []
     bound, unknown = placed.bound(speeds)
-    stated = ", ".join(f"{name} {value / 1e9:.3g} GB/s" for name, value in speeds.items())
     if bound:
+        stated = ", ".join(f"{name} {value / 1e9:.3g} GB/s" for name, value in speeds.items())
         lines.append(f"at most {bound:.2f} tokens/s by reading weights alone ({stated})")
     elif kinds := dict.fromkeys(name.split()[0] for name in unknown):
         options = " and ".join(f"--{name.lower()}-gbs" for name in kinds)
@@ -317,11 +298,9 @@ def _advice(placed: Any, largest: int, speeds: dict[str, float], outlook: Any) -
     elif placed.disk_token_bytes:
         command = (outlook.disk.command if outlook else "") or "blockdev --setra 256 DEVICE"
         least = size(placed.disk_token_bytes)
-        lines += [
-            f"memory does not hold all weights: a token reads at least {least} from the disk",
-            "opened here, the paging help keeps it at that",
-            f"for llama-server leave mlock off, and lower n_ubatch and read-ahead ({command} as root)",
-        ]
+        lines.append(f"memory does not hold all weights: a token reads at least {least} from the disk")
+        lines.append("opened here, the paging help keeps it at that; for llama-server leave mlock off,")
+        lines.append(f"and lower n_ubatch and read-ahead ({command} as root)")
     return lines
 
 
@@ -335,13 +314,9 @@ def diff(
 
     Exit status 1: they differ. Example: `dfqs-nb diff model-Q8_0.gguf hf://owner/repo/model-Q4_0.gguf`
     """
-    from dfqs_nb.gguf import diff as compare
-    from dfqs_nb.gguf import remote
-
     with remote.outline(a) as left, remote.outline(b) as right:
-        difference = compare.compare(left, right, data=data)
+        difference = differences.compare(left, right, data=data)
     for kind, lines in difference.lines.items():
-        say(f"{kind}: {len(lines):,}")
-        say("\n".join(f"  {line}" for line in lines))
+        say(f"{kind}: {len(lines):,}", *(f"  {line}" for line in lines))
     say(difference.sentence)
     raise typer.Exit(int(not difference.equal))

@@ -8,15 +8,17 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from dfqs_nb.core.budget import duration
 from dfqs_nb.core.display import plain
+from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.core.progress import Activity
 
 ENGINE = "dfqs-live"  # its name in papermill
+CONDITIONS = "dfqs_conditions"  # in the metadata of an executed notebook: their hash
 BAR = 10  # characters
 HEARTBEAT_SECONDS = 10.0  # between lines where there is no terminal to redraw one in
 REDRAW_SECONDS = 1.0
@@ -25,14 +27,17 @@ REDRAW_SECONDS = 1.0
 class Live:
     """One line that follows a notebook's execution; in a log file, a line every ten seconds of a long cell.
 
-    It takes the time of each cell from an earlier run at ``target``, the executed notebook.
-    ``budget_minutes`` 0: it has no budget. ``stream`` None: nobody watches.
+    ``target`` receives the executed notebook. If an earlier run left it there under the same ``conditions``,
+    the times of its cells tell how long this run takes. ``budget_minutes`` 0: it has no budget. ``stream``
+    None: nobody watches.
     """
 
-    def __init__(self, notebook: Path, target: Path, budget_minutes: float, stream: IO[str] | None) -> None:
-        self.name, self.stream, self.budget = notebook.stem, stream or io.StringIO(), 60 * budget_minutes
-        self.earlier, self.bars = cell_seconds(target), target.with_name(".progress")
-        self.titles: list[str] = []
+    def __init__(
+        self, target: Path, budget_minutes: float, conditions: Mapping[str, Any], stream: IO[str] | None
+    ) -> None:
+        self.name, self.stream, self.budget = target.stem, stream or io.StringIO(), 60 * budget_minutes
+        self.key, self.bars = conditions_hash(conditions), target.with_name(".progress")
+        self.earlier, self.titles = cell_seconds(target, self.key), list[str]()
         self.index, self.begun, self.cell_begun = 0, time.monotonic(), time.monotonic()
         self.activity, self.done, self.drawn = Activity(), threading.Event(), 0
 
@@ -50,9 +55,9 @@ class Live:
             self.stream.flush()
         self.bars.unlink(missing_ok=True)
 
-    def cell(self, titles: Sequence[str], index: int) -> None:
+    def cell(self, titles: list[str], index: int) -> None:
         """A cell begins."""
-        self.titles, self.index, self.cell_begun = list(titles), index, time.monotonic()
+        self.titles, self.index, self.cell_begun = titles, index, time.monotonic()
 
     @property
     def place(self) -> str:
@@ -61,13 +66,20 @@ class Live:
             return "starting"
         return f"{self.index + 1}/{len(self.titles)} {self.titles[self.index]}"
 
-    def line(self) -> str:
-        """What is going on, for how long, what is left, and what the processes do."""
-        now, full = time.monotonic(), BAR * self.index // max(1, len(self.titles))
+    def line(self, width: int = 1000) -> str:
+        """What is going on, for how long, what is left, and what the processes do.
+
+        If that is wider than ``width``, the heading is cut first, then what the processes do, then the name.
+        """
+        now, done = time.monotonic(), BAR * self.index // max(1, len(self.titles))
+        times = ", ".join(filter(None, [duration(now - self.begun), self._left(now)]))
         bars = self.bars.read_text(encoding="utf-8", errors="replace") if self.bars.exists() else ""
-        parts = [f"{self.name} [{'#' * full}{'.' * (BAR - full)}] {self.place}", bars]
-        parts.append(duration(now - self.begun))
-        return plain(" | ".join(filter(None, [*parts, self._left(now), self.activity.text()])))
+        more = " | ".join(filter(None, ["", times, bars, self.activity.text()]))
+        number, _, title = self.place.partition(" ")
+        head = f"[{'#' * done}{'.' * (BAR - done)}] {number}"
+        name = self.name if len(f"{self.name} {head} | {times}") <= width else self.name[:2]
+        title = title[: max(0, width - len(f"{name} {head} {more}"))]
+        return plain(f"{name} {head} {title}".rstrip() + more)[:width]
 
     def _left(self, now: float) -> str:
         """What is left: as long as the cells took last time, or of the budget."""
@@ -83,25 +95,24 @@ class Live:
         terminal = self.stream.isatty()
         while not self.done.wait(REDRAW_SECONDS if terminal else HEARTBEAT_SECONDS):
             if terminal:
-                self._draw(self.line())
+                self._draw(self.line(shutil.get_terminal_size().columns - 1))
             elif time.monotonic() - self.cell_begun >= HEARTBEAT_SECONDS:
                 print(self.line(), file=self.stream, flush=True)
 
     def _draw(self, line: str) -> None:
-        line = line[: shutil.get_terminal_size().columns - 1]
         self.stream.write("\r" + line.ljust(self.drawn))
         self.stream.flush()
         self.drawn = len(line)
 
 
-def cell_seconds(path: Path) -> list[float]:
-    """How long each cell of an executed notebook took; empty where not all of them ran."""
+def cell_seconds(path: Path, key: str) -> list[float]:
+    """How long each cell of a notebook took that ran to its end under the conditions ``key``; else empty."""
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        seconds = [cell["metadata"]["papermill"]["duration"] for cell in cells]
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        seconds = [cell["metadata"]["papermill"]["duration"] for cell in notebook["cells"]]
+        return [] if None in seconds or notebook["metadata"][CONDITIONS] != key else seconds
     except (OSError, ValueError, LookupError, TypeError):
-        return []
-    return [] if None in seconds else seconds
+        return []  # no notebook, or not one that this program executed
 
 
 def cell_titles(cells: Sequence[Any]) -> list[str]:
@@ -122,6 +133,7 @@ def use(live: Live) -> str:
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
             titles, begin = cell_titles(nb_man.nb.cells), nb_man.cell_start
+            nb_man.nb.metadata[CONDITIONS] = live.key
 
             def started(cell: Any, cell_index: int = 0, **more: Any) -> None:
                 live.cell(titles, cell_index)

@@ -17,31 +17,47 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.machine import usable_cores, watched_load
 from dfqs_nb.core.paths import run_dir, tilde
-from dfqs_nb.workbook.app import (
-    MEASURE,
-    Budget,
-    Context,
-    Fresh,
-    Gguf,
-    KeyVariable,
-    Limit,
-    Overwrite,
-    Run,
-    ServerModel,
-    Threads,
-    app,
-    identity,
-    model_run_dir,
-    numbers,
-    open_model,
-    say,
-    say_table,
-    say_written,
-)
+from dfqs_nb.workbook import cli
+from dfqs_nb.workbook.cli import MEASURE, Context, Fresh, Gguf, Run, Threads, app, say, say_table
 
 COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output"
-
 TOP = 20  # likeliest tokens that a record keeps at each position
+
+
+def numbers(text: str, kind: Any = int) -> list[Any]:
+    """Numbers with commas between them, of an option.
+
+    >>> numbers("1,2"), numbers("0,0.5", float)
+    ([1, 2], [0.0, 0.5])
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise DfqsError(f"{text!r} is no list of numbers", hint="write 1,2,4") from None
+
+
+def stage_dir(run: str, model: str, stage: str = "") -> Path:
+    """The folder of a run (by default one of the model's name), or of a stage in it; made if missing."""
+    from dfqs_nb.workbook.run import default_run_name
+
+    folder = run_dir(run or default_run_name(model)) / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def open_model(model: str, n_ctx: int, threads: int = 0) -> Any:
+    """Open a model with settings that suit it and this machine."""
+    from dfqs_nb import llama
+
+    return llama.open_model(model, llama.OpenSettings.of(model, n_ctx=n_ctx, n_threads=threads))
+
+
+def identity(model: Any) -> str:
+    """SHA-256 of an open model: from its manifest, where that is ours and holds, else read anew."""
+    from dfqs_nb.merge.merge import earlier_result
+
+    earlier = earlier_result(model.path)
+    return earlier.sha256 if earlier else str(model.sha256())
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -71,25 +87,23 @@ def routing(
     say_table(experiment.sensitivities[COLUMNS.split()], ".3g")
     rows = experiment.rows.drop_duplicates("condition")
     broken = rows[(rows["status"] != "done") & ~rows["condition"].isin(experiment.left_out)]
-    say("\n".join(f"{row.condition}: {row.status}" for row in broken.itertuples()))
-    say("\n".join([*experiment.conclusions(), "", *experiment.advice, ""]))
-    for row in experiment.claims().itertuples():
-        say(f'"{row.claim}": {row.status}\n  {row.evidence}')
-    say()
-    say_written(experiment.write_tables(folder), folder)
+    say(*(f"{row.condition}: {row.status}" for row in broken.itertuples()))
+    say(*experiment.conclusions(), "", *experiment.advice, "")
+    say(*(f'"{row.claim}": {row.status}\n  {row.evidence}' for row in experiment.claims().itertuples()), "")
+    cli.say_written(experiment.write_tables(folder), folder)
     raise typer.Exit(int(not experiment.passed))
 
 
 @app.command(rich_help_panel=MEASURE)
 def score(
     model: str = Argument(..., help="A GGUF file, any of its shards, or the URL of a server."),
-    endpoint_model: ServerModel = "",
-    key_variable: KeyVariable = "",
+    endpoint_model: cli.ServerModel = "",
+    key_variable: cli.KeyVariable = "",
     concurrency: int = Option(1, help="Requests at once to a server; more than 1 can change answers."),
-    field: list[str] = Option(None, metavar="NAME=NEW", help="Rename a request's field; `seed=` omits it."),
+    field: list[str] = Option([], metavar="NAME=NEW", help="Rename a request's field; `seed=` omits it."),
     timeout: float = Option(600.0, help="Seconds to wait for each piece of a server's answer."),
     tier: Literal["nano", "standard"] = Option("standard", help="Which question sets."),
-    set_names: list[str] = Option(None, "--set", metavar="NAME", help="Only these sets, or JSONL files."),
+    set_names: list[str] = Option([], "--set", metavar="NAME", help="Only these sets, or JSONL files."),
     n_ctx: Context = 4096,
     limit: int | None = Option(None, help="Ask only this many questions a set; then nothing is scored."),
     run: Run = "",
@@ -113,56 +127,52 @@ def score(
     if long_context and not serve.is_url(model):
         hint = f"of a file, notebook 05 measures it: `dfqs-nb run 01 05 --model {quoted(model)}`"
         raise DfqsError("--long-context is for a server", where=model, hint=hint)
-    sets = [scores.ItemSet.load(name) for name in set_names or []] or scores.ItemSet.of_tier(tier)
+    sets = [scores.ItemSet.load(name) for name in set_names] or scores.ItemSet.of_tier(tier)
     given: dict[str, Any] = {"temperature": temperature, "n_samples": samples, "limit": limit, "fresh": fresh}
     given |= {"thinking": thinking, "thinking_tokens": thinking_tokens}
     options = scores.Options(**given, allow_unsandboxed=allow_unsandboxed)
     with ExitStack() as stack:
         if serve.is_url(model):
-            if bad := next((pair for pair in field or [] if "=" not in pair[1:]), ""):
+            if bad := next((pair for pair in field if "=" not in pair[1:]), ""):
                 raise DfqsError(f"--field {bad} has no `=`", hint=f"--field {bad}= leaves it out")
             wire: dict[str, Any] = {"concurrency": concurrency, "timeout_seconds": timeout}
-            wire |= {"key_variable": key_variable, "fields": dict(pair.split("=", 1) for pair in field or [])}
+            wire |= {"key_variable": key_variable, "fields": dict(pair.split("=", 1) for pair in field)}
             opened: Any = serve.connect(model, endpoint_model, **wire)
             model_id, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
             score_set: Any = serve.measure.score_set
         else:
             opened = stack.enter_context(open_model(model, n_ctx))
-            model_id, folder, score_set = identity(opened), model_run_dir(run, model), scores.score_set
+            model_id, folder, score_set = identity(opened), stage_dir(run, model), scores.score_set
         for item_set in sets:
-            result = score_set(opened, item_set, folder / "scores", options, model_id=model_id)
-            say(result.score.sentence)
+            say(score_set(opened, item_set, folder / "scores", options, model_id=model_id).score.sentence)
+        say(f"answers: {tilde(folder / 'scores')}/")
         if long_context:
-            lengths = {"longest": longest, "shortest": shortest}
-            _long_context(opened, folder / "long_context", prompt_set=tier, fresh=fresh, **lengths)
-    say(f"answers: {tilde(folder / 'scores')}/")
-
-
-def _long_context(server: Any, folder: Path, **options: Any) -> None:
-    """Print the curve of retrieval over a server, and where it ends."""
-    from dfqs_nb import serve
-
-    result = serve.measure.measure_long_context(server, folder, **options)
-    if result.failure:
-        say(f"{result.failure.length:,} tokens: {result.failure.message}")
-    if len(result.items):
-        say_table(result.counts().curve()[["length", "correct", "n", "accuracy", "low", "high", "curve"]])
-        say(f"retrieval {result.boundary().sentence}")
-    say(f"haystacks: {tilde(folder)}/")
+            place, lengths = folder / "long_context", {"longest": longest, "shortest": shortest}
+            curve = serve.measure.measure_long_context(opened, place, prompt_set=tier, fresh=fresh, **lengths)
+            if curve.failure:
+                say(f"{curve.failure.length:,} tokens: {curve.failure.message}")
+            if len(curve.items):
+                say_table(
+                    curve.counts().curve()[["length", "correct", "n", "accuracy", "low", "high", "curve"]]
+                )
+                say(f"retrieval {curve.boundary().sentence}")
+            say(f"haystacks: {tilde(place)}/")
 
 
 @app.command(rich_help_panel=MEASURE)
 def bench(
     model: Gguf,
-    threads: str = Option("", help="Values with commas. Default: 1, 2, 4 ... to all cores."),
-    batch: str = Option("512", help="n_batch."),
-    ubatch: str = Option("512", help="n_ubatch."),
+    threads: Any = Option(None, parser=numbers, metavar="N,...", help="Default: 1, 2, 4 ... to all cores."),
+    batch: Any = Option("512", parser=numbers, metavar="N,...", help="n_batch."),
+    ubatch: Any = Option("512", parser=numbers, metavar="N,...", help="n_ubatch."),
     cache_type: str = Option("f16", help="Type of keys and values, such as f16,q8_0."),
-    flash_attn: str = Option("0", help="0, 1, or 0,1."),
-    gpu_layers: str = Option("0", help="Layers on the GPU; -1: all."),
+    flash_attn: Any = Option("0", parser=numbers, metavar="N,...", help="0, 1, or 0,1."),
+    gpu_layers: Any = Option("0", parser=numbers, metavar="N,...", help="Layers on the GPU; -1: all."),
     prompt: int = Option(512, min=0, help="Tokens of prefill to time; 0: none."),
     gen: int = Option(128, min=0, help="Tokens of decode to time; 0: none."),
-    depth: str = Option("0", help="Tokens in the context before the timed ones."),
+    depth: Any = Option(
+        "0", parser=numbers, metavar="N,...", help="Tokens in the context before the timed ones."
+    ),
     rounds: int = Option(5, min=1, help="Each round times every setting once."),
     budget_minutes: float = Option(10.0, help="A round that would exceed this limit is not started."),
     output: Path | None = Option(None, "-o", "--output", help="Also write a .csv, .json or .md file."),
@@ -178,16 +188,15 @@ def bench(
     if output and output.suffix not in (".csv", ".json", ".md"):
         raise DfqsError("its name says no format", where=output, hint="end it in .csv, .json or .md")
     cores = usable_cores()
-    doubling = ",".join(str(n) for n in sorted({*(2**k for k in range(cores.bit_length())), cores}))
     axes: dict[str, Any] = {
-        "n_threads": numbers(threads or doubling, "--threads"),
-        "n_batch": numbers(batch, "--batch"),
-        "n_ubatch": numbers(ubatch, "--ubatch"),
+        "n_threads": threads or sorted({*(2**k for k in range(cores.bit_length())), cores}),
+        "n_batch": batch,
+        "n_ubatch": ubatch,
         "cache_type": cache_type.split(","),
-        "flash_attn": [bool(value) for value in numbers(flash_attn, "--flash-attn")],
-        "n_gpu_layers": numbers(gpu_layers, "--gpu-layers"),
+        "flash_attn": [bool(value) for value in flash_attn],
+        "n_gpu_layers": gpu_layers,
     }
-    cases = benches.grid(OpenSettings(), axes, prompt, gen, numbers(depth, "--depth"))
+    cases = benches.grid(OpenSettings(), axes, prompt, gen, depth)
     say(f"{len(cases)} tests: one round, then up to {rounds - 1} more within {budget_minutes:g} minutes")
     with watched_load() as load:
         timed, refused = benches.run(model, cases, rounds, budget_minutes)
@@ -199,8 +208,7 @@ def bench(
     joules = table["joules_per_token"].min()
     say(f"energy: {joules:.2f} J a token at best" if joules == joules else "energy: not readable here")
     busy = ["contended: other processes were busy, so the speeds are too low"] if load.contended else []
-    left_out = [f"left out: {reason}" for reason in dict.fromkeys(refused)]
-    say("\n".join([*benches.advice(timed), *busy, *left_out]))
+    say(*benches.advice(timed), *busy, *(f"left out: {reason}" for reason in dict.fromkeys(refused)))
     if output:
         made = {".csv": table.to_csv(index=False), ".json": table.to_json(orient="records", indent=2)}
         made[".md"] = markdown_table(table) + "\n"
@@ -214,7 +222,7 @@ def choices(
     run: Run = "",
     n_ctx: Context = 4096,
     threads: Threads = 0,
-    limit: Limit = None,
+    limit: int | None = Option(None, min=1, help="Ask only this many, evenly from each family."),
     fresh: Fresh = False,
 ) -> None:
     """Answer multiple choice by log-likelihood.
@@ -227,7 +235,7 @@ def choices(
     questions = likelihood.choices_of(ItemSet.load(set_name))
     questions = questions.part(limit) if limit else questions
     with open_model(model, n_ctx, threads) as opened:
-        folder = model_run_dir(run, model, "scores")
+        folder = stage_dir(run, model, "scores")
         result = likelihood.answer(opened, questions, folder, model_id=identity(opened), fresh=fresh)
     say(result.score["sentence"])
     say_table(result.families())
@@ -242,8 +250,8 @@ def record(
     tokens: int = Option(64, min=1, help="Tokens of each answer."),
     limit: int = Option(32, help="The largest number of prompts; 0: all."),
     plain: bool = Option(False, "--plain", help="Continue the texts, without a chat template."),
-    endpoint_model: ServerModel = "",
-    key_variable: KeyVariable = "",
+    endpoint_model: cli.ServerModel = "",
+    key_variable: cli.KeyVariable = "",
     n_ctx: Context = 4096,
     licence: str = Option("not stated", help="Licence of prompts and answers, stored in the record."),
 ) -> None:
@@ -299,8 +307,8 @@ def deploy(
     n_ctx: int | None = Option(None, help="Tokens of context. Default: what this machine holds."),
     gpu_layers: int | None = Option(None, help="Default: what this machine's GPU holds."),
     port: int | None = Option(None, help="Port of the server. Default: the target's own."),
-    key_variable: KeyVariable = "",
-    overwrite: Overwrite = False,
+    key_variable: cli.KeyVariable = "",
+    overwrite: cli.Overwrite = False,
 ) -> None:
     """Write what runs a model with another program.
 
@@ -319,17 +327,17 @@ def deploy(
     recipe = recipes.write_recipe(
         target, model, folder, **sizes, key_variable=key_variable, overwrite=overwrite
     )
-    say("\n".join([*(f"- {note}" for note in recipe.notes), "", *recipe.commands]))
+    say(*(f"- {note}" for note in recipe.notes), "", *recipe.commands)
     say(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")
 
 
 @app.command(rich_help_panel=MEASURE)
 def tasks(
     model: Gguf,
-    task: list[str] = Option(None, "--task", metavar="NAME", help="Only these tasks. Default: all."),
-    lengths: str = Option("512,1024,2048,4096", help="Tokens, with commas."),
+    task: list[str] = Option([], metavar="NAME", help="Only these tasks. Default: all."),
+    lengths: Any = Option("512,1024,2048,4096", parser=numbers, metavar="N,...", help="Tokens."),
     texts: int = Option(12, min=1, help="Texts of each task at each length."),
-    budget_minutes: Budget = 30.0,
+    budget_minutes: cli.Budget = 30.0,
     run: Run = "",
     threads: Threads = 0,
     fresh: Fresh = False,
@@ -342,19 +350,17 @@ def tasks(
     from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
     from dfqs_nb.core.prompts import load_prompts
 
-    sizes = sorted({*numbers(lengths, "--lengths")})
-    if sizes[0] < 1:
-        raise DfqsError(f"--lengths has {sizes[0]}", hint="give lengths of 1 or more")
-    with open_model(model, sizes[-1], threads) as opened:
+    if min(lengths) < 1:
+        raise DfqsError(f"--lengths has {min(lengths)}", hint="give lengths of 1 or more")
+    with open_model(model, max(lengths), threads) as opened:
+        speed = measure_prefill(opened, max(lengths), 60 * budget_minutes)
         n_tasks = len({*(task or load_prompts(NAME, Tasks).tasks)})
-        speed = measure_prefill(opened, sizes[-1], 60 * budget_minutes)
-        planned = duration(planned_seconds(speed, sizes, n_tasks, texts))
-        asked = f"{n_tasks} tasks, {texts} texts each at {lengths} tokens"
-        say(f"{asked}: about {planned}, at most {budget_minutes:g} min")
-        folder = model_run_dir(run, model, "long_context")
-        options: dict[str, Any] = {"tasks": task or [], "n_texts": texts, "fresh": fresh}
+        planned = duration(planned_seconds(speed, lengths, n_tasks, texts))
+        say(f"{n_tasks} tasks, {texts} texts a length: about {planned}, at most {budget_minutes:g} min")
+        folder = stage_dir(run, model, "long_context")
+        options: dict[str, Any] = {"tasks": task, "n_texts": texts, "fresh": fresh}
         options |= {"budget_seconds": 60 * budget_minutes, "model_id": identity(opened)}
-        result = measure_tasks(opened, folder, sizes, speed, **options)
+        result = measure_tasks(opened, folder, lengths, speed, **options)
     _tell(result, folder / "tasks.csv", model)
     say_table(result.effective(), ".2f")
 
@@ -366,7 +372,7 @@ def loops(
     cache_type: str = Option("f16,q8_0", help="Types of keys and values, with commas."),
     answers: int = Option(12, min=1, max=24, help="Answers under each condition."),
     tokens: int = Option(512, min=64, help="Tokens of a long answer."),
-    budget_minutes: Budget = 30.0,
+    budget_minutes: cli.Budget = 30.0,
     run: Run = "",
     threads: Threads = 0,
     fresh: Fresh = False,
@@ -378,14 +384,12 @@ def loops(
     from dfqs_nb.context.loops import measure_loops
     from dfqs_nb.llama import OpenSettings
 
-    options: dict[str, Any] = {"temperatures": numbers(temperature, "--temperature", float)}
-    options |= {"cache_types": cache_type.split(","), "n_answers": answers, "n_tokens": tokens}
     settings = OpenSettings.of(model, n_ctx=tokens + 512, n_threads=threads)
-    folder = model_run_dir(run, model, "long_context")
-    result = measure_loops(
-        model, folder, settings, **options, budget_seconds=60 * budget_minutes, fresh=fresh
-    )
-    _tell(result, folder / "loops.csv", model)
+    options: dict[str, Any] = {"temperatures": numbers(temperature, float), "fresh": fresh}
+    options |= {"cache_types": cache_type.split(","), "n_answers": answers, "n_tokens": tokens}
+    options["budget_seconds"] = 60 * budget_minutes
+    folder = stage_dir(run, model, "long_context")
+    _tell(measure_loops(model, folder, settings, **options), folder / "loops.csv", model)
 
 
 def _tell(result: Any, path: Path, model: str) -> None:
@@ -394,5 +398,5 @@ def _tell(result: Any, path: Path, model: str) -> None:
         what = f"nothing was asked: {'; '.join(result.left_out)}"
         raise DfqsError(what, where=model, hint="raise --budget-minutes")
     say_table(result.table(), ".2f")
-    say("\n".join(f"left out: {what}" for what in result.left_out))
+    say(*(f"left out: {what}" for what in result.left_out))
     say(f"wrote {tilde(write_table(path, result.items, index=False))}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import os
 import re
 import sys
@@ -11,17 +9,16 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from dfqs_nb.core.display import did_you_mean, markdown, plain, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import there_is, write_text
 from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
-from dfqs_nb.core.stage import Stage
+from dfqs_nb.core.stage import Stage, read_stage
 from dfqs_nb.workbook import tiers
 from dfqs_nb.workbook.live import Live, use
 
@@ -32,33 +29,24 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
 KERNEL = "python3"
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
-SIZES = {
-    "reference": "reference model (6 MB)",
-    "small": "270 M at Q4_K_M (0.25 GB)",
-    "seven_b": "7 B at Q4_K_M (5 GB)",
-    "flash": "61 GB",
-}
 
 
-@dataclass(frozen=True)
-class NotebookRun:
-    """One notebook: its name without suffix, how long it took, where it is, and why it was left out."""
+class NotebookRun(NamedTuple):
+    """One executed notebook: where it is, how long it took, and why it was left out."""
 
-    name: str
-    seconds: float
     path: Path
+    seconds: float = 0.0
     left_out: str = ""
     failed: bool = False
 
 
-@dataclass(frozen=True)
-class WorkbookRun:
+class WorkbookRun(NamedTuple):
     """A finished run: its folder, its notebooks in order, each stage's lines, and the report's verdict."""
 
     folder: Path
-    notebooks: tuple[NotebookRun, ...]
+    notebooks: list[NotebookRun]
     summary: dict[str, list[str]]
-    verdict: str = ""
+    verdict: str
 
 
 def find_notebooks(names: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
@@ -104,19 +92,17 @@ def check_parameters(parameters: Iterable[str], declared: Iterable[str]) -> None
 def parse_value(name: str, text: str, type_name: str) -> Any:
     """A parameter's value from the command line, by the type that the notebook declares.
 
-    >>> parse_value("n_ctx", "4096", "int"), parse_value("prompts", "['a', 'b']", "list[str]")
-    (4096, ['a', 'b'])
+    >>> parse_value("n_ctx", "4096", "int"), parse_value("fresh", "true", "bool")
+    (4096, True)
     """
-    if type_name == "str":
-        return text
+    from pydantic import TypeAdapter, ValidationError
+
+    types: dict[str, type] = {"int": int, "float": float, "bool": bool}
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        value = {"true": True, "false": False}.get(text.lower(), text)
-    allowed: Any = {"int": int, "float": (int, float), "bool": bool}.get(type_name, object)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and type_name in ("int", "float")):
-        raise DfqsError(f"parameter {name} takes {type_name}, not {text!r}", hint=f"give {name}=VALUE")
-    return value
+        return TypeAdapter(types.get(type_name, str)).validate_strings(text)
+    except ValidationError:
+        hint = f"give {name}=VALUE"
+        raise DfqsError(f"parameter {name} takes {type_name}, not {text!r}", hint=hint) from None
 
 
 def parameter_types(notebooks: Iterable[Path]) -> dict[str, str]:
@@ -129,10 +115,9 @@ def parse_parameters(assignments: Iterable[str], notebooks: Iterable[Path]) -> d
     """``["n_ctx=4096", ...]`` as values, each of the type that a notebook declares for it."""
     texts, types = {}, parameter_types(notebooks)
     for assignment in assignments:
-        name, equals, text = assignment.partition("=")
+        name, equals, texts[name.strip()] = assignment.partition("=")
         if not equals:
             raise DfqsError(f"{assignment!r} is not of the form name=value", hint="write -p n_ctx=4096")
-        texts[name.strip()] = text
     check_parameters(texts, types)
     return {name: parse_value(name, text, types[name]) for name, text in texts.items()}
 
@@ -170,14 +155,22 @@ def run_workbook(
         fresh: do again what an earlier run left (handed on as ``fresh``).
         watch: where to show which cell runs, for how long, and what its processes do.
         tier: sets the parameters that are not given (`tiers`); by default the model's.
-        budget_minutes: of the whole run, divided among the notebooks that obey a budget.
-        tell: gets a line before and after each notebook.
+        budget_minutes: of the whole run, divided among the notebooks that obey a budget. The parameter of
+            that name means the same.
+        tell: gets the plan, and a line before and after each notebook.
     """
     paths = list(notebooks) if notebooks is not None else find_notebooks()
     declared = [declared_parameters(path) for path in paths]
     check_parameters(parameters or {}, chain.from_iterable(declared))
     given = {name: _absolute(value) for name, value in (parameters or {}).items()}
-    settings = tiers.settings_of(tier or tiers.tier_of(given.get("model"), run))
+    budget_minutes = given.pop("budget_minutes", budget_minutes)
+    if not budget_minutes >= 1:
+        raise DfqsError(f"the budget is {budget_minutes:g} minutes", hint="give a run 1 minute or more")
+    tier = tier or tiers.tier_of(given.get("model"), run)
+    settings = {name: value for name, value in tiers.settings_of(tier).items() if name not in given}
+    tell(f"run {run}: {tier} tier, {len(paths)} notebooks, at most about {budget_minutes:g} minutes")
+    if settings:
+        tell("  " + ", ".join(f"{name}={value}" for name, value in settings.items()))
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
     folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
     for number, (path, names) in enumerate(zip(paths, declared, strict=True)):
@@ -187,23 +180,24 @@ def run_workbook(
         left = budget_minutes - (time.monotonic() - begin + beside) / 60
         budget = tiers.budget_of(path.stem, left, [later.stem for later in paths[number:]])
         now = {"budget_minutes": round(budget, 1), **values}
-        chosen = {name: value for name, value in now.items() if name in names}
-        target = folder / path.name
+        chosen, target = {name: now[name] for name in now if name in names}, folder / path.name
         try:
-            if "ladder_source" in names and settings and not chosen.get("ladder_source"):
+            if "ladder_source" in names and tier != tiers.NANO and not chosen.get("ladder_source"):
                 chosen["ladder_source"] = tiers.ladder_source(run)
         except DfqsError as error:
             Stage(run, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
-            done.append(NotebookRun(path.stem, 0.0, target, str(error)))
+            done.append(NotebookRun(target, left_out=str(error)))
         else:
-            live = Live(path, target, chosen.get("budget_minutes", 0.0), watch)
+            conditions = {**chosen, "budget_minutes": budget_minutes}
+            conditions["model"] = given.get("model") or tiers.model_of(run)
+            live = Live(target, chosen.get("budget_minutes", 0.0), conditions, watch)
             done.append(_executed(path, target, chosen, live))
         ended = done[-1]
-        tell(f"{ended.name}: {ended.left_out and 'left out: '}{ended.left_out or f'{ended.seconds:.1f} s'}")
+        tell(f"{path.stem}: {f'left out: {ended.left_out}' if ended.left_out else f'{ended.seconds:.1f} s'}")
     return _summed_up(folder, done)
 
 
-def _summed_up(folder: Path, done: Sequence[NotebookRun]) -> WorkbookRun:
+def _summed_up(folder: Path, done: list[NotebookRun]) -> WorkbookRun:
     """Write the report, if there is one, again with what later notebooks found. It seals the summary."""
     from dfqs_nb import report
 
@@ -212,7 +206,7 @@ def _summed_up(folder: Path, done: Sequence[NotebookRun]) -> WorkbookRun:
         own = report.read_report(folder)
         report.write_report(folder, own)
         verdict = str(report.verdict(own))
-    result = WorkbookRun(folder, tuple(done), read_summary(folder), verdict)
+    result = WorkbookRun(folder, done, read_summary(folder), verdict)
     write_text(folder / "summary.md", summary_markdown(result))
     if has_report:
         report.write_report(folder)
@@ -241,7 +235,7 @@ def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) 
     except KeyboardInterrupt:
         print(f"\nstopped in {live.name}, cell {plain(live.place)}; {so_far}", file=sys.stderr)
         report = f"`dfqs-nb report {quoted(target.parent.name)}` reports what there is"
-        print(f"the same command goes on from here; {report}", file=sys.stderr)
+        print(f"the same command measures what is missing; {report}", file=sys.stderr)
         raise
     except (PapermillExecutionError, DeadKernelError) as error:
         what = f"the kernel died in cell {live.place} (killed, out of memory, or aborted by llama.cpp)"
@@ -252,8 +246,8 @@ def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) 
         is_later = path.name in (STAGES["ladder"], STAGES["serving"])
         if not (is_later and target.with_name("report.json").exists()):
             raise failure from error
-        return NotebookRun(path.stem, 0.0, target, f"failed: {failure}", failed=True)
-    return NotebookRun(path.stem, time.perf_counter() - begin, target)
+        return NotebookRun(target, left_out=f"failed: {failure}", failed=True)
+    return NotebookRun(target, time.perf_counter() - begin)
 
 
 def last_line(text: str) -> str:
@@ -267,9 +261,9 @@ def kernel_environment(outputs: Path | None = None, progress: Path | None = None
     """The environment of a kernel: this interpreter's kernel first, absolute folders, no progress bars.
 
     ``progress``: a file that gets the state of the bars instead.
-    A user may have a ``python3`` kernel of another interpreter installed; ``JUPYTER_PATH`` comes before it.
     """
     before = dict(os.environ)
+    # a user may have a kernel of that name of another interpreter
     places = [f"{sys.prefix}/share/jupyter", before.get("JUPYTER_PATH", "")]
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, places))
     os.environ["DFQS_OUTPUTS"] = str((outputs or outputs_dir()).absolute())
@@ -284,16 +278,8 @@ def kernel_environment(outputs: Path | None = None, progress: Path | None = None
 
 def read_summary(folder: Path) -> dict[str, list[str]]:
     """The ``summary`` lines of every stage file ``<stage>.json`` in a run's folder, in stage order."""
-    summaries = {}
-    for path in folder.glob("*.json"):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DfqsError(f"not JSON ({error})", where=path, hint="run again with --fresh") from error
-        if isinstance(content, dict) and content.get("stage") == path.stem:
-            summaries[path.stem] = [plain(line) for line in content.get("summary", [])]
-    known = [stage for stage in STAGES if stage in summaries]
-    return {stage: summaries[stage] for stage in (*known, *sorted(summaries.keys() - STAGES.keys()))}
+    stages = [stage for stage in STAGES if (folder / f"{stage}.json").exists()]
+    return {stage: [plain(line) for line in read_stage(folder, stage).get("summary", [])] for stage in stages}
 
 
 def summary_markdown(result: WorkbookRun) -> str:
@@ -307,9 +293,9 @@ def summary_markdown(result: WorkbookRun) -> str:
     for stage, sentences in result.summary.items():
         lines += [f"**{stage}**", "", *(f"- {markdown(sentence)}" for sentence in sentences), ""]
     lines += ["## Notebooks", ""]
-    for item in result.notebooks:
-        done = f"- [{item.name}]({item.path.name}): {item.seconds:.1f} s"
-        lines.append(f"- {item.name}: left out: {markdown(item.left_out)}" if item.left_out else done)
+    for path, seconds, left_out, _ in result.notebooks:
+        done = f"- [{path.stem}]({path.name}): {seconds:.1f} s"
+        lines.append(f"- {path.stem}: left out: {markdown(left_out)}" if left_out else done)
     return "\n".join(lines) + "\n"
 
 
@@ -325,31 +311,28 @@ def summary_text(result: WorkbookRun) -> str:
 
 
 def overview() -> pd.DataFrame:
-    """One row a notebook: what it answers, and its minutes and memory for models of three sizes.
+    """One row a notebook: what it answers, and its minutes and memory for models of four sizes.
 
     Figures without a mark were measured. ``~`` marks an estimate, "budget" a share of a run's default hour.
     """
     import pandas as pd
 
     content = tomllib.loads((data_dir() / "notebooks.toml").read_text(encoding="utf-8"))
-    rows = {
-        name[:2]: {"answers": row["answers"]}
-        | {SIZES[size]: _cost(name, size, row, content) for size in SIZES}
-        for name, row in content["notebooks"].items()
+
+    def cost(name: str, row: dict[str, Any], size: str) -> str:
+        if size in row:
+            return "{:.2g} min, {:.2g} GB".format(*row[size])
+        share = tiers.share_of(name)
+        if not share or size not in content["estimate"]:
+            return "not measured"
+        return f"budget {tiers.BUDGET_MINUTES * share:.0f} min, ~{content['estimate'][size]:.0f} GB"
+
+    sizes, rows = content["sizes"], content["notebooks"]
+    costs = {
+        name[:2]: {"answers": row["answers"], **{sizes[size]: cost(name, row, size) for size in sizes}}
+        for name, row in rows.items()
     }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("notebook")
-
-
-def _cost(name: str, size: str, row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
-    if size in row:
-        minutes, gigabytes = row[size]
-        return f"{minutes:.2g} min, {gigabytes:.2g} GB"
-    if size in ("reference", "small") or not tiers.share_of(name):
-        return "not measured"
-    minutes, budget = "minutes not measured", tiers.BUDGET_MINUTES * tiers.share_of(name)
-    if "budget_minutes" in declared_parameters(find_notebooks([name])[0]):
-        minutes = f"budget {budget:.0f} min"
-    return f"{minutes}, ~{content['estimate'][size]:.0f} GB"
+    return pd.DataFrame.from_dict(costs, orient="index").rename_axis("notebook")
 
 
 def parameter_table() -> pd.DataFrame:

@@ -48,49 +48,44 @@ def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
     """The rows of a CSV file whose columns are ``model``, ``run`` and parameters of the notebooks.
 
     Without ``run`` the name comes from the model. An empty cell is the notebook's default. A relative path is
-    looked for beside the CSV file. `DfqsError`: what is wrong, and in which lines.
+    looked for beside the CSV file. `DfqsError`: what is wrong, and in which line.
     """
-    faults, rows = list[str](), list[Row]()
     hint = "give a CSV file in UTF-8: a header with a column model, then a line for each run"
     try:
         if path.exists() and not path.is_file():
-            raise DfqsError("not a regular file", where=tilde(path), hint=hint)
+            raise OSError("not a regular file")
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True, skipinitialspace=True)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            lines = [(reader.line_num, cells) for cells in reader if any(cells.values())]
-            header = list(reader.fieldnames)
+            reader = csv.reader(file, strict=True, skipinitialspace=True)
+            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DfqsError(f"cannot be read ({error})", where=tilde(path), hint=hint) from error
+    header = lines.pop(0)[1] if lines else []
     if not lines or "model" not in header or len(set(header)) < len(header):
         what = f"the columns are {', '.join(header)}" if lines else "has no rows"
         raise DfqsError(what, where=tilde(path), hint=f"{hint}, and no column twice")
-    types = workbook.parameter_types(notebooks)
+    types, rows = workbook.parameter_types(notebooks), list[Row]()
     workbook.check_parameters({*header} - {"model", "run"}, types.keys() - {"model", "run_name"})
     made = {"notebooks": [notebook.stem for notebook in notebooks], "version": __version__}
     for line, cells in lines:
         try:
-            if None in cells or None in cells.values():
+            if len(cells) != len(header):
                 raise DfqsError(f"has not {len(header)} cells, as the header")
-            row = _row(line, {name: cells[name].strip() for name in header}, types, path.parent, made)
-            if twin := next((other.line for other in rows if other.run == row.run), 0):
-                raise DfqsError(f"has the run name {row.run!r}, as line {twin}", hint="fill the column run")
-            rows.append(row)
+            texts = dict(zip(header, cells, strict=True))
+            model, files = _model(texts.pop("model"), path.parent)
+            run = texts.pop("run", "") or workbook.default_run_name(model)
+            if Path(run).name != run or run.startswith("."):
+                raise DfqsError(f"{run!r} is not a run name", hint="use one plain folder name")
+            if twin := next((row.line for row in rows if row.run == run), 0):
+                raise DfqsError(f"has the run name {run!r}, as line {twin}", hint="fill the column run")
+            values = {
+                name: workbook.parse_value(name, text, types[name]) for name, text in texts.items() if text
+            }
         except DfqsError as error:
-            faults.append(f"line {line}: {error}")
-    if faults:
-        raise DfqsError("nothing was run: " + " | ".join(faults), where=tilde(path))
+            what = f"nothing was run: line {line}: {error.what}"
+            raise DfqsError(what, where=tilde(path), hint=error.hint) from None
+        own = {"model": model, "files": files, "run": run, "parameters": values}
+        rows.append(Row(line, model, run, values, conditions_hash({**own, **made})))
     return rows
-
-
-def _row(line: int, texts: dict[str, str], types: dict[str, str], base: Path, made: dict[str, Any]) -> Row:
-    model, files = _model(texts.pop("model"), base)
-    run = texts.pop("run", "") or workbook.default_run_name(model)
-    if Path(run).name != run or run.startswith("."):
-        raise DfqsError(f"{run!r} is not a run name", hint="use one plain folder name")
-    parameters = {name: workbook.parse_value(name, text, types[name]) for name, text in texts.items() if text}
-    own = {"model": model, "files": files, "run": run, "parameters": parameters}
-    return Row(line, model, run, parameters, conditions_hash({**own, **made}))
 
 
 def _model(text: str, base: Path) -> tuple[str, list[tuple[str, int, int]]]:
@@ -100,8 +95,7 @@ def _model(text: str, base: Path) -> tuple[str, list[tuple[str, int, int]]]:
         return text, []
     path = (base / Path(text).expanduser()).absolute()  # links stay: a shard's name is the link's
     files = [path.with_name(name) for name in registry.siblings(path.name)]
-    missing = [file.name for file in files if not file.exists()]
-    if missing or not text:
+    if missing := [file.name for file in files if not text or not file.is_file()]:
         what = f"no model {text!r}: {', '.join(missing)} not beside the table, and no registered name"
         raise DfqsError(what if text else "the cell model is empty", hint=f"registered: {', '.join(known)}")
     return str(path), [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
@@ -118,6 +112,10 @@ def sweep(
     ``jobs`` rows run at once; 0: one here, all workers of a cluster. ``scheduler`` is the address of a Dask
     scheduler whose workers see the same files under the same paths. ``tell`` gets a line for each row.
     """
+    import pandas as pd
+
+    from dfqs_nb import report
+
     rows = read_rows(table, notebooks)
     folder = run_dir(name or f"sweep-{table.stem}").absolute()
     shared: dict[str, Any] = {"fresh": fresh, "outputs": str(folder), "version": __version__}
@@ -141,23 +139,14 @@ def sweep(
                 journal.add(row.key, run=row.run, model=row.model, parameters=row.parameters, **answer)
                 tell(f"{row.run}: {answer['status']} {answer['reason']}".rstrip())
             check()
-    table = _ranked(folder, rows, {row.key: journal[row.key] for row in rows if row.key in journal}, todo)
-    tell(f"wrote sweep.csv, leaderboard.csv and leaderboard.md to {tilde(folder)}/")
-    return table
-
-
-def _ranked(folder: Path, rows: list[Row], answers: dict[str, Answer], ran: list[Row]) -> Any:
-    import pandas as pd
-
-    from dfqs_nb import report
-
     nothing: Answer = {"status": "not run", "reason": "", "host": "", "seconds": 0.0}
-    told = [{name: answers.get(row.key, nothing).get(name) for name in nothing} for row in rows]
-    columns = {name: [getattr(row, name) for row in rows] for name in ("line", "run", "model")}
-    table = pd.DataFrame(told).assign(**columns, now=[row in ran for row in rows])
-    write_table(folder / "sweep.csv", table, index=False)
+    answers = {row["id"]: row for row in journal.rows()}
+    told = pd.DataFrame([answers.get(row.key, nothing) for row in rows], columns=list(nothing))
+    ranked = pd.DataFrame(rows)[["line", "run", "model"]].join(told).assign(now=[row in todo for row in rows])
+    write_table(folder / "sweep.csv", ranked, index=False)
     report.leaderboard(folder).write()
-    return table
+    tell(f"wrote sweep.csv, leaderboard.csv and leaderboard.md to {tilde(folder)}/")
+    return ranked
 
 
 @contextmanager
@@ -167,9 +156,8 @@ def alone(folder: Path, seconds: float = 0.0) -> Iterator[None]:
         with FileLock(folder / ".sweep.lock", timeout=seconds):
             yield
     except Timeout:
-        raise DfqsError(
-            "another sweep is at work", where=tilde(folder), hint="wait, or give --name"
-        ) from None
+        hint = "wait, or give --name"
+        raise DfqsError("another sweep is at work", where=tilde(folder), hint=hint) from None
 
 
 def run_row(job: Answer) -> Answer:

@@ -27,17 +27,20 @@ def tier_of(model: str | None, run: str = "") -> str:
 
     Without a model: that of the one that notebook 01 of ``run`` prepared, else of the default.
     """
-    if not model and run:
-        try:
-            model = str(read_stage(outputs_dir() / run, "merge")["conditions"]["model"])
-        except (StageError, KeyError):
-            model = None  # notebook 01 has not run: its default is the reference model
-    if not model:
+    if not (model := model or model_of(run)):
         return NANO
     reference = data_dir() / "reference"
     known = registry.registered().get(model)
     local = known is not None and not known.source.startswith("hf://")
     return NANO if local or Path(model).absolute().is_relative_to(reference.absolute()) else STANDARD
+
+
+def model_of(run: str) -> str:
+    """The name or path of the model that notebook 01 prepared in a run; "" if it has not run there."""
+    try:
+        return str(read_stage(outputs_dir() / run, "merge")["conditions"]["model"])
+    except (StageError, KeyError):
+        return ""
 
 
 def settings_of(tier: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def names():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_changed_parameters_reach_the_notebook(result, name):
-    done = next(item for item in result.notebooks if item.name == name)
+    done = next(item for item in result.notebooks if item.path.stem == name)
     declared = workbook.declared_parameters(workbook.NOTEBOOKS / f"{name}.ipynb")
     changed = {key: value for key, value in CHANGED.items() if key in declared}
     assert changed or name.startswith("00"), "no parameter of this notebook is changed: add one to CHANGED"

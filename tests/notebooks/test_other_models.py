@@ -63,7 +63,7 @@ def stage(made, name):
 @pytest.mark.slow
 def test_every_notebook_runs_or_says_why_not(done):
     name, made = done
-    assert [one.name for one in made.notebooks if one.left_out] == (
+    assert [one.path.stem for one in made.notebooks if one.left_out] == (
         ["08_climb_the_quantization_ladder"] if name in QUANTIZED else []
     )
     assert len(made.verdict.splitlines()) >= 7 and set(made.summary) == set(STAGES)
@@ -81,7 +81,7 @@ def test_no_sentence_is_senseless(done):
             outputs = [
                 out for cell in cells for out in cell.get("outputs", []) if out.output_type == "stream"
             ]
-            texts[one.name] = "\n".join(out.text for out in outputs if out.name == "stdout")
+            texts[one.path.stem] = "\n".join(out.text for out in outputs if out.name == "stdout")
     found = {name: match[0] for name, text in texts.items() if (match := SENSELESS.search(text))}
     assert not found
 

@@ -241,7 +241,7 @@ def test_journal_keeps_conditions_apart_and_drops_a_torn_line(tmp_path):
     path.write_bytes(whole + b'{"conditions": "x", "id"')
     assert Journal(path, {"n": 1})["a"] == {"correct": True}
     assert path.read_bytes() == whole
-    assert "b" not in Journal(path, {"n": 2}) and Journal(path, {"n": 3}).n_found == 0
+    assert "b" not in Journal(path, {"n": 2}) and not Journal(path, {"n": 3}).rows()
 
 
 def test_two_quantizations_are_compared_question_by_question(nano, tmp_path):

@@ -47,6 +47,12 @@ def test_every_setting_of_a_tier_is_a_parameter_of_its_type():
 
 def test_the_budget_is_divided_among_what_still_comes():
     names = [path.stem for path in workbook.find_notebooks()]
+    obey = [
+        path.stem
+        for path in workbook.find_notebooks()
+        if "budget_minutes" in workbook.declared_parameters(path)
+    ]
+    assert obey == [name for name in names if tiers.share_of(name)], "who has a share obeys it"
     left, spent = 60.0, 0.0
     for number, name in enumerate(names):
         share = tiers.budget_of(name, left - spent, names[number:])
@@ -59,7 +65,7 @@ def test_kernels_and_figures_of_the_notebooks_to_come_count_too(tmp_path, monkey
 
     def executed(path, target, parameters, live):
         given[path.stem] = parameters.get("budget_minutes")
-        return workbook.NotebookRun(path.stem, 30.0, target)
+        return workbook.NotebookRun(target, 30.0)
 
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
     monkeypatch.setattr(workbook, "_executed", executed)

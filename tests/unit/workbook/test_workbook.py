@@ -72,7 +72,7 @@ def pair(tmp_path):
 
 def test_runs_in_order_with_parameters_and_sums_up(outputs, pair):
     result = workbook.run_workbook("mine", {"n_ctx": 77}, pair)
-    assert [item.name for item in result.notebooks] == ["01_write", "02_read"]
+    assert [item.path.stem for item in result.notebooks] == ["01_write", "02_read"]
     assert "read {'n_ctx': 77}" in texts(outputs / "mine" / "02_read.ipynb")
     assert result.summary == {"merge": ["merge saw 77"]}
     summary = (outputs / "mine" / "summary.md").read_text()
@@ -165,7 +165,7 @@ def test_a_run_name_cannot_leave_the_outputs(outputs, pair, name):
 
 
 @pytest.mark.parametrize(
-    "text, type_name", [("many", "int"), ("1.5", "int"), ("True", "int"), ("x", "float"), ("1", "bool")]
+    "text, type_name", [("many", "int"), ("1.5", "int"), ("True", "int"), ("x", "float"), ("2", "bool")]
 )
 def test_a_value_of_another_type_is_refused(text, type_name):
     with pytest.raises(DfqsError, match=f"parameter n takes {type_name}"):
@@ -173,12 +173,12 @@ def test_a_value_of_another_type_is_refused(text, type_name):
 
 
 def test_summary_order_is_that_of_the_stages_and_other_json_is_left_out(tmp_path):
-    for stage in ("zeta", "generate", "merge", "header"):
+    for stage in ("generate", "merge", "header"):
         (tmp_path / f"{stage}.json").write_text(json.dumps({"stage": stage, "summary": [stage]}))
     (tmp_path / "table.json").write_text("[1, 2]")
-    assert list(workbook.read_summary(tmp_path)) == ["merge", "header", "generate", "zeta"]
-    (tmp_path / "torn.json").write_text("{")
-    with pytest.raises(DfqsError, match="torn.json: not JSON"):
+    assert list(workbook.read_summary(tmp_path)) == ["merge", "header", "generate"]
+    (tmp_path / "scores.json").write_text("{")
+    with pytest.raises(DfqsError, match="scores.json: cannot be read .*run 06_score"):
         workbook.read_summary(tmp_path)
 
 
@@ -193,6 +193,19 @@ def test_command_line_runs_types_values_and_prints_the_summary(outputs, pair, mo
     assert cli.main(["run", "-p", "n_ctx=many"]) == 1
     error = capsys.readouterr().err
     assert error == "dfqs-nb: parameter n_ctx takes int, not 'many'; give n_ctx=VALUE\n"
+
+
+def test_the_parameter_budget_minutes_is_the_budget_of_the_whole_run(outputs, tmp_path, monkeypatch, capsys):
+    parameters = 'run_name: str = "nano"  # folder\nbudget_minutes: float = 60.0  # limit'
+    name = "05_measure_long_context.ipynb"
+    paths = [write_notebook(tmp_path / "nb" / name, "print('has', budget_minutes)", parameters=parameters)]
+    monkeypatch.setattr(workbook, "find_notebooks", lambda names=(): paths)
+    assert cli.main(["run", "--run", "mine", "-p", "budget_minutes=5"]) == 0
+    assert "run mine: nano tier, 1 notebooks, at most about 5 minutes" in capsys.readouterr().out
+    assert "has 5.0" in texts(outputs / "mine" / name)
+    for none in (["-p", "budget_minutes=0"], ["--budget-minutes", "0"], ["-p", "budget_minutes=nan"]):
+        assert cli.main(["run", *none]) == 1
+        assert "give a run 1 minute or more" in capsys.readouterr().err
 
 
 def test_an_unknown_notebook_is_named_with_those_that_exist(tmp_path, pair):
@@ -229,7 +242,7 @@ def test_starting_the_command_line_imports_nothing_heavy():
 
 
 def test_a_notebook_after_the_report_cannot_take_the_verdict_away(outputs, tmp_path):
-    live = workbook.Live(tmp_path, tmp_path, 0.0, None)
+    live = workbook.Live(tmp_path, 0.0, {}, None)
     broken = write_notebook(tmp_path / "nb" / "09_serve_and_deploy.ipynb", "1 / 0")
     target = outputs / "mine" / broken.name
     target.parent.mkdir(parents=True)
