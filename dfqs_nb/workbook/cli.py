@@ -107,7 +107,10 @@ def run(
     from dfqs_nb.workbook import run as workbook
 
     paths = workbook.find_notebooks(notebooks or [])
-    values = workbook.parse_parameters([*parameter, *([f"model={model}"] if model else [])], paths)
+    if odd := [assignment for assignment in parameter if "=" not in assignment]:
+        raise DfqsError(f"{odd[0]!r} is not of the form name=value", hint="write -p n_ctx=4096")
+    texts = dict(assignment.split("=", 1) for assignment in parameter) | ({"model": model} if model else {})
+    values = workbook.parse_parameters(texts, workbook.parameter_types(paths))
     name = values.pop("run_name", "")
     name = run or name or workbook.default_run_name(values.get("model"))
     result = workbook.run_workbook(name, values, paths, fresh, sys.stderr, tier, budget_minutes, say)

@@ -89,37 +89,29 @@ def check_parameters(parameters: Iterable[str], declared: Iterable[str]) -> None
         raise DfqsError(f"no notebook has a parameter {', '.join(map(repr, unknown))}", hint=hint)
 
 
-def parse_value(name: str, text: str, type_name: str) -> Any:
-    """A parameter's value from the command line, by the type that the notebook declares.
-
-    >>> parse_value("n_ctx", "4096", "int"), parse_value("fresh", "true", "bool")
-    (4096, True)
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    types: dict[str, type] = {"int": int, "float": float, "bool": bool}
-    try:
-        return TypeAdapter(types.get(type_name, str)).validate_strings(text)
-    except ValidationError:
-        hint = f"give {name}=VALUE"
-        raise DfqsError(f"parameter {name} takes {type_name}, not {text!r}", hint=hint) from None
-
-
 def parameter_types(notebooks: Iterable[Path]) -> dict[str, str]:
     """The type of each parameter that a notebook declares, as it is written there."""
     declared = [declared_parameters(path) for path in notebooks]
     return {name: facts["inferred_type_name"] for names in declared for name, facts in names.items()}
 
 
-def parse_parameters(assignments: Iterable[str], notebooks: Iterable[Path]) -> dict[str, Any]:
-    """``["n_ctx=4096", ...]`` as values, each of the type that a notebook declares for it."""
-    texts, types = {}, parameter_types(notebooks)
-    for assignment in assignments:
-        name, equals, texts[name.strip()] = assignment.partition("=")
-        if not equals:
-            raise DfqsError(f"{assignment!r} is not of the form name=value", hint="write -p n_ctx=4096")
+def parse_parameters(texts: Mapping[str, str], types: Mapping[str, str]) -> dict[str, Any]:
+    """Parameters from a command line or a table, as values of the types that the notebooks declare.
+
+    >>> parse_parameters({"n_ctx": "4096", "fresh": "true"}, {"n_ctx": "int", "fresh": "bool"})
+    {'n_ctx': 4096, 'fresh': True}
+    """
+    from pydantic import TypeAdapter, ValidationError
+
     check_parameters(texts, types)
-    return {name: parse_value(name, text, types[name]) for name, text in texts.items()}
+    values, kinds = dict[str, Any](), {"int": int, "float": float, "bool": bool}
+    for name, text in texts.items():
+        try:
+            values[name] = TypeAdapter(kinds.get(types[name], str)).validate_strings(text)
+        except ValidationError:
+            what = f"parameter {name} takes {types[name]}, not {text!r}"
+            raise DfqsError(what, hint=f"give {name}=VALUE") from None
+    return values
 
 
 def default_run_name(model: str | None) -> str:

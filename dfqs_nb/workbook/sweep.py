@@ -63,8 +63,8 @@ def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
     if not lines or "model" not in header or len(set(header)) < len(header):
         what = f"the columns are {', '.join(header)}" if lines else "has no rows"
         raise DfqsError(what, where=tilde(path), hint=f"{hint}, and no column twice")
-    types, rows = workbook.parameter_types(notebooks), list[Row]()
-    workbook.check_parameters({*header} - {"model", "run"}, types.keys() - {"model", "run_name"})
+    declared, rows = workbook.parameter_types(notebooks), list[Row]()
+    types = {name: declared[name] for name in declared if name not in ("model", "run_name")}
     made = {"notebooks": [notebook.stem for notebook in notebooks], "version": __version__}
     for line, cells in lines:
         try:
@@ -77,9 +77,8 @@ def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
                 raise DfqsError(f"{run!r} is not a run name", hint="use one plain folder name")
             if twin := next((row.line for row in rows if row.run == run), 0):
                 raise DfqsError(f"has the run name {run!r}, as line {twin}", hint="fill the column run")
-            values = {
-                name: workbook.parse_value(name, text, types[name]) for name, text in texts.items() if text
-            }
+            given = {name: text for name, text in texts.items() if text}
+            values = workbook.parse_parameters(given, types)
         except DfqsError as error:
             what = f"nothing was run: line {line}: {error.what}"
             raise DfqsError(what, where=tilde(path), hint=error.hint) from None

@@ -28,7 +28,7 @@ from dfqs_nb.gguf import broken
 from dfqs_nb.merge import diagnose
 from dfqs_nb.report import build_report, write_report
 from dfqs_nb.workbook import cli
-from dfqs_nb.workbook.run import find_notebooks, parse_parameters
+from dfqs_nb.workbook.run import find_notebooks, parameter_types, parse_parameters
 
 PAGES = ("README.md", "docs/**/*.md", "data/*/README.md", "tests/benchmarks/*.md")
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:dfqs-nb|make)( .*)?")
@@ -152,7 +152,7 @@ def refused(words: list[str]) -> str:
             return "no such command"
         own = command.make_context(rest[0], rest[1:]).params
         if own.get("parameter"):
-            parse_parameters(own["parameter"], find_notebooks())
+            _parse(own["parameter"])
         find_notebooks(own.get("notebooks") or [])
     except typer.Exit:
         return ""
@@ -163,10 +163,15 @@ def refused(words: list[str]) -> str:
     return ""
 
 
+def _parse(assignments: list[str]) -> None:
+    texts = dict(assignment.split("=", 1) for assignment in assignments)
+    parse_parameters(texts, parameter_types(find_notebooks()))
+
+
 def _refused_by_make(targets: list[str], settings: dict[str, str]) -> str:
     makefile = (REPOSITORY / "Makefile").read_text()
     known = set(re.findall(r"^([A-Z]+) +\?=", makefile, re.MULTILINE)) | OF_THE_MACHINE
-    parse_parameters(shlex.split(settings.get("PARAMS", "")), find_notebooks())
+    _parse(shlex.split(settings.get("PARAMS", "")))
     wrong = set(targets) - set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE)) | set(settings) - known
     return f"make does not know {', '.join(sorted(wrong))}" if wrong else ""
 

@@ -169,7 +169,7 @@ def test_a_run_name_cannot_leave_the_outputs(outputs, pair, name):
 )
 def test_a_value_of_another_type_is_refused(text, type_name):
     with pytest.raises(DfqsError, match=f"parameter n takes {type_name}"):
-        workbook.parse_value("n", text, type_name)
+        workbook.parse_parameters({"n": text}, {"n": type_name})
 
 
 def test_summary_order_is_that_of_the_stages_and_other_json_is_left_out(tmp_path):
