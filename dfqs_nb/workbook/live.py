@@ -74,7 +74,7 @@ class Live:
         now, done = time.monotonic(), BAR * self.index // max(1, len(self.titles))
         times = ", ".join(filter(None, [duration(now - self.begun), self._left(now)]))
         bars = self.bars.read_text(encoding="utf-8", errors="replace") if self.bars.exists() else ""
-        more = " | ".join(filter(None, ["", times, bars, self.activity.text()]))
+        more = "".join(f" | {part}" for part in (times, bars, self.activity.text()) if part)
         number, _, title = self.place.partition(" ")
         head = f"[{'#' * done}{'.' * (BAR - done)}] {number}"
         name = self.name if len(f"{self.name} {head} | {times}") <= width else self.name[:2]

@@ -112,7 +112,9 @@ def test_a_row_of_a_journal_that_is_not_as_it_was_written_is_passed_over(tmp_pat
     again = Journal(path, {"n": 1}, whole=lambda row: holds(row, fields))
     assert again.rows() == [{"id": "a", "tokens": 3}]
     again.add("b", tokens=4)
-    assert Journal(path, {"n": 1}, whole=lambda row: holds(row, fields)).rows()[1:] == [{"id": "b", "tokens": 4}]
+    assert Journal(path, {"n": 1}, whole=lambda row: holds(row, fields)).rows()[1:] == [
+        {"id": "b", "tokens": 4}
+    ]
 
 
 def test_a_parameter_below_one_is_refused_by_its_name(tmp_path):

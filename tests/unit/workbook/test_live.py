@@ -71,6 +71,7 @@ def test_a_terminal_gets_one_line_that_is_redrawn(tmp_path, monkeypatch):
             return True
 
     monkeypatch.setattr(live, "REDRAW_SECONDS", 0.05)
+    monkeypatch.setenv("COLUMNS", "200")
     shown = Terminal()
     with live.Live(tmp_path / "03_x.ipynb", 4.0, {}, shown) as watched:
         watched.cell(["One", "Two"], 1)
