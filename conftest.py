@@ -11,6 +11,23 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Notebooks that `make run` has just executed are not executed once more."""
+    if config.getoption("nbval", False):
+        import nbval_replay
+
+        nbval_replay.install()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say whether notebooks are executed."""
+    if not config.getoption("nbval", False):
+        return ""
+    import nbval_replay
+
+    return nbval_replay.where()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Cells of notebooks are compared as their tags say."""
     for item in items:
