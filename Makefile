@@ -65,7 +65,8 @@ run: $(READY) ## install what is missing, run the notebooks in order, print the 
 
 venv: $(READY) ## install what is missing, and run nothing
 
-# The notebooks write under a folder of their own, so a test never touches a run of yours.
+# What `make run` has just executed is compared as it is (tests/support/nbval_replay.py); else the notebooks are executed,
+# under a folder of their own, so a test never touches a run of yours.
 test: $(READY) ## test the package, and the notebooks against their stored outputs (WORKERS=2 processes)
 	@export DFQS_OUTPUTS="$$(mktemp -d -t dfqs-test-XXXXXX)" TQDM_DISABLE=1; \
 	trap 'rm -rf "$$DFQS_OUTPUTS"*' EXIT; \
