@@ -11,29 +11,20 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from annotated_types import Ge, Le
-from pydantic import BaseModel, FiniteFloat, SecretStr, TypeAdapter, ValidationError
+from pydantic import BaseModel, FiniteFloat, SecretStr, TypeAdapter
 
-from dfqs_nb.llama.generate import GREEDY, Completion, Sampling
-from dfqs_nb.serve import wire as errors
-from dfqs_nb.serve.wire import (
-    EndpointError,
-    FieldError,
-    KeyRefusedError,
-    UnknownModelError,
-    UnreachableError,
-    Wire,
-)
+from dfqs_nb.llama.generate import GREEDY, Sampling
+from dfqs_nb.serve.wire import ADDRESS_HINT, EndpointError, Wire, broken, shown_url
 
 Kind = TypeVar("Kind")
 NAN = float("nan")
 TIMEOUT_SECONDS = 600.0  # between two pieces of an answer, the first one included
 LISTING_SECONDS = 20.0  # for the whole list of models
 RETRIES = 4
-FINAL = ("content_filter", "tool_calls", "function_call")  # ends of an answer: asking again changes nothing
 TOKENS_PER_TIMEOUT = 60  # an answer may take a timeout more for as many tokens: 10 s a token by default
 ANSWER_BYTES, BYTES_PER_TOKEN = 1 << 20, 4096  # events of a stream repeat the model's name with each token
 BYTES_PER_GUESS = 400  # of JSON, for a token among the likeliest
@@ -49,100 +40,67 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 
 
-def pick(page: Any, path: str, kind: type[Kind]) -> Kind | None:
-    """The value at a path of a JSON page, if it is of this kind.
+def pick(page: Any, path: str, kind: type[Kind], *, strict: bool = False) -> Kind | None:
+    """The value at a path of a JSON page, if it is of this kind; ``strict``: another one is a ValueError.
 
     >>> pick({"info": {"version": "1"}}, "info.version", str), pick([], "info.version", str)
     ('1', None)
     """
     for name in path.split("."):
+        if strict and not isinstance(page, dict | None):
+            raise ValueError(f"a {type(page).__name__} in place of an object")
         page = page.get(name) if isinstance(page, dict) else None
+    if strict and not isinstance(page, kind | None):
+        raise ValueError(f"its {path} is no {kind.__name__}")
     return page if isinstance(page, kind) else None
 
 
-def field_of(part: Any, name: str, kind: type[Kind]) -> Kind | None:
-    """A field of an answer; None where it has none, a `FieldError` where it has another type."""
-    if not isinstance(part, dict | None):
-        raise FieldError(f"a {type(part).__name__} in place of an object")
-    value = (part or {}).get(name)
-    if not isinstance(value, kind | None):
-        raise FieldError(f"its {name} is no {kind.__name__}")
-    return value
+class Reply(NamedTuple):
+    """A completion over a server."""
+
+    text: str
+    finish_reason: str  # eos (the model ended it), stop (a stop text came) or length (no room for more)
+    n_prompt: int  # tokens, counted by the server; 0: not told
+    n_tokens: int  # of the answer, counted by the server, else by its pieces
+    first_seconds: float = NAN  # to the first piece, also of a reasoning kept apart; NaN where it came whole
 
 
 @dataclass(frozen=True)
-class ServerFacts:
-    """What a server reports about itself; None or empty where it reports nothing."""
+class Endpoint(Wire):
+    """A server, how to ask it, and what it reports about itself (None or empty: nothing). See `connect`."""
 
-    name: str = "unknown"  # or llama.cpp, llama-cpp-python, Ollama, vLLM
+    model: str = ""
+    retries: int = RETRIES
+    concurrency: int = 1
+    stream: bool = True
+    fields: Mapping[str, str] = field(default_factory=dict, hash=False)
+    server: str = "unknown"  # or llama.cpp, llama-cpp-python, Ollama, vLLM
     version: str = ""
     n_ctx: int | None = None  # of one request
     n_slots: int | None = None  # requests that it works on at once
     chat_template: str = field(default="", repr=False)
     models: tuple[str, ...] = ()
     weights: str = ""  # their bytes, number and type
-
-
-def _facts(wire: Wire, listed: Mapping[str, Any]) -> ServerFacts:
-    """Name and version, from paths that only this kind of server has."""
-    props = wire.optional("/props")
-    if pick(props, "default_generation_settings", dict):
-        n_ctx, n_slots = (pick(props, p, int) for p in ("default_generation_settings.n_ctx", "total_slots"))
-        version, template = (pick(props, path, str) or "" for path in ("build_info", "chat_template"))
-        return ServerFacts("llama.cpp", version, n_ctx, n_slots, template)
-    for path, name in (("/api/version", "Ollama"), ("/version", "vLLM")):
-        if version := pick(wire.optional(path), "version", str) or "":
-            return ServerFacts(name, version)
-    described = wire.optional("/openapi.json")
-    if "llama.cpp Python" in (pick(described, "info.title", str) or ""):
-        return ServerFacts("llama-cpp-python", pick(described, "info.version", str) or "", n_slots=1)
-    owner, *others = {pick(entry, "owned_by", str) for entry in listed.values()} or {None}
-    return ServerFacts(owner if owner and not others else "unknown")
-
-
-@dataclass(frozen=True)
-class Reply(Completion):
-    """A completion over a server."""
-
-    usage_tokens: int = 0  # of the answer, counted by the server, else by its pieces
-    first_seconds: float = NAN  # to the first piece, also of a reasoning kept apart; NaN where it came whole
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the answer."""
-        return self.usage_tokens
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A server, and how to ask it. See `connect`."""
-
-    wire: Wire
-    model: str
-    facts: ServerFacts
-    retries: int = RETRIES
-    concurrency: int = 1
-    stream: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    fields: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-    @property
-    def base_url(self) -> str:
-        """The address, with ``/v1``, as it may be shown."""
-        return self.wire.url
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of each request
 
     @property
     def identity(self) -> str:
         """The name under which answers are kept where the model's SHA-256 is unknown."""
-        return " ".join(filter(None, (f"{self.facts.name}:{self.model}", self.facts.weights)))
+        return f"{self.server}:{self.model} {self.weights}".strip()
 
     def conditions(self) -> dict[str, Any]:
         """What an answer depends on, as far as the server reports it; neither address nor key."""
-        facts, name = self.facts, "" if self.facts.name in self.facts.version else self.facts.name
-        known = {"runtime": f"{name} {facts.version}".strip(), "endpoint": True, "endpoint_model": self.model}
-        known |= {"n_ctx": facts.n_ctx, "n_slots": facts.n_slots, "concurrency": self.concurrency}
-        renamed = {"request_fields": dict(self.fields)} if self.fields else {}
-        return known | {"request_options": dict(self.options)} | renamed
+        name = "" if self.server in self.version else self.server
+        return {
+            "runtime": f"{name} {self.version}".strip(),
+            "endpoint": True,
+            "endpoint_model": self.model,
+            "n_ctx": self.n_ctx,
+            "n_slots": self.n_slots,
+            "concurrency": self.concurrency,
+            "request_options": dict(self.options),
+            "request_fields": dict(self.fields),
+        }
 
     def chat(self, prompt: str, max_tokens: int = 256, **options: Any) -> Reply:
         """The answer to a chat in the server's template; see `ask`."""
@@ -151,10 +109,6 @@ class Endpoint:
     def complete(self, text: str, max_tokens: int = 256, **options: Any) -> Reply:
         """The continuation of plain text, without a template; see `ask`."""
         return self.ask({"prompt": text}, max_tokens, **options)
-
-    def post(self, path: str, **body: Any) -> Any:
-        """The JSON that a path returns for this JSON; None if the server has no such path."""
-        return self.wire.optional(path, body)
 
     def ask(
         self,
@@ -173,49 +127,46 @@ class Endpoint:
         request |= {"top_p": sampling.top_p} if sampling.temperature > 0 else {}
         request |= {"stop": list(stop)} if stop else {}
         request |= {**self.options, **options}
-        seconds = self.wire.timeout_seconds * (2 + max_tokens / TOKENS_PER_TIMEOUT)
+        seconds = self.timeout_seconds * (2 + max_tokens / TOKENS_PER_TIMEOUT)
         limits = (seconds, ANSWER_BYTES + BYTES_PER_TOKEN * max_tokens)
 
         def reply(broke: bool) -> Reply:
             # after a broken stream whole: some servers say only then what is wrong
             return self._reply(request, self.stream and not broke)
 
-        return self.wire.ask(reply, retries=self.retries, limits=limits)
+        return self.persist(reply, retries=self.retries, limits=limits)
 
     def _reply(self, request: Mapping[str, Any], stream: bool) -> Reply:
         """The pieces of an answer (one, where it comes whole), put together."""
-        url, chat = self.base_url, "messages" in request
+        url, chat, get = self.url, "messages" in request, partial(pick, strict=True)
+        path = f"{url}/chat/completions" if chat else f"{url}/completions"
         extra = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
         named = {self.fields.get(name, name): value for name, value in {**request, **extra}.items()}
         body = {name: value for name, value in named.items() if name}
         started, first, n_pieces = time.perf_counter(), NAN, 0
         text, reason, usage = "", None, dict[str, Any]()
-        path = f"{url}/chat/completions" if chat else f"{url}/completions"
-        for event in self.wire.events(path, body, stream=stream):
-            usage = field_of(event, "usage", dict) or usage
-            for choice in (field_of(event, "choices", list) or [])[:1]:
-                part = field_of(choice, "delta", dict) or field_of(choice, "message", dict)
+        for event in self.events(path, body, stream=stream):
+            usage = get(event, "usage", dict) or usage
+            for choice in (get(event, "choices", list) or [])[:1]:
+                part = get(choice, "delta", dict) or get(choice, "message", dict)
                 if not stream and chat and part is None:
-                    raise errors.broken("it holds no message", url)
-                new = field_of(choice, "text", str) or field_of(part, "content", str) or ""
+                    raise broken("it holds no message", url)
+                new = get(choice, "text", str) or get(part, "content", str) or ""
                 # a reasoning kept apart by the server has tokens, but no text
-                kept_apart = [field_of(part, name, str) for name in ("reasoning_content", "reasoning")]
+                kept_apart = [get(part, name, str) for name in ("reasoning_content", "reasoning")]
                 if stream and any([new, *kept_apart]):
                     first = time.perf_counter() - started if n_pieces == 0 else first
                     n_pieces += 1
-                text, reason = text + new, field_of(choice, "finish_reason", str) or reason
-        if reason in FINAL:
+                text, reason = text + new, get(choice, "finish_reason", str) or reason
+        if reason is None:
+            raise broken(f"it ended after {len(text):,} characters without saying why", url)
+        if reason not in ("stop", "length"):  # content_filter or tool_calls: asking again changes nothing
             hint = "switch filters and tools off at the server, or take another server"
             raise EndpointError(f"the server ended the answer for {reason!r}", where=url, hint=hint)
-        if reason not in ("stop", "length"):
-            ended = f"it ended after {len(text):,} characters without saying why"
-            raise errors.broken(ended if reason is None else f"the server ended it for {reason!r}", url)
         if reason == "stop" and not request.get("stop"):
             reason = "eos"  # one word for both in the protocol
-        counted = field_of(usage, "completion_tokens", int)
-        n_tokens = n_pieces if counted is None else counted
-        n_prompt = field_of(usage, "prompt_tokens", int) or 0
-        return Reply(self.wire.hide(text), (), reason, n_prompt, n_tokens, first)
+        counted, n_prompt = (get(usage, name, int) for name in ("completion_tokens", "prompt_tokens"))
+        return Reply(self.hide(text), reason, n_prompt or 0, n_pieces if counted is None else counted, first)
 
 
 def connect(
@@ -225,73 +176,95 @@ def connect(
     key: str = "",
     key_variable: str = "",
     timeout_seconds: float = TIMEOUT_SECONDS,
-    retries: int = RETRIES,
-    concurrency: int = 1,
     stream: bool | None = None,
     version: str = "",
-    fields: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> Endpoint:
     """Ask a server for its models and its version; return the endpoint for all further requests.
 
     Args:
-        base_url: with or without ``/v1`` at its end; a query (``?api_key=``) is sent and never shown.
         model: one that the server lists; may be left out where it lists just one.
         key, key_variable: the key, or the environment variable that holds it; never shown or written.
         timeout_seconds: the longest wait for a piece of an answer; a whole one may take more.
-        concurrency: requests at once in ``score_set``; more than 1 can change answers.
         stream: in pieces. By default not for llama-cpp-python's server: its streams count no tokens, and end
             without a word where the context is full.
         version: of the server, where it is known better than the server reports.
-        fields: the server's names of a request's fields; "" leaves one out: ``{"seed": ""}``.
+        options: ``retries``; ``concurrency``, requests at once in ``score_set``: more than 1 can change
+            answers; ``fields``, the server's names of a request's fields: ``{"seed": ""}`` leaves one out.
 
-    Raises:
-        EndpointError: its class says whether the address, the key, the model or a busy server is the cause.
+    An `EndpointError` says whether the address, the key, the model or a busy server is the cause.
     """
-    wire = _wire(base_url, key or os.environ.get(key_variable, ""), key_variable, timeout_seconds)
-    listed = _listed(wire, retries)
-    has = f"it has {', '.join(list(listed)[:8]) or 'none'}{' and more' if len(listed) > 8 else ''}"
-    if model and listed and model not in listed:  # a server that lists none may have it nevertheless
-        raise UnknownModelError(f"no model is called {model!r} there", where=wire.url, hint=has)
-    if not model and len(listed) != 1:
-        raise UnknownModelError("name the model to ask", where=wire.url, hint=has)
+    wire, retries = _wire(base_url, key, key_variable), options.get("retries", RETRIES)
+    wire = replace(wire, timeout_seconds=min(timeout_seconds, LISTING_SECONDS))
+    page = wire.persist(lambda broke: wire.page(f"{wire.url}/models"), retries=retries)
+    if not isinstance(page, dict) or "data" not in page:
+        what = "something answers there, but it does not list models"
+        raise EndpointError(what, where=wire.url, hint=ADDRESS_HINT)
+    entries = pick(page, "data", list) or []
+    listed = {name: entry for entry in entries if (name := pick(entry, "id", str)) is not None}
+    if model and listed and model not in listed or not model and len(listed) != 1:
+        # a server that lists none may have the model nevertheless
+        what = f"no model is called {model!r} there" if model else "name the model to ask"
+        has = f"it has {', '.join(list(listed)[:8]) or 'none'}{' and more' if len(listed) > 8 else ''}"
+        raise EndpointError(what, where=wire.url, hint=has)
     model = model or next(iter(listed))
     facts, entry = _facts(wire, listed), listed.get(model)
     weights = [pick(entry, f"meta.{name}", object) for name in ("size", "n_params", "ftype")]
-    facts = replace(
-        facts,
-        n_ctx=facts.n_ctx or pick(entry, "max_model_len", int) or pick(entry, "meta.n_ctx", int),
-        models=tuple(listed),
-        weights=" ".join(str(value) for value in weights if value),
-        version=version or facts.version,
-    )
-    wire = replace(wire, timeout_seconds=timeout_seconds, models=facts.models)
-    stream = facts.name != "llama-cpp-python" if stream is None else stream
-    plain = PLAIN.get(facts.name, {})
-    return Endpoint(wire, model, facts, retries, concurrency, stream, plain, dict(fields or {}))
+    n_ctx = facts.get("n_ctx") or pick(entry, "max_model_len", int) or pick(entry, "meta.n_ctx", int)
+    facts |= {"n_ctx": n_ctx, "models": tuple(listed), "options": PLAIN.get(facts["server"], {})}
+    facts |= {"weights": " ".join(str(value) for value in weights if value)}
+    facts |= {"version": version} if version else {}
+    facts["stream"] = facts["server"] != "llama-cpp-python" if stream is None else stream
+    return Endpoint(wire.url, wire.key, timeout_seconds, model, **facts, **options)
 
 
-def _wire(base_url: str, key: str, key_variable: str, timeout_seconds: float) -> Wire:
-    """The connection to an address, with the time limit for its list of models."""
+def _facts(wire: Wire, listed: Mapping[str, Any]) -> dict[str, Any]:
+    """What an `Endpoint` has of the server itself, from paths that only one kind of server has."""
+    props = wire.optional("/props")
+    if settings := pick(props, "default_generation_settings", dict):
+        return {
+            "server": "llama.cpp",
+            "version": pick(props, "build_info", str) or "",
+            "n_ctx": pick(settings, "n_ctx", int),
+            "n_slots": pick(props, "total_slots", int),
+            "chat_template": pick(props, "chat_template", str) or "",
+        }
+    for path, server in (("/api/version", "Ollama"), ("/version", "vLLM")):
+        if version := pick(wire.optional(path), "version", str):
+            return {"server": server, "version": version}
+    described = wire.optional("/openapi.json")
+    if "llama.cpp Python" in (pick(described, "info.title", str) or ""):
+        version = pick(described, "info.version", str) or ""
+        return {"server": "llama-cpp-python", "version": version, "n_slots": 1}
+    owners = {pick(entry, "owned_by", str) for entry in listed.values()}
+    return {"server": (owners.pop() if len(owners) == 1 else "") or "unknown"}
+
+
+def _wire(base_url: str, key: str, key_variable: str) -> Wire:
+    """The way to an address of the protocol's root.
+
+    >>> _wire("HTTP://localhost:8080/", "", "").url
+    'http://localhost:8080/v1'
+    """
+    key = key or os.environ.get(key_variable, "")
     if key_variable and not key:
         hint = f"export {key_variable} with the key, or leave the variable out"
-        raise KeyRefusedError(f"the environment variable {key_variable} is not set", hint=hint)
-    url, query = _address(base_url)
-    key = key.strip()
+        raise EndpointError(f"the environment variable {key_variable} is not set", hint=hint)
+    parts = re.fullmatch(r"(https?)(://[^/\s@?#;]+(?:/[^\s@?#;]*)?)", base_url, re.IGNORECASE)
+    try:
+        split = urlsplit(base_url if parts else "")
+        (split.hostname or "").encode("idna"), split.port  # they raise for what is none
+    except ValueError:
+        parts = None
+    if parts is None:
+        hint = "give one like http://127.0.0.1:8080/v1; a key goes into a variable"
+        raise EndpointError("not an address", where=shown_url(base_url), hint=hint)
+    url, key = parts[1].lower() + parts[2].rstrip("/"), key.strip()
+    url = url if re.search(r"/v\d+\w*$", url) else f"{url}/v1"
     if not (key.isascii() and key.isprintable()):
         hint = f"export {key_variable or 'a variable'} with the key alone"
-        raise KeyRefusedError("the key has characters that no key has", where=url, hint=hint)
-    return Wire(url, SecretStr(key), SecretStr(query), min(timeout_seconds, LISTING_SECONDS))
-
-
-def _listed(wire: Wire, retries: int) -> dict[str, Any]:
-    """The server's models by name."""
-    page = wire.ask(lambda broke: wire.hidden(next(wire.events(f"{wire.url}/models"))), retries=retries)
-    if not isinstance(page, dict) or "data" not in page:
-        hint = "check port and path: the address ends in /v1 as a rule"
-        what = "something answers there, but it does not list models"
-        raise UnreachableError(what, where=wire.url, hint=hint)
-    entries = pick(page, "data", list) or []
-    return {name: entry for entry in entries if (name := pick(entry, "id", str)) is not None}
+        raise EndpointError("the key has characters that no key has", where=url, hint=hint)
+    return Wire(url, SecretStr(key))
 
 
 def is_url(text: object) -> bool:
@@ -304,31 +277,12 @@ def is_url(text: object) -> bool:
 
 
 def check_in_process(target: object, what: str) -> None:
-    """Refuse an endpoint, or its address, where only a model in this process will do: an `EndpointError`."""
-    if isinstance(target, Endpoint) or is_url(target):
-        where = target.base_url if isinstance(target, Endpoint) else errors.shown_url(str(target))
+    """Refuse the address of an endpoint where only a model in this process will do: an `EndpointError`."""
+    if is_url(target):
         hint = "give the GGUF file: it is read inside the runtime, in this process"
-        raise EndpointError(f"{what} cannot be seen through an endpoint", where=where, hint=hint)
-
-
-def _address(url: str) -> tuple[str, str]:
-    """The address of the protocol's root, and its query.
-
-    >>> _address("HTTP://localhost:8080/"), _address("https://a.org/api/v1?key=1")
-    (('http://localhost:8080/v1', ''), ('https://a.org/api/v1', 'key=1'))
-    """
-    known = re.fullmatch(r"(https?)://[^/\s@?#;]+(/[^\s@?#;]*)?(\?[^\s#]*)?", url, re.IGNORECASE)
-    try:
-        parts = urlsplit(url if known else "")
-        (parts.hostname or "").encode("idna"), parts.port  # they raise for what is none
-    except ValueError:
-        known = None
-    if known is None:
-        hint = "give one like http://127.0.0.1:8080/v1; a key goes into a variable"
-        raise UnreachableError("not an address", where=errors.shown_url(url), hint=hint)
-    path, _, query = (known[1].lower() + url[known.end(1) :]).partition("?")
-    path = path.rstrip("/")
-    return path if re.search(r"/v\d+\w*$", path) else path + "/v1", query
+        raise EndpointError(
+            f"{what} cannot be seen through an endpoint", where=shown_url(str(target)), hint=hint
+        )
 
 
 # ---- what a server predicts at each token of its answer ----
@@ -339,7 +293,7 @@ class Guess(BaseModel):
 
     token: str = ""
     logprob: FiniteFloat  # NaN and infinity are no JSON: no record could be read again
-    bytes: list[Annotated[int, Ge(0), Le(255)]] | None = None
+    bytes: list[int] | None = None
     top_logprobs: list[Guess] = []
 
     def pair(self) -> tuple[str, float]:
@@ -349,41 +303,39 @@ class Guess(BaseModel):
 
 
 def continuation(
-    endpoint: Endpoint, asked: str, chat: bool, n_tokens: int, top_k: int
+    endpoint: Endpoint, asked: str, chat: bool = False, n_tokens: int = 64, top_k: int = 1
 ) -> list[dict[str, Any]]:
     """A server's greedy answer, token by token: ``token`` (bytes in hex), ``logprob``, ``top`` (best first).
 
     An `EndpointError`: it gives no log-probabilities, or those of another text than its answer.
     """
-    wire = endpoint.wire
+    root, steps = endpoint.url, list[dict[str, Any]]()
     body: dict[str, Any] = {"model": endpoint.model, "max_tokens": n_tokens, "temperature": 0}
     if chat:
         body |= {"messages": [{"role": "user", "content": asked}], "logprobs": True, "top_logprobs": top_k}
     else:
         body |= {"prompt": asked, "logprobs": top_k}
-    url, body = f"{wire.url}/{'chat/' if chat else ''}completions", {**body, **endpoint.options}
-    limits = (wire.timeout_seconds, ANSWER_BYTES + BYTES_PER_GUESS * n_tokens * (top_k + 1))
-    page = wire.ask(lambda broke: next(wire.events(url, body)), retries=endpoint.retries, limits=limits)
+    url, body = f"{root}/{'chat/' if chat else ''}completions", {**body, **endpoint.options}
+    limits = (endpoint.timeout_seconds, ANSWER_BYTES + BYTES_PER_GUESS * n_tokens * (top_k + 1))
+    page = endpoint.persist(lambda broke: endpoint.page(url, body), retries=endpoint.retries, limits=limits)
     choice = next(iter(pick(page, "choices", list) or [None]))
+    text = pick(choice, "message.content", str) or pick(choice, "text", str) or ""
     try:
         guesses = TypeAdapter(list[Guess]).validate_python(pick(choice, "logprobs.content", object) or [])
-    except ValidationError as error:
-        what = f"its log-probabilities cannot be read ({error.errors()[0]['msg']})"
-        raise EndpointError(what, where=wire.url, hint="take another server, or a GGUF file") from None
-    text = pick(choice, "message.content", str) or pick(choice, "text", str) or ""
-    if text and not guesses:
+        for guess in guesses:
+            token, value = guess.pair()
+            top = sorted(map(Guess.pair, guess.top_logprobs), key=lambda pair: -pair[1])
+            steps.append({"token": token, "logprob": value, "top": top or [(token, value)]})
+    except ValueError as error:
+        what = f"its log-probabilities cannot be read ({' '.join(str(error).split())[:200]})"
+        raise EndpointError(what, where=root, hint="take another server, or a GGUF file") from None
+    if text and not steps:
         hint = "take a server that gives `logprobs`, such as llama.cpp's own, or a GGUF file"
-        raise EndpointError("it gives no log-probabilities", where=wire.url, hint=hint)
-    steps: list[dict[str, Any]] = []
-    for token, value, others in ((*guess.pair(), guess.top_logprobs) for guess in guesses):
-        top = sorted((other.pair() for other in others), key=lambda pair: -pair[1])
-        steps.append({"token": token, "logprob": value, "top": top or [(token, value)]})
+        raise EndpointError("it gives no log-probabilities", where=root, hint=hint)
     while steps and steps[-1]["token"] == "":
         steps.pop()  # the token that ends an answer has no text
-    if (
-        bytes.fromhex("".join(step["token"] for step in steps)).strip()
-        != text.encode("utf-8", "replace").strip()
-    ):
+    joined = bytes.fromhex("".join(step["token"] for step in steps))
+    if joined.strip() != text.encode("utf-8", "replace").strip():
         hint = "switch off what changes the text: a reasoning kept apart, a filter, a tool parser"
-        raise EndpointError("its log-probabilities belong to another text", where=wire.url, hint=hint)
+        raise EndpointError("its log-probabilities belong to another text", where=root, hint=hint)
     return steps

@@ -7,10 +7,7 @@ tokens that the server counts are compared with those that were sent.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +18,9 @@ import numpy as np
 from dfqs_nb import context, scores
 from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Model
-from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun, find_sandbox
+from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun
 from dfqs_nb.serve.client import Endpoint, Reply, pick
-from dfqs_nb.serve.wire import BusyError, ContextOverflowError, EndpointError
+from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, TemporaryError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,34 +38,35 @@ DEFAULTS = Options()
 def token_counter(endpoint: Endpoint) -> tuple[Callable[[str], int], str]:
     """How to count a text's tokens, and by what: the server's tokenizer, else its characters a token.
 
-    The function raises `BusyError` where the server stops counting: a length is never guessed in silence.
+    The function raises a `TemporaryError` where the server stops counting: no length is a silent guess.
     """
     forms: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama.cpp": ("/tokenize", "content", {"add_special": False, "parse_special": True}),
         "llama-cpp-python": ("/extras/tokenize", "input", {}),
         "vLLM": ("/tokenize", "prompt", {"model": endpoint.model, "add_special_tokens": False}),
     }
-    path, name, options = forms.get(endpoint.facts.name, ("", "", {}))
+    path, name, options = forms.get(endpoint.server, ("", "", {}))
+
+    def ids(text: str) -> list[Any] | None:
+        return pick(endpoint.optional(path, {name: text, **options}), "tokens", list)
+
+    if not path or (start := ids("")) is None:
+        each = (endpoint.complete(SAMPLE, 1).n_prompt or len(SAMPLE) // 4) / len(SAMPLE)
+        return lambda text: max(1, round(len(text) * each)), "estimated tokens"
 
     def count(text: str) -> int:
-        ids = pick(endpoint.post(path, **{name: text}, **options), "tokens", list)
-        if ids is None:
+        if (counted := ids(text)) is None:
             hint = "read its log; the same call goes on from there"
-            raise BusyError("the server stopped counting tokens", where=endpoint.base_url, hint=hint)
-        return len(ids)
+            raise TemporaryError("the server stopped counting tokens", where=endpoint.url, hint=hint)
+        return len(counted) - len(start)  # llama-cpp-python puts a BOS in front
 
-    if path and (ids := pick(endpoint.post(path, **{name: ""}, **options), "tokens", list)) is not None:
-        n_start = len(ids)  # llama-cpp-python puts a BOS in front
-        return lambda text: count(text) - n_start, "the server's tokens"
-    each = (endpoint.complete(SAMPLE, 1).n_prompt or len(SAMPLE) // 4) / len(SAMPLE)
-    return lambda text: max(1, round(len(text) * each)), "estimated tokens"
+    return count, "the server's tokens"
 
 
-def _shown_around(endpoint: Endpoint) -> tuple[str, str] | None:
-    """What the server's chat template puts before and after a message; None where it does not show that."""
-    page = endpoint.post("/apply-template", messages=[{"role": "user", "content": MARK}])
-    before, mark, after = (pick(page, "prompt", str) or "").partition(MARK)
-    return (before, after) if mark else None
+def shown_chat(endpoint: Endpoint, message: str) -> str:
+    """A chat with this message as the server's template writes it; "" where the server does not show that."""
+    messages = [{"role": "user", "content": message}]
+    return pick(endpoint.optional("/apply-template", {"messages": messages}), "prompt", str) or ""
 
 
 def check_whole(endpoint: Endpoint, ask: Callable[[str, int], Reply], text: str) -> None:
@@ -84,10 +82,7 @@ def check_whole(endpoint: Endpoint, ask: Callable[[str, int], Reply], text: str)
     whole, first, second = (ask(part, 1).n_prompt for part in parts)
     if first + second > whole * (1 + CUT_SHARE) + CUT_TOKENS:
         what = f"the server cut the prompt: it read {whole:,} of at least {first + second:,} tokens"
-        raise ContextOverflowError(what, where=endpoint.base_url, hint=LARGER)
-
-
-# ---- long contexts ----
+        raise ContextOverflowError(what, where=endpoint.url, hint=LARGER)
 
 
 class _Remote:
@@ -100,8 +95,9 @@ class _Remote:
     def __init__(self, endpoint: Endpoint) -> None:
         count, self.counted_by = token_counter(endpoint)
         self._count, self.endpoint = lru_cache(maxsize=8192)(count), endpoint
-        self.around = _shown_around(endpoint) or ("", "\nAnswer:")
-        self.settings = SimpleNamespace(n_ctx=endpoint.facts.n_ctx or 2**31)
+        before, mark, after = shown_chat(endpoint, MARK).partition(MARK)
+        self.around = (before, after) if mark else ("", "\nAnswer:")
+        self.settings = SimpleNamespace(n_ctx=endpoint.n_ctx or 2**31)
         self._body: tuple[Any, ...] = ()
         self._whole = 0.0  # characters of a text that the server is known to read whole
         self.clear = lambda: None  # the server is told not to use its cache, or clears it itself
@@ -151,9 +147,6 @@ def measure_long_context(
     return context.measure(remote, plan, folder, model_sha256=endpoint.identity, fresh=fresh)
 
 
-# ---- questions ----
-
-
 def score_set(
     endpoint: Endpoint,
     item_set: ItemSet,
@@ -169,7 +162,7 @@ def score_set(
     has no chat template, the server gets the text that the process gets. An answer that fills the context is
     a `ContextOverflowError`. After an `EndpointError` a second call goes on from there.
     """
-    url, n_ctx = endpoint.base_url, endpoint.facts.n_ctx
+    url, n_ctx, template = endpoint.url, endpoint.n_ctx, endpoint.chat_template
     if options.thinking != "template":
         hint = "start it with thinking on or off, and leave --thinking out"
         raise EndpointError("a server decides about thinking when it starts", where=url, hint=hint)
@@ -184,7 +177,7 @@ def score_set(
     def check_longest() -> None:
         check_whole(endpoint, ask, max(prompts, key=len))
 
-    def answer(request: Any) -> Reply:
+    def answer(request: Any) -> Any:
         check_longest()  # unless all answers are there already
         text = request.rendered(bare) if bare else request.text
         stop = (*request.stop, PLAIN_STOP) if bare and request.chat else request.stop
@@ -195,10 +188,9 @@ def score_set(
             raise ContextOverflowError(what, where=url, hint=LARGER)
         return reply
 
-    template = endpoint.facts.chat_template
-    dated = chat and "strftime_now" in template  # the server's clock is not ours: what it writes counts, too
-    written = "".join((_shown_around(endpoint) or ()) if dated else ())
-    known = hashlib.sha256((template + written).encode()).hexdigest() if template else "the server's"
+    if chat and "strftime_now" in template:  # the server's clock is not ours: what it writes counts, too
+        template += shown_chat(endpoint, MARK)
+    known = hashlib.sha256(template.encode()).hexdigest() if template else "the server's"
     conditions = {"chat_template_sha256": known if chat else "none", **endpoint.conditions()}
     if bare and mode == "chat":
         conditions["chat_frame"] = PLAIN_CHAT
@@ -208,17 +200,6 @@ def score_set(
 
 
 # ---- the same questions in this process and through a server, item by item ----
-
-
-def askable_sets(tier: str, allow_unsandboxed: bool = False) -> list[ItemSet]:
-    """The question sets of a tier (``nano`` or ``standard``); code only where its answers can be run."""
-    safe = find_sandbox().safe or allow_unsandboxed
-    return [item_set for item_set in ItemSet.of_tier(tier) if safe or item_set.kind != "code"]
-
-
-def folder_name(server: str) -> str:
-    """A folder for a server's answers, whatever characters its name has."""
-    return re.sub(r"[^\w.-]+", "-", server).strip(".-")[:80] or "unknown"
 
 
 def compare_all(
@@ -248,14 +229,26 @@ def compare_all(
 
     chosen, place, tables = Options(**options), Path(folder), list[pd.DataFrame]()
     stopped = {} if stopped is None else stopped
-    ours = [scores.score_set(model, s, place / "process", chosen, model_id=model_id) for s in item_sets]
-    for name, server in connected.items():
-        own, known = place / folder_name(name), model_id if name in local else ""
+    runs = [scores.score_set(model, s, place / "process", chosen, model_id=model_id) for s in item_sets]
+    for name, endpoint in connected.items():
+        known = model_id if name in local else ""
         try:
-            for item_set, here in zip(item_sets, ours, strict=True):
-                there = score_set(server, item_set, own, chosen, model_id=known, model=model)
-                table = _compared(model, server, item_set, here.items, there.items)
-                tables.append(table.assign(server=name, set=item_set.name))
+            for item_set, run in zip(item_sets, runs, strict=True):
+                theirs = score_set(
+                    endpoint, item_set, place / name, chosen, model_id=known, model=model
+                ).items
+                opening = ""  # of a thinking that the template itself writes: llama.cpp's server repeats it
+                if item_set.mode == "chat" and model.has_template:
+                    opening = "".join(chat_text(model, MARK).rpartition(MARK)[2].partition("<think>")[1:])
+                table = run.items[["set", "id", "family"]].assign(server=name)
+                table["text_process"] = run.items["completion"]
+                table["text_server"] = theirs["completion"].astype(str).str.removeprefix(opening)
+                table["same_text"] = table["text_process"] == table["text_server"]
+                table["correct_process"], table["correct_server"] = run.items["correct"], theirs["correct"]
+                by_id, other = {item.id: item for item in item_set.items}, table[~table["same_text"]]
+                pairs = zip(other["id"], other["text_server"], strict=True)
+                why = [explain(model, item_set, by_id[id_], text) for id_, text in pairs]
+                tables.append(table.join(pd.DataFrame(why, index=other.index)))
         except EndpointError as error:
             stopped[name] = error.what
     if not tables:
@@ -264,50 +257,22 @@ def compare_all(
     return items[["server", "set", *items.columns.drop(["server", "set"])]]
 
 
-def _compared(
-    model: Model, endpoint: Endpoint, item_set: ItemSet, ours: pd.DataFrame, theirs: pd.DataFrame
-) -> pd.DataFrame:
-    import pandas as pd
-
-    opening = ""  # of a thinking that the template itself writes: llama.cpp's server repeats it
-    if item_set.mode == "chat" and model.has_template:
-        opening = "".join(chat_text(model, MARK).rpartition(MARK)[2].partition("<think>")[1:])
-    items = ours[["id", "family"]].assign(
-        text_process=ours["completion"],
-        text_server=theirs["completion"].astype(str).str.removeprefix(opening),
-        same_text=lambda table: table["text_process"] == table["text_server"],
-        correct_process=ours["correct"],
-        correct_server=theirs["correct"],
-    )
-    by_id = {item.id: item for item in item_set.items}
-    why = {
-        row.Index: explain(model, endpoint, item_set, by_id[row.id], row.text_server)
-        for row in items[~items["same_text"]].itertuples()
-    }
-    return items.join(pd.DataFrame.from_dict(why, orient="index"))
-
-
-def explain(model: Model, endpoint: Endpoint, item_set: ItemSet, item: Any, served: str) -> dict[str, Any]:
+def explain(model: Model, item_set: ItemSet, item: Any, served: str) -> dict[str, Any]:
     """Why the server's text differs from this process's; notebook 09 explains each ``cause``.
 
     ``token``: the first of ours that theirs does not have. ``margin``: of the two largest logits there.
     """
     answerer = Answerer.of(model, item_set)
     request = answerer.request(item_set, item)
-    prompt, ours = request.tokens(model), answerer.answer(request)
-    rest, at = served.encode(), 0  # what the server's text has beyond our first tokens
+    ours, rest, at = answerer.answer(request), served.encode(), 0  # rest: what theirs has beyond `at` tokens
     for piece in map(model.token_bytes, ours.token_ids):
         if not rest.startswith(piece):
             break
         rest, at = rest[len(piece) :], at + 1
     model.clear()
-    second, first = np.sort(model.evaluate([*prompt, *ours.token_ids[:at]]))[-2:].tolist()
-    whole, framed, n_prompt = replace(endpoint, stream=False), request.chat and model.has_template, 0
-    with suppress(EndpointError):  # it answered before, and may be gone by now
-        reply = whole.chat(request.text, 1) if framed else whole.complete(request.rendered(model), 1)
-        n_prompt = reply.n_prompt
-    near = "near-tie" if first - second <= NEAR_TIE else "other numbers"
-    cause = near if n_prompt in (0, len(prompt)) else "other prompt"
+    logits = model.evaluate([*request.tokens(model), *ours.token_ids[:at]])
+    second, first = np.sort(logits)[-2:].tolist()
+    cause = "near-tie" if first - second <= NEAR_TIE else "other numbers"
     return {"token": at, "margin": first - second, "cause": cause}
 
 

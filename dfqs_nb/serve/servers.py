@@ -8,7 +8,6 @@ page open in a browser could ask it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import secrets
@@ -18,7 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -28,26 +27,21 @@ import httpx2
 from pydantic import SecretStr
 
 from dfqs_nb.core import child
-from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.log import loaded_facts
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 from dfqs_nb.serve.client import Endpoint, connect
+from dfqs_nb.serve.wire import EndpointError
 
 KINDS = {"llama-cpp-python": "llama-cpp-python", "llama.cpp": "xllamacpp"}  # kind: the package that brings it
 HOST = "127.0.0.1"  # nothing listens beyond this machine
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 300.0, 20.0, 0.05
 LOAD_BYTES = 1 << 20  # of the log: the part in which the model is loaded
-LOAD_VERBOSITY = 4
 NO_ORIGIN = "null.invalid"  # a web page's origin that does not exist
 
 
-class ServerError(DfqsError):
-    """A local server cannot be started."""
-
-
 @dataclass(repr=False)
-class LocalServer:
+class LocalServer(contextlib.AbstractContextManager["LocalServer", None]):
     """A running server; a ``with`` block stops it at its end."""
 
     kind: str
@@ -64,9 +58,6 @@ class LocalServer:
     def __repr__(self) -> str:
         state = "running" if self.alive else "stopped"
         return f"LocalServer({self.kind}, {self.version}, {self.model}, {self.base_url}, {state})"
-
-    def __enter__(self) -> LocalServer:
-        return self
 
     def __exit__(self, *_exc: object) -> None:
         self.stop()
@@ -100,8 +91,7 @@ class LocalServer:
         """An endpoint for this server; options as ``client.connect``."""
         known = {"key": self.key.get_secret_value(), "version": self.version}
         endpoint = connect(self.base_url, self.model, **(known | options))
-        n_ctx = endpoint.facts.n_ctx or self.settings.n_ctx
-        return dataclasses.replace(endpoint, facts=dataclasses.replace(endpoint.facts, n_ctx=n_ctx))
+        return replace(endpoint, n_ctx=endpoint.n_ctx or self.settings.n_ctx)
 
     def log_lines(self) -> list[str]:
         """The first MiB of this run's log, in which the model is loaded."""
@@ -140,15 +130,13 @@ def start(
         path: the GGUF file, or one of its shards.
         settings: how it opens the model; ``n_ctx`` is that of one request.
         n_parallel: requests at once: slots of llama.cpp's server; the other has one.
-        log: the file that receives all it writes; by default a temporary one.
+        log: the file to whose end it writes; by default a temporary one.
 
-    Raises:
-        ServerError: there is no such kind.
-        ModelError: it dies while it starts, or takes too long; a note has the log's last lines.
+    A `ModelError` says how it died while it started; a note has the log's last lines.
     """
     settings, began = settings or OpenSettings(), time.perf_counter()
     if kind not in KINDS:
-        raise ServerError(f"no kind of server is called {kind!r}", hint=f"there are {', '.join(KINDS)}")
+        raise EndpointError(f"no kind of server is called {kind!r}", hint=f"there are {', '.join(KINDS)}")
     model, key = Path(open_shards(path).paths[0]).absolute(), secrets.token_urlsafe(24)
     job = {"kind": kind, "path": str(model), "name": model.stem, "n_parallel": n_parallel, "key": key}
     if log:
@@ -201,7 +189,7 @@ def _serve_llama_cpp(job: dict[str, Any], settings: OpenSettings) -> None:
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     params.no_extra_bufts = not settings.use_extra_bufts
     params.fit_params = params.ui = False  # what is asked for is what runs, and no web page
-    params.verbosity = LOAD_VERBOSITY  # llama.cpp's own lines about the model, for `loaded`
+    params.verbosity = 4  # llama.cpp's own lines about the model, for `loaded`
     params.api_keys = [job["key"]]
     params.cors_origins = NO_ORIGIN  # no web page reads an answer
     stopped = threading.Event()

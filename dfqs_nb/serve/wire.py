@@ -5,21 +5,23 @@ Requests to this machine never go through a proxy. Keys are sent and never shown
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
+from types import SimpleNamespace
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import httpcore2
 import httpx2
 from pydantic import SecretStr
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from dfqs_nb.core.errors import DfqsError, proxy_fault
 from dfqs_nb.llama.model import ContextFullError
@@ -27,7 +29,7 @@ from dfqs_nb.llama.model import ContextFullError
 Answer = TypeVar("Answer")
 CONNECT_SECONDS = 10.0
 PROBE_RETRIES = 2  # of a request for what a server need not have
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 60.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 SHORTEST_SECRET = 4  # characters; shorter ones stand in ordinary words
 BUSY = (408, 409, 425, 429)  # and 5xx: worth asking again
 OVERFLOW = re.compile(
@@ -36,63 +38,36 @@ OVERFLOW = re.compile(
     re.IGNORECASE,
 )
 MOST_SECONDS, MOST_BYTES = 60.0, 16 << 20  # of a response that is no answer, headers included
-# Of the response that this thread reads: the time at which it must have ended, and the bytes that are left.
-_limit: ContextVar[list[float]] = ContextVar("_limit", default=[float("inf"), float("inf")])  # noqa: B039
+REFUSED_HINT = "if it names a field, leave that out with --field FIELD=, or rename it with --field FIELD=NEW"
+ADDRESS_HINT = "check port and path: the address ends in /v1 as a rule"
+# Of the response that this thread reads: its address, its latest end, and the bytes that are left.
+_limit: ContextVar[SimpleNamespace] = ContextVar("_limit", default=SimpleNamespace(end=inf, n_bytes=inf))  # noqa: B039
 
 
 class EndpointError(DfqsError):
     """An endpoint cannot be asked, or does not answer."""
 
-    temporary: bool = False  # asking again may help
-    status: int = 0  # of HTTP
-    retry_after: float | None = None  # seconds that the server asks to wait
+    status = 0  # of HTTP
 
 
-class UnreachableError(EndpointError):
-    """Nothing answers at the address, or not in time."""
-
-    temporary = True
+class TemporaryError(EndpointError):
+    """A server is busy or cannot be reached, also when it is asked again."""
 
 
-class KeyRefusedError(EndpointError):
-    """The server wants another key (401 or 403)."""
-
-
-class UnknownModelError(EndpointError):
-    """The server has no model of that name."""
-
-
-class BusyError(EndpointError):
-    """The server answers 429 or 5xx, every time."""
-
-    temporary = True
-
-
-class BrokenAnswerError(EndpointError):
+class BrokenAnswerError(TemporaryError):
     """An answer breaks off before its end, every time."""
-
-    temporary = True
-
-
-class EndlessAnswerError(EndpointError):
-    """An answer takes longer, or is larger, than any real answer."""
 
 
 class ContextOverflowError(EndpointError, ContextFullError):
     """The prompt and the answer exceed the server's context. Asking again does not help."""
 
 
-class FieldError(Exception):
-    """A field of an answer has another type than the protocol says."""
-
-
 def broken(why: str, url: str) -> EndpointError:
     """The error for an answer without its end; the server's words may say that its context is full."""
     if OVERFLOW.search(why):
+        what = f"it does not fit into the server's context ({why})"
         hint = "start the server with a larger context, or shorten the prompt"
-        return ContextOverflowError(
-            f"it does not fit into the server's context ({why})", where=url, hint=hint
-        )
+        return ContextOverflowError(what, where=url, hint=hint)
     hint = "read the server's log; nothing of this answer was kept"
     return BrokenAnswerError(f"the answer broke off ({why})", where=url, hint=hint)
 
@@ -108,13 +83,11 @@ def shown_url(url: str) -> str:
 
 @dataclass(frozen=True)
 class Wire:
-    """The way to one address: ``url`` ends in ``/v1`` and may be shown; ``query`` goes with each request."""
+    """The way to one address: ``url`` ends in ``/v1`` and may be shown."""
 
     url: str
     key: SecretStr = SecretStr("")  # noqa: RUF009 (it cannot be changed)
-    query: SecretStr = SecretStr("")  # noqa: RUF009
     timeout_seconds: float = 600.0  # the longest wait for a piece of an answer
-    models: tuple[str, ...] = ()  # that the server lists
 
     @cached_property
     def client(self) -> httpx2.Client:
@@ -133,32 +106,29 @@ class Wire:
         transport._pool._network_backend = _Backend()  # a setting of the pool that httpx does not pass on
         return httpx2.Client(
             headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {}),
-            params=self.query.get_secret_value(),
             timeout=httpx2.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds)),
             transport=transport,
             trust_env=False,
         )
 
     def hide(self, text: str) -> str:
-        r"""A text from outside: without this address's secrets, halves of characters joined or replaced.
+        r"""A text from outside: without the key, halves of characters joined or replaced.
 
         >>> Wire("http://a/v1", SecretStr("sk-12345")).hide("no sk-12345 \ud83d\ude00 \udcaf")
         'no *** 😀 �'
         """
-        query = parse_qsl(self.query.get_secret_value(), keep_blank_values=True)
-        secrets = [self.key.get_secret_value(), *(value or name for name, value in query)]
-        for secret in sorted(secrets, key=len, reverse=True):
-            text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
+        key = self.key.get_secret_value()
+        text = text.replace(key, "***") if len(key) >= SHORTEST_SECRET else text
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
-    def hidden(self, page: Any) -> Any:
-        """A JSON value with `hide` applied to every text in it."""
-        return json.loads(self.hide(json.dumps(page, ensure_ascii=False)))
+    def page(self, url: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON that an address returns (for a body, if there is one), with `hide` on every text."""
+        return json.loads(self.hide(json.dumps(next(self.events(url, body)), ensure_ascii=False)))
 
     def events(
         self, url: str, body: Mapping[str, Any] | None = None, *, stream: bool = False
     ) -> Iterator[Any]:
-        """The JSON that an address returns (for a body, if there is one); of a stream each event."""
+        """The JSON that an address returns, as it comes; of a stream each event."""
         with self.client.stream("POST" if body else "GET", url, json=body or None) as response:
             chunks = response.iter_raw()  # never unpacked: a small answer must not become a large one
             if not response.is_success:
@@ -186,38 +156,34 @@ class Wire:
             words = self.hide(text[:300] or response.reason_phrase)
         if OVERFLOW.search(words) and status in (400, 413, 422, 500):
             return broken(words, self.url)
-        kind, what = EndpointError, f"the server refuses the request: {status} ({words})"
-        hint = _without_field(words, body)
-        if status in (401, 403):
-            kind, what = KeyRefusedError, f"the key is refused ({status})"
-            hint = "put the right key into an environment variable and pass its name"
-        elif status == 404 and body.get("model"):
-            kind, what = UnknownModelError, f"no model {body['model']!r}, or no such path ({words})"
-            hint = f"it has {', '.join(self.models)}" if self.models else "ask GET /v1/models what it has"
-        elif status == 404:
-            kind, what = UnreachableError, f"something answers there, but not this protocol ({words})"
-            hint = "check port and path: the address ends in /v1 as a rule"
-        elif status in BUSY or status >= 500:
-            kind, what = BusyError, f"the server says {status} ({words})"
+        what, hint = f"the server refuses the request: {status} ({words})", REFUSED_HINT
+        if status in BUSY or status >= 500:
             hint = "wait, lower the concurrency, or read the server's log"
-        error = kind(what, where=self.url, hint=hint)
-        error.temporary, error.status = kind is BusyError, status
-        with contextlib.suppress(ValueError):  # there is none, or it is a date
-            error.retry_after = max(0.0, float(response.headers.get("retry-after", "")))
-        return error
+            busy = TemporaryError(f"the server says {status} ({words})", where=self.url, hint=hint)
+            busy.status = status
+            return busy
+        if status in (401, 403):
+            what = f"the key is refused ({status})"
+            hint = "put the right key into an environment variable and pass its name"
+        elif status == 404:
+            no_model = f"no model {body['model']!r}, or " if "model" in body else ""
+            what, hint = f"{no_model}no such path there ({words})", ADDRESS_HINT
+        return EndpointError(what, where=self.url, hint=hint)
 
-    def ask(
+    def persist(
         self, request: Callable[[bool], Answer], *, retries: int, limits: tuple[float, int] | None = None
     ) -> Answer:
-        """The answer to a request, asked again with growing pauses where the failure may pass.
+        """The answer to a request, asked again with growing pauses after a `TemporaryError`.
 
-        ``request`` gets whether an answer broke off before. The `EndpointError` has a note of how often.
+        ``request`` gets whether an answer broke off before. ``limits``: seconds and bytes of an answer.
         """
         seconds, n_bytes = limits or (min(self.timeout_seconds, MOST_SECONDS), MOST_BYTES)
-        broke, number = False, 0
-        while True:
-            number += 1
-            token = _limit.set([time.monotonic() + seconds, n_bytes])
+        broke = False
+
+        def ask_once() -> Answer:
+            nonlocal broke
+            end = time.monotonic() + seconds
+            token = _limit.set(SimpleNamespace(end=end, n_bytes=n_bytes, url=self.url))
             try:
                 return request(broke)
             except Exception as error:
@@ -225,32 +191,24 @@ class Wire:
             finally:
                 _limit.reset(token)
             broke = broke or isinstance(meant, BrokenAnswerError)
-            if number > 1:
-                meant.add_note(f"asked {number} times")
-            if number > retries or not getattr(meant, "temporary", False):
-                raise meant from None  # the client's errors hold the request, whose header has the key
-            asked = getattr(meant, "retry_after", None)
-            pause = FIRST_PAUSE_SECONDS * 2.0 ** (number - 1) if asked is None else asked
-            time.sleep(min(pause, LONGEST_PAUSE_SECONDS))
+            raise meant from None  # the client's errors hold the request, whose header has the key
+
+        again, last = retry_if_exception_type(TemporaryError), stop_after_attempt(retries + 1)
+        pauses = wait_exponential(FIRST_PAUSE_SECONDS, max=LONGEST_PAUSE_SECONDS)
+        return Retrying(retry=again, stop=last, wait=pauses, reraise=True)(ask_once)
 
     def _meaning(self, error: Exception) -> Exception:
         """The failure as an error of this stage; itself where the connection is not the cause."""
         why = self.hide(" ".join(str(error).split())[:200]) or type(error).__name__
-        match error:
-            case _EndlessError():
-                hint = "raise --timeout (timeout_seconds) for a server that is slow, or take another one"
-                return EndlessAnswerError(f"the answer does not end ({why})", where=self.url, hint=hint)
-            case httpx2.TimeoutException():
-                hint = "raise --timeout (timeout_seconds), or ask for fewer tokens"
-                return UnreachableError("no answer in time", where=self.url, hint=hint)
-            case httpx2.ReadError() | httpx2.RemoteProtocolError() | FieldError():
-                return broken(why, self.url)
-            case ValueError() | RecursionError():  # no JSON, or with numbers of thousands of digits
-                return broken(why, self.url)
-            case httpx2.TransportError():
-                hint = "check the address, and that the server is running"
-                return UnreachableError(f"nothing answers there ({why})", where=self.url, hint=hint)
-        return error
+        # a ValueError: no JSON, numbers of thousands of digits, or fields of another type
+        if isinstance(error, httpx2.ReadError | httpx2.RemoteProtocolError | ValueError | RecursionError):
+            return broken(why, self.url)
+        if not isinstance(error, httpx2.TransportError):
+            return error
+        what, hint = f"nothing answers there ({why})", "check the address, and that the server is running"
+        if isinstance(error, httpx2.TimeoutException):
+            what, hint = "no answer in time", "raise --timeout (timeout_seconds), or ask for fewer tokens"
+        return TemporaryError(what, where=self.url, hint=hint)
 
     def optional(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """JSON at a path of the server; None where there is no such path, or no JSON.
@@ -260,23 +218,11 @@ class Wire:
         """
         url = re.sub(r"/v\d+\w*$", "", self.url) + path
         try:
-            return self.ask(lambda broke: self.hidden(next(self.events(url, body))), retries=PROBE_RETRIES)
+            return self.persist(lambda broke: self.page(url, body), retries=PROBE_RETRIES)
         except EndpointError as error:
             if error.status in (429, 503):
                 raise
             return None
-
-
-def _without_field(words: str, fields: Iterable[str]) -> str:
-    """The hint for a refused request: how to do without the first field that the server's words name."""
-    optional = set(fields) - {"model", "prompt", "messages"}
-    named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", words)]
-    if not named:
-        return "the answer to this request will not change: change the request"
-    field = min(named, key=words.find)
-    new = "max_completion_tokens" if field == "max_tokens" else "NEWNAME"
-    leave_out = f"leave it out with --field {field}= (fields={json.dumps({field: ''})})"
-    return f"{leave_out}, or rename it with --field {field}={new}"
 
 
 def _words(body: Any) -> str:
@@ -291,36 +237,29 @@ def _words(body: Any) -> str:
 # ---- limits, which httpx has for each read and not for a whole response ----
 
 
-class _EndlessError(Exception):
-    """A response takes more time or bytes than it may."""
-
-
 class _Backend(httpcore2.SyncBackend):
     def connect_tcp(self, *arguments: Any, **options: Any) -> Any:
-        return _Stream(super().connect_tcp(*arguments, **options))
+        return _limited(super().connect_tcp(*arguments, **options))
 
 
-class _Stream:
-    """A connection that ends a response at its limits."""
+def _limited(stream: Any) -> Any:
+    """A connection whose reads, also through TLS, end a response at its limits."""
+    read_some, start_tls = stream.read, stream.start_tls
 
-    def __init__(self, inner: httpcore2.NetworkStream) -> None:
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def start_tls(self, *arguments: Any, **options: Any) -> _Stream:
-        return _Stream(self._inner.start_tls(*arguments, **options))
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+    def read(max_bytes: int, timeout: float | None = None) -> bytes:
         limit, chunk = _limit.get(), b""
-        seconds = max(0.001, limit[0] - time.monotonic())
+        seconds = max(0.001, limit.end - time.monotonic())
         try:
-            chunk = self._inner.read(max_bytes, seconds if timeout is None else min(timeout, seconds))
+            chunk = read_some(max_bytes, min(seconds, timeout or inf))
         except httpcore2.ReadTimeout:
-            if time.monotonic() < limit[0]:
+            if time.monotonic() < limit.end:
                 raise
-        limit[1] -= len(chunk)
-        if limit[1] < 0 or time.monotonic() >= limit[0]:
-            raise _EndlessError("too many bytes" if limit[1] < 0 else "in its time")
-        return chunk
+        limit.n_bytes -= len(chunk)
+        if limit.n_bytes < 0 or time.monotonic() >= limit.end:
+            why = "too many bytes" if limit.n_bytes < 0 else "in its time"
+            hint = "raise --timeout (timeout_seconds) for a server that is slow, or take another one"
+            raise EndpointError(f"the answer does not end ({why})", where=limit.url, hint=hint)
+        return bytes(chunk)
+
+    stream.read, stream.start_tls = read, lambda *args, **options: _limited(start_tls(*args, **options))
+    return stream

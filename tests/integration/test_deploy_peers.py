@@ -150,7 +150,7 @@ def test_llama_cpp_from_source_serves_by_its_recipe(tmp_path):
         server.terminate()
         server.wait(60)
     served = json.loads(models)["data"][0]
-    assert served["id"] == NAME and served["meta"]["n_ctx"] == recipe.settings.n_ctx
+    assert served["id"] == NAME and served["meta"]["n_ctx"] == recipe.settings["n_ctx"]
     assert json.loads(answer)["choices"][0]["message"]["content"] == PARIS
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
     deploy_peers.record(
@@ -270,7 +270,7 @@ def test_unsloth_studios_own_command_line_takes_the_recipe(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     taken, handed_on = json.loads(done.stdout.splitlines()[-1])
-    assert taken["model"] == recipe.model and taken["max_seq_length"] == recipe.settings.n_ctx
+    assert taken["model"] == recipe.model and taken["max_seq_length"] == recipe.settings["n_ctx"]
     assert (taken["host"], taken["port"], taken["parallel"]) == ("127.0.0.1", 8888, 1)
     assert handed_on == ["--threads", "1", "--n-gpu-layers", "0", "--no-repack"]
     deploy_peers.record(

@@ -97,15 +97,11 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def _json(self, status: int, value: object, **headers: str) -> None:
+    def _json(self, status: int, value: object) -> None:
         raw = json.dumps(value).encode()
         self.send_response(status)
-        for name, text in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(raw)),
-            **headers,
-        }.items():
-            self.send_header(name.replace("_", "-"), text)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
         self.wfile.write(raw)
 
@@ -226,12 +222,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ---- faults ----
 
-    def _429(self, _body: dict, retry_after: str) -> None:
-        self._json(
-            429,
-            {"error": {"message": "slow down", "type": "rate_limit"}},
-            **({"Retry_After": retry_after} if retry_after else {}),
-        )
+    def _429(self, _body: dict, _extra: str) -> None:
+        self._json(429, {"error": {"message": "slow down", "type": "rate_limit"}})
 
     def _500(self, _body: dict, _extra: str) -> None:
         self._json(500, {"error": {"message": "llama_decode failed", "type": "server_error"}})

@@ -21,18 +21,15 @@ from dfqs_nb.serve import checks, measure, wire
 from dfqs_nb.serve import client as endpoint
 from dfqs_nb.serve.wire import (
     BrokenAnswerError,
-    BusyError,
     ContextOverflowError,
     EndpointError,
-    KeyRefusedError,
-    UnknownModelError,
-    UnreachableError,
+    TemporaryError,
 )
 from dfqs_nb.workbook import cli
 
 QUESTIONS = ItemSet.load("nano-reasoning")
 KEY = "sk-never-to-be-seen-5f3a"
-PASSING = ["429", "429 0", "500", "truncated", "event-error", "die", "garbage", "null"]
+PASSING = ["429", "500", "truncated", "event-error", "die", "garbage", "null"]
 
 
 @pytest.fixture(autouse=True)
@@ -61,37 +58,42 @@ def oracle(body: dict) -> str:
 @pytest.mark.parametrize("form", ["{}", "{}/", "{}/v1", "{}/v1/"])
 def test_an_address_works_with_and_without_v1(server, form):
     found = endpoint.connect(form.format(server.url.removesuffix("/v1")))
-    assert (found.base_url, found.model) == (server.url, "good")
+    assert (found.url, found.model) == (server.url, "good")
 
 
 def test_a_port_where_nothing_listens():
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
-        with pytest.raises(UnreachableError, match="nothing answers there") as caught:
+        with pytest.raises(TemporaryError, match="nothing answers there"):
             endpoint.connect(f"http://127.0.0.1:{held.getsockname()[1]}", retries=1)
-    assert "asked 2 times" in caught.value.__notes__
 
 
 NO_ADDRESSES = ["127.0.0.1:80", "ftp://a/v1", "http://", "http://user:secret@host/v1", "http://[::1/v1"]
-NO_ADDRESSES += ["http://host:abc/v1", "http://host:99999/v1", "http://a..b/v1", f"http://{'a' * 99}.org/v1"]
+NO_ADDRESSES += [
+    "http://host:abc/v1",
+    "http://host/v1?key=secret",
+    "http://host:99999/v1",
+    "http://a..b/v1",
+    f"http://{'a' * 99}.org/v1",
+]
 
 
 @pytest.mark.parametrize("address", NO_ADDRESSES)
 def test_what_is_no_address(address):
-    with pytest.raises(UnreachableError, match="not an address") as caught:
+    with pytest.raises(EndpointError, match="not an address") as caught:
         endpoint.connect(address)
     assert "secret" not in str(caught.value)
 
 
 def test_a_server_of_something_else(server):
-    with pytest.raises(UnreachableError, match="not this protocol"):
+    with pytest.raises(EndpointError, match="no such path there"):
         endpoint.connect(server.url.replace("/v1", "/blog/v1"))
 
 
 def test_a_wrong_model_names_those_that_are_there(server):
     server.models = ("good", "other")
     for name in ("bad", ""):
-        with pytest.raises(UnknownModelError, match="good, other"):
+        with pytest.raises(EndpointError, match="good, other"):
             endpoint.connect(server.url, name)
     assert endpoint.connect(server.url, "other").model == "other"
 
@@ -99,14 +101,14 @@ def test_a_wrong_model_names_those_that_are_there(server):
 def test_a_model_that_went_away_is_not_asked_for_again(server):
     found = endpoint.connect(server.url)
     server.faults = ["404"]
-    with pytest.raises(UnknownModelError, match="it has good"):
+    with pytest.raises(EndpointError, match="no model 'good'"):
         found.chat("x")
     assert len(server.asked) == 1
 
 
 def test_an_address_in_capitals(server):
     assert endpoint.is_url("HTTP://host/v1")
-    assert endpoint.connect(server.url.replace("http", "HTTP")).base_url == server.url
+    assert endpoint.connect(server.url.replace("http", "HTTP")).url == server.url
 
 
 # ---- keys ----
@@ -114,7 +116,7 @@ def test_an_address_in_capitals(server):
 
 @pytest.mark.parametrize("key", ["schlüssel-9d21", "sk-9d21\r\nX-Other: 1", "sk\x009d21"])
 def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(server, key):
-    with pytest.raises(KeyRefusedError, match="characters that no key has") as caught:
+    with pytest.raises(EndpointError, match="characters that no key has") as caught:
         endpoint.connect(server.url, key=key)
     assert "9d21" not in str(caught.value) and not server.log
 
@@ -126,9 +128,9 @@ def test_the_line_end_of_a_key_from_a_file_is_left_out(server):
 
 def test_a_key_is_sent_and_never_shown(server, monkeypatch):
     server.key = KEY
-    with pytest.raises(KeyRefusedError, match="401"):
+    with pytest.raises(EndpointError, match="401"):
         endpoint.connect(server.url)
-    with pytest.raises(KeyRefusedError, match="DFQS_TEST_KEY is not set"):
+    with pytest.raises(EndpointError, match="DFQS_TEST_KEY is not set"):
         endpoint.connect(server.url, key_variable="DFQS_TEST_KEY")
     monkeypatch.setenv("DFQS_TEST_KEY", KEY)
     found = endpoint.connect(server.url, key_variable="DFQS_TEST_KEY")
@@ -145,19 +147,19 @@ def test_a_busy_moment_does_not_hide_what_a_server_is(server):
     """Taken for an unknown server it would keep its prompt cache, which can change answers."""
     server.pages["/props"] = [LOADING, PROPS]
     found = endpoint.connect(server.url)
-    assert (found.facts.name, found.facts.n_ctx, found.options["cache_prompt"]) == ("llama.cpp", 1024, False)
+    assert (found.server, found.n_ctx, found.options["cache_prompt"]) == ("llama.cpp", 1024, False)
     assert found.chat("x").text and server.asked[-1]["reasoning_format"] == "none"
 
 
 def test_a_server_that_still_loads_its_model_says_so(server):
     server.pages["/props"] = [LOADING]
-    with pytest.raises(BusyError, match="503 .Loading model"):
+    with pytest.raises(TemporaryError, match="503 .Loading model"):
         endpoint.connect(server.url)
 
 
 def test_a_path_that_always_fails_is_one_that_is_not_there(server):
     server.pages["/props"] = [(500, {"detail": "no"})]
-    assert endpoint.connect(server.url).facts.name == "unknown"
+    assert endpoint.connect(server.url).server == "unknown"
 
 
 def test_a_length_is_not_guessed_when_the_server_stops_counting(server):
@@ -167,7 +169,7 @@ def test_a_length_is_not_guessed_when_the_server_stops_counting(server):
     }
     count, counted_by = measure.token_counter(endpoint.connect(server.url))
     assert (count("two tokens"), counted_by) == (2, "the server's tokens")
-    with pytest.raises(BusyError, match="stopped"):
+    with pytest.raises(TemporaryError, match="stopped"):
         count("other tokens")
 
 
@@ -183,7 +185,7 @@ def test_no_key_in_errors_nor_in_any_file(server, tmp_path):
     found = endpoint.connect(server.url, key=KEY, retries=0)
     measure.score_set(found, QUESTIONS, tmp_path, Options(limit=3, progress=False))
     server.faults = ["500"]
-    with pytest.raises(BusyError) as caught:
+    with pytest.raises(TemporaryError) as caught:
         found.chat("x")
     assert KEY not in "".join(traceback.format_exception(caught.value))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -237,10 +239,10 @@ def test_a_passing_fault_is_tried_again(server, fault, stream):
 @pytest.mark.parametrize(
     "fault, kind, words",
     [
-        ("429", BusyError, "429 .*slow down"),
-        ("500", BusyError, "llama_decode failed"),
+        ("429", TemporaryError, "429 .*slow down"),
+        ("500", TemporaryError, "llama_decode failed"),
         ("truncated", BrokenAnswerError, "without saying why"),
-        ("garbage", BrokenAnswerError, "broke off|holds no answer"),
+        ("garbage", BrokenAnswerError, "broke off"),
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
@@ -249,14 +251,14 @@ def test_a_lasting_fault_is_an_error_after_all_attempts(server, fault, kind, wor
     server.faults = [fault] * 3
     with pytest.raises(kind, match=words) as caught:
         found.chat("x")
-    assert len(server.asked) == 3 and "asked 3 times" in caught.value.__notes__
+    assert len(server.asked) == 3
     assert isinstance(caught.value, EndpointError) and caught.value.hint
 
 
 def test_a_server_that_dies_is_an_error_that_names_the_address(server):
     found = endpoint.connect(server.url, retries=1)
     server.faults = ["die", "die"]
-    with pytest.raises((BrokenAnswerError, UnreachableError)) as caught:
+    with pytest.raises((BrokenAnswerError, EndpointError)) as caught:
         found.chat("x")
     assert server.url in str(caught.value) and len(server.asked) == 2
 
@@ -289,12 +291,12 @@ def test_a_request_that_is_refused_is_not_repeated(server):
     assert len(server.asked) == 1
 
 
-def test_retry_after_is_honoured(server, monkeypatch):
+def test_pauses_grow(server, monkeypatch):
     waited = []
-    monkeypatch.setattr(wire.time, "sleep", waited.append)
-    server.faults = ["429 7", "429 9999", "500", "500"]
-    assert endpoint.connect(server.url).chat("x").text == TEXT and len(server.asked) == 5
-    assert waited == [7, wire.LONGEST_PAUSE_SECONDS, 0.004, 0.008]
+    monkeypatch.setattr("tenacity.nap.time.sleep", waited.append)
+    server.faults = ["429", "500", "429"]
+    assert endpoint.connect(server.url).chat("x").text == TEXT and len(server.asked) == 4
+    assert waited == [0.001, 0.002, 0.004]
 
 
 def test_a_server_that_says_nothing_ends_in_time(server):
@@ -320,7 +322,7 @@ def test_a_failure_stops_the_run_and_what_was_answered_before_it_stays(server, t
     server.answer = oracle
     found = endpoint.connect(server.url, retries=0, concurrency=concurrency)
     server.faults = ["none"] * 20 + ["500"] * 200
-    with pytest.raises(BusyError):
+    with pytest.raises(TemporaryError):
         measure.score_set(found, QUESTIONS, tmp_path, Options(progress=False))
     kept = (tmp_path / "answers-nano-reasoning.jsonl").read_text().splitlines()
     assert 20 - concurrency < len(kept) <= 20 and len(server.asked) < len(QUESTIONS.items)
@@ -385,10 +387,8 @@ def test_the_command_scores_an_endpoint(server, tmp_path, monkeypatch, capsys):
 
 
 def test_routing_needs_the_process(server):
-    found = endpoint.connect(server.url)
-    for target in (found, server.url):
-        with pytest.raises(EndpointError, match="cannot be seen through an endpoint"):
-            endpoint.check_in_process(target, "routing")
+    with pytest.raises(EndpointError, match="cannot be seen through an endpoint"):
+        endpoint.check_in_process(server.url, "routing")
     endpoint.check_in_process("model.gguf", "routing")
 
 
@@ -455,7 +455,7 @@ def test_scores_stay_one_function(tmp_path):
     """What is answered in parallel is the same set of rows as what is answered in turn."""
 
     def answer(request):
-        return endpoint.Reply(request.text[-9:], (), "eos", 1, usage_tokens=2)
+        return endpoint.Reply(request.text[-9:], "eos", 1, 2)
 
     runs = [
         Answerer(answer, "chat", {}, "m", n_parallel=n).score(
@@ -473,7 +473,7 @@ def test_an_answer_is_kept_while_an_earlier_question_still_waits(tmp_path):
 
     def answer(request):
         if slow not in request.text:
-            return endpoint.Reply("12", (), "eos", 1, usage_tokens=2)
+            return endpoint.Reply("12", "eos", 1, 2)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and (not path.exists() or b"\n" not in path.read_bytes()):
             time.sleep(0.01)

@@ -18,12 +18,9 @@ from dfqs_nb.scores import ItemSet, Options
 from dfqs_nb.serve import checks, client, measure, servers, wire
 from dfqs_nb.serve.wire import (
     BrokenAnswerError,
-    BusyError,
     ContextOverflowError,
-    EndlessAnswerError,
     EndpointError,
-    KeyRefusedError,
-    UnreachableError,
+    TemporaryError,
 )
 from dfqs_nb.workbook import cli
 
@@ -78,8 +75,8 @@ def test_halves_of_a_character_in_what_a_server_reports(server):
             {"default_generation_settings": {"n_ctx": 64}, "build_info": "\udc00", "chat_template": "\ud800"},
         )
     ]
-    facts = client.connect(server.url).facts
-    assert (facts.models, facts.version, facts.chat_template) == (("a\ufffd",), "\ufffd", "\ufffd")
+    found = client.connect(server.url)
+    assert (found.models, found.version, found.chat_template) == (("a\ufffd",), "\ufffd", "\ufffd")
 
 
 def test_bytes_that_are_not_utf_8_are_replaced(server):
@@ -100,7 +97,7 @@ def test_an_answer_of_another_shape_is_a_broken_one(server, kind):
 )
 def test_a_page_of_another_shape_is_no_page(server, page):
     server.pages["/props"] = [(200, page)]
-    assert client.connect(server.url).facts.name == "unknown"
+    assert client.connect(server.url).server == "unknown"
 
 
 # ---- limits ----
@@ -110,7 +107,7 @@ def test_a_page_of_another_shape_is_no_page(server, page):
 def test_an_answer_that_drips_ends_in_time(server, where):
     endpoint = client.connect(server.url, timeout_seconds=0.4, retries=3)
     server.faults = [f"drip {where}"] * 4
-    with no_hang(), pytest.raises(EndlessAnswerError, match="does not end"):
+    with no_hang(), pytest.raises(EndpointError, match="does not end"):
         endpoint.chat("x", 6)
     assert len(server.asked) == 1
 
@@ -118,7 +115,7 @@ def test_an_answer_that_drips_ends_in_time(server, where):
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_of_100_megabytes_is_left(server, stream):
     server.faults = ["endless 100000000"]
-    with pytest.raises(EndlessAnswerError, match="bytes"):
+    with pytest.raises(EndpointError, match="bytes"):
         client.connect(server.url, stream=stream).chat("x", 16)
 
 
@@ -187,13 +184,12 @@ def test_a_question_that_is_cut_is_no_wrong_answer(server, tmp_path):
 
 @pytest.mark.parametrize("most", [1, 40])
 def test_a_server_that_counts_no_more_tokens_ends_the_check_of_its_context(most):
-    class Endpoint:
-        model, facts = "m", client.ServerFacts("llama.cpp", n_ctx=512)
+    class Endpoint(client.Endpoint):
+        def optional(self, path, body=None):
+            return {"tokens": [1] * min(most, len(body["content"]) // 5)}
 
-        def post(self, path, content, **_):
-            return {"tokens": [1] * min(most, len(content) // 5)}
-
-    verdict, finding = checks._context(checks.Subject(Endpoint()))
+    endpoint = Endpoint("http://127.0.0.1:9/v1", model="m", server="llama.cpp", n_ctx=512)
+    verdict, finding = checks.Checks(endpoint).context_length()
     assert verdict == checks.UNSEEN and "counts only" in finding
 
 
@@ -216,7 +212,7 @@ def test_a_template_that_writes_the_date_has_other_conditions_on_another_day(ser
 def test_a_field_that_is_refused_can_be_left_out(server, name):
     server.faults = [f"refuses {name}"]
     endpoint = client.connect(server.url, stream=name == "stream_options")
-    with pytest.raises(EndpointError, match=f"--field {name}=") as caught:
+    with pytest.raises(EndpointError, match=f"{name}.*--field FIELD=") as caught:
         endpoint.chat("x")
     assert type(caught.value) is EndpointError and len(server.asked) == 1
     other = client.connect(server.url, stream=name == "stream_options", fields={name: ""})
@@ -237,15 +233,14 @@ def test_a_field_can_have_another_name(server, tmp_path, monkeypatch):
 # ---- secrets ----
 
 
-@pytest.mark.parametrize("status, kind", [(400, EndpointError), (500, BusyError), (401, KeyRefusedError)])
+@pytest.mark.parametrize("status, kind", [(400, EndpointError), (500, TemporaryError), (401, EndpointError)])
 def test_a_server_that_repeats_the_key_does_not_get_it_shown(server, status, kind):
-    endpoint = client.connect(f"{server.url}?api_key=in-the-query-{KEY}", key=KEY, retries=0)
-    assert endpoint.base_url == server.url and "in-the-query" in server.log[-1][0]
+    endpoint = client.connect(server.url, key=KEY, retries=0)
     server.faults = [f"echo {status}"]
     with pytest.raises(kind) as caught:
         endpoint.chat("x")
     shown = "".join(traceback.format_exception(caught.value)) + repr(endpoint)
-    assert KEY not in shown and "in-the-query" not in shown
+    assert KEY not in shown
 
 
 def test_a_key_in_an_answer_is_in_no_file(server, tmp_path):
@@ -273,7 +268,7 @@ def test_a_secret_in_an_address_is_masked(form):
         held.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{held.getsockname()[1]}"
         url = form.format(key=KEY, host=host)
-        with pytest.raises(UnreachableError) as caught:
+        with pytest.raises(EndpointError) as caught:
             client.connect(url, retries=0)
         with pytest.raises(EndpointError) as refused:
             client.check_in_process(url, "routing")
@@ -283,7 +278,7 @@ def test_a_secret_in_an_address_is_masked(form):
 def test_a_redirect_is_not_followed(server):
     """It would take the key, or the question, to another address."""
     server.pages["/props"] = [(307, {})]
-    assert client.connect(server.url).facts.name == "unknown"
+    assert client.connect(server.url).server == "unknown"
 
 
 # ---- proxies and our own servers ----
@@ -322,7 +317,7 @@ def test_this_machine_is_asked_without_a_proxy(server, proxy):
 
 
 def test_other_machines_are_asked_through_the_proxy(proxy):
-    with pytest.raises(BusyError, match="502"):
+    with pytest.raises(TemporaryError, match="502"):
         client.connect("http://models.example/v1", retries=0)
     assert proxy and b"models.example" in proxy[0]
 
@@ -342,7 +337,7 @@ def test_a_proxy_that_cannot_be_used_is_explained_at_once(monkeypatch, address, 
     monkeypatch.setenv("all_proxy", address)
     with pytest.raises(EndpointError, match=words) as caught:
         client.connect("http://models.example/v1")
-    assert "in-the-proxy" not in str(caught.value) and not getattr(caught.value, "__notes__", ())
+    assert "in-the-proxy" not in str(caught.value)
 
 
 def test_our_server_is_reached_without_the_proxy_and_admits_no_web_page(proxy, merged_reference, tmp_path):
@@ -354,7 +349,7 @@ def test_our_server_is_reached_without_the_proxy_and_admits_no_web_page(proxy, m
         (tmp_path / kind).write_text("load_tensors: offloaded 9/9 layers to GPU, in an earlier run\n")
         with servers.start(kind, merged_reference, settings, log=tmp_path / kind) as server:
             assert server.connect(retries=0).complete("The", 1).n_tokens == 1
-            with pytest.raises(KeyRefusedError):
+            with pytest.raises(EndpointError):
                 client.connect(server.base_url).complete("The", 1)
             headers = {
                 "Origin": "http://evil.example",

@@ -53,6 +53,6 @@ def test_a_record_of_llama_cpp_s_server_fits_the_model_it_serves(endpoint, tmp_p
 )
 def test_log_probabilities_that_mean_nothing_are_refused(endpoint, monkeypatch, logprobs, text, message):
     page = {"choices": [{"message": {"content": text}, "logprobs": logprobs}]}
-    monkeypatch.setattr(type(endpoint.wire), "events", lambda wire, url, body: iter([page]))
+    monkeypatch.setattr(type(endpoint), "events", lambda endpoint, url, body: iter([page]))
     with pytest.raises(EndpointError, match=message):
         continuation(endpoint, QUESTION, True, 4, 5)
