@@ -14,16 +14,6 @@ from dfqs_nb.gguf.remote import outline
 if TYPE_CHECKING:
     from dfqs_nb.gguf import figures
 
-__all__ = [
-    "broken",
-    "facts",
-    "figures",
-    "memory",
-    "model_header",
-    "models",
-    "outline",
-    "placement",
-    "shards",
-]
+__all__ = ["broken", "facts", "figures", "memory", "model_header", "models", "outline", "placement", "shards"]
 
 __getattr__ = lazy(__name__, figures="figures")

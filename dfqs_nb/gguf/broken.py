@@ -9,7 +9,7 @@ from pathlib import Path
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
-from dfqs_nb.gguf.types import VALUE_TYPES
+from dfqs_nb.gguf.types import FORMATS
 
 NAME = "DFQS-Nano-IQ1_S-XL"
 
@@ -28,20 +28,17 @@ def glue(folder: str | Path) -> Path:
 
 def with_field(path: str | Path, target: str | Path, name: str, value: int) -> Path:
     """A copy of a GGUF file with one integer of its metadata changed."""
-    field = read_header(path).fields[name]
-    form = next(form for kind, form in VALUE_TYPES.values() if kind == field.type)
-    shutil.copyfile(path, target)
-    with Path(target).open("r+b") as file:
-        file.seek(field.value_start)
-        file.write(struct.pack(f"<{form}", value))
+    field, raw = read_header(path).fields[name], bytearray(Path(path).read_bytes())
+    struct.pack_into(f"<{FORMATS[field.type]}", raw, field.value_start, value)
+    Path(target).write_bytes(raw)
     return Path(target)
 
 
 def too_many_experts(folder: str | Path) -> Path:
     """The reference model with 200 of 16 experts a token in its header: llama.cpp fails an assertion."""
-    names = "broken-on-purpose-00001-of-00002.gguf", "broken-on-purpose-00002-of-00002.gguf"
-    (first, second), (target, rest) = reference_shards().paths, (Path(folder) / name for name in names)
-    shutil.copyfile(second, rest)
+    target = Path(folder) / "broken-on-purpose-00001-of-00002.gguf"
+    first, second = reference_shards().paths
+    shutil.copyfile(second, target.with_name("broken-on-purpose-00002-of-00002.gguf"))
     return with_field(first, target, "deepseek4.expert_used_count", 200)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,19 +43,15 @@ GATING = {1: "softmax", 2: "sigmoid", 3: "softmax over the chosen", 4: "sqrtsoft
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture-of-experts layout: ``total`` routed experts a layer, at most ``used`` of them by a token.
+    """The mixture-of-experts layout."""
 
-    Every token uses the ``shared`` experts, too. The first ``hash_layers`` choose by token id from a table,
-    without a score. ``weights_scale`` is a factor on the chosen experts' weights.
-    """
-
-    total: int
-    used: int
-    shared: int
+    total: int  # routed experts a layer
+    used: int  # of them by a token, at most
+    shared: int  # that every token uses, too
     moe_layers: int
-    hash_layers: int
+    hash_layers: int  # the first ones, which choose by token id from a table, without a score
     gating: str
-    weights_scale: float
+    weights_scale: float  # a factor on the chosen experts' weights
 
     @property
     def sentence(self) -> str:
@@ -68,14 +64,11 @@ class Experts:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of weights: ``total``, ``active`` in one token, and ``routed`` (of routed experts).
-
-    Routed experts count as active by used / total; the embedding, a look-up table, by the row that is read.
-    """
+    """Numbers of weights."""
 
     total: int
-    active: int
-    routed: int
+    active: int  # in one token: used / total of the routed experts, and of the embedding the row that is read
+    routed: int  # of routed experts
 
 
 def layer_of(name: str) -> int | None:
@@ -100,32 +93,33 @@ def class_of(name: str) -> str:
 
 def experts(header: GGUFHeader) -> Experts:
     """The expert layout."""
-    keys = ("count", "used_count", "shared_count", "gating_func")
-    total, used, shared, gating = (header.count(f"{header.architecture}.expert_{key}") for key in keys)
-    hashed, scale = (
-        header.count(f"{header.architecture}.hash_layer_count"),
-        header.arch("expert_weights_scale"),
-    )
+    keys = ("expert_count", "expert_used_count", "expert_shared_count", "hash_layer_count")
+    total, used, shared, hashed = map(header.count, keys)
+    gating = GATING.get(header.count("expert_gating_func"), "not stated")
+    scale = header.arch("expert_weights_scale")
     scale = float(scale) if isinstance(scale, (int, float)) else 1.0
-    gate = GATING.get(gating, "not stated")
-    return Experts(total, used, shared, len(_moe_layers(header)), hashed, gate, scale)
+    return Experts(total, used, shared, len(_moe_layers(header)), hashed, gating, scale)
 
 
 def _moe_layers(header: GGUFHeader) -> set[int | None]:
     return {layer_of(t.name) for t in header.tensors if class_of(t.name) == "routed experts"}
 
 
+def is_tied(*headers: GGUFHeader) -> bool:
+    """Whether the embedding is the output, too: no shard has an output of its own."""
+    return "output.weight" not in {tensor.name for header in headers for tensor in header.tensors}
+
+
 def token_shares(header: GGUFHeader) -> Iterator[tuple[Tensor, bool, float]]:
     """Each tensor, whether it holds routed experts, and the share that a token uses, as in `Parameters`."""
-    n_experts = header.count(f"{header.architecture}.expert_count")
-    used = header.counts(f"{header.architecture}.expert_used_count") or [0]
-    has_output = "output.weight" in {tensor.name for tensor in header.tensors}  # else the embedding is both
+    n_experts, tied = header.count("expert_count"), is_tied(header)
+    used = header.counts("expert_used_count") or [0]
     for tensor in header.tensors:
         kind = class_of(tensor.name)
         if kind == "routed experts" and n_experts:
             yield tensor, True, used[min(layer_of(tensor.name) or 0, len(used) - 1)] / n_experts
         else:
-            is_table = tensor.type in INTEGER_TYPES or (kind == "embedding" and has_output)
+            is_table = tensor.type in INTEGER_TYPES or (kind == "embedding" and not tied)
             yield tensor, False, 1 / max(tensor.shape[-1], 1) if is_table else 1.0
 
 
@@ -163,16 +157,21 @@ def types_by_bytes(tensors: Iterable[Tensor]) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
+def main_type(tensors: Sequence[Tensor]) -> str:
+    """The type that holds the most bytes of the layers; a small model's embedding can outweigh them."""
+    layers = [tensor for tensor in tensors if layer_of(tensor.name) is not None]
+    return next(iter(types_by_bytes(layers or tensors)), "no tensors")
+
+
 def attention_layers(header: GGUFHeader) -> list[dict[str, Any]]:
     """One dict a layer: ``layer``, ``kind``, ``ratio`` (source tokens of a cached entry), ``routing``.
 
     Outside DeepSeek-V4 a header with a window does not state which layers have it: ``window or full``.
     """
-    ratios = header.counts(f"{header.architecture}.attention.compress_ratios")
+    ratios = header.counts("attention.compress_ratios")
     names = {0: "sliding window", 4: "compressed sparse", 128: "heavily compressed"}
     default = "window or full" if header.arch("attention.sliding_window") else "full"
-    moe, hashed = _moe_layers(header), experts(header).hash_layers
-    rows = []
+    moe, hashed, rows = _moe_layers(header), header.count("hash_layer_count"), []
     for layer in range(header.n_layers):
         ratio = ratios[layer] if layer < len(ratios) else None
         kind = default if ratio is None else names.get(ratio, f"compressed by {ratio}")
@@ -228,21 +227,13 @@ def tensor_table(header: GGUFHeader) -> pd.DataFrame:
     """One row a tensor; ``layer`` is -1 outside the blocks, ``shape`` in ggml's order."""
     import pandas as pd
 
-    columns = ["name", "layer", "class", "type", "shape", "weights", "bytes"]
     rows = [
-        (t.name, -1 if (layer := layer_of(t.name)) is None else layer, class_of(t.name), t.type, t.shape)
-        + (t.n_elements, t.nbytes)
+        (t.name, layer_of(t.name), class_of(t.name), t.type, t.shape, t.n_elements, t.nbytes)
         for t in header.tensors
     ]
-    table = pd.DataFrame(rows, columns=columns)
-    return table.assign(bits_per_weight=8 * table["bytes"] / table["weights"])
-
-
-def quantization_by_layer(table: pd.DataFrame) -> pd.DataFrame:
-    """Bytes by block (rows) and tensor type (columns, most bytes first)."""
-    blocks = table[table["layer"] >= 0]
-    mix = blocks.pivot_table(index="layer", columns="type", values="bytes", aggfunc="sum", fill_value=0)
-    return mix[mix.sum().sort_values(ascending=False).index]
+    table = pd.DataFrame(rows, columns=["name", "layer", "class", "type", "shape", "weights", "bytes"])
+    layers = table["layer"].fillna(-1).astype(int)
+    return table.assign(layer=layers, bits_per_weight=8 * table["bytes"] / table["weights"])
 
 
 # What a GGUF file is that is no language model, by ``general.type`` or the architecture.

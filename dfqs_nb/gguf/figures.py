@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from matplotlib.ticker import MaxNLocator
 
-from dfqs_nb.core.figures import BYTES, PALETTE, PAPER, new_axes, set_title
+from dfqs_nb.core.figures import BYTES, PALETTE, new_axes, set_title
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-ATTENTION_COLOURS = {
-    "sliding window": PALETTE[4],
-    "compressed sparse": PALETTE[0],
-    "heavily compressed": PALETTE[1],
-    "full": PALETTE[2],
-    "window or full": PALETTE[5],
-}
-ROUTING_COLOURS = {"hash": PALETTE[3], "scores": PALETTE[2], "dense": PAPER}
 
 
 def class_sizes(sizes: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -37,11 +29,12 @@ def class_sizes(sizes: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def quantization_mix(mix: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Bytes of each layer (index ``layer``), stacked by tensor type (a column each)."""
-    ax = new_axes(ax)
-    bottom = 0
-    for colour, kind in zip(PALETTE, mix.columns, strict=False):
+def quantization_mix(tensors: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Bytes of each layer, stacked by tensor type (``layer``, ``type``, ``bytes``, a row a tensor)."""
+    ax, bottom, blocks = new_axes(ax), 0, tensors[tensors["layer"] >= 0]
+    mix = blocks.pivot_table(index="layer", columns="type", values="bytes", aggfunc="sum", fill_value=0)
+    mix = mix[mix.sum().sort_values(ascending=False).index]
+    for colour, kind in zip(cycle(PALETTE), mix.columns):
         ax.bar(mix.index, mix[kind], bottom=bottom, color=colour, label=kind, width=0.8)
         bottom = bottom + mix[kind]
     ax.yaxis.set_major_formatter(BYTES)
@@ -58,10 +51,10 @@ def quantization_mix(mix: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def attention_layout(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Two strips, one tile a layer (``layer``, ``kind``, ``ratio``, ``routing``): attention, and routing."""
     ax = new_axes(ax, 1.9)
-    for row, (column, colours) in enumerate((("kind", ATTENTION_COLOURS), ("routing", ROUTING_COLOURS))):
-        for kind, group in layers.groupby(column, sort=False):
-            label = f"{'attention' if column == 'kind' else 'experts by'}: {kind}"
-            colour = colours.get(kind, PALETTE[7])
+    strips = ("kind", "attention", PALETTE), ("routing", "experts by", PALETTE[::-1])
+    for row, (column, what, colours) in enumerate(strips):
+        for colour, (kind, group) in zip(cycle(colours), layers.groupby(column, sort=False)):
+            label = f"{what}: {kind}"
             ax.bar(group["layer"], 0.86, bottom=row + 0.07, width=0.94, color=colour, label=label)
     ax.set_yticks([0.5, 1.5], ["attention", "experts"])
     ax.set_ylim(2, 0)
@@ -70,6 +63,11 @@ def attention_layout(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.05))
-    compressed = int((layers["ratio"] > 1).sum())
-    set_title(ax, f"{compressed} of {len(layers)} layers compress their attention cache")
+    compressed, kinds = int((layers["ratio"] > 1).sum()), set(layers["kind"])
+    finding = f"{compressed} of {len(layers)} layers compress their attention cache"
+    if kinds == {"full"}:
+        finding = f"All {len(layers)} layers attend to the whole context"
+    elif kinds == {"window or full"}:
+        finding = "The header has a sliding window, and does not say which layers use it"
+    set_title(ax, finding)
     return ax

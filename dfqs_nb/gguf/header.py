@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from dfqs_nb.core.errors import HeaderError, LayoutError
-from dfqs_nb.gguf.types import REMOVED_TYPES, TENSOR_TYPES, VALUE_TYPES
+from dfqs_nb.gguf.types import FORMATS, REMOVED_TYPES, TENSOR_TYPES, VALUE_TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -43,55 +43,46 @@ _U64 = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A metadata field, not decoded; ``type``: of its value or items, ``count``: of items (None: no array).
-
-    ``record``: start and end of the whole record, ``value_start``: of the first item, both in the header.
-    """
+    """A metadata field, not decoded; its places are bytes of the header."""
 
     name: str
-    type: str
-    count: int | None
-    record: tuple[int, int]
-    value_start: int
+    type: str  # of its value or items
+    count: int | None  # of items; None: no array
+    record: tuple[int, int]  # start and end of all of it
+    value_start: int  # of the value or the first item
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A row of the tensor table: ``shape`` in ggml's order, ``offset`` from the start of the data section.
-
-    ``nbytes`` are bytes of data, without padding.
-    """
+    """A row of the tensor table."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in ggml's order
     type: str
     type_code: int
-    offset: int
+    offset: int  # from the start of the data section
     n_elements: int
-    nbytes: int
+    nbytes: int  # of data, without padding
 
 
 @dataclass(frozen=True)
 class GGUFHeader(Mapping[str, Any]):
-    """A GGUF header as a read-only mapping from field name to value, and its tensor table.
-
-    ``start`` (0 except in glued files) and ``data_offset`` are from the start of the file. ``raw`` has the
-    header's bytes, from its magic to the end of the tensor table.
-    """
+    """A GGUF header as a read-only mapping from field name to value, and its tensor table."""
 
     path: Path
-    start: int
+    start: int  # in the file; 0 except in glued files
     version: int
     alignment: int
-    fields: Mapping[str, Field] = field(repr=False)
+    fields: Mapping[str, Any] = field(repr=False)  # a `Field` each; values in a header made by hand
     tensors: tuple[Tensor, ...] = field(repr=False)
-    data_offset: int
+    data_offset: int  # in the file
     file_size: int
-    raw: bytes = field(repr=False)
+    raw: bytes = field(repr=False)  # from the magic to the end of the tensor table
 
     def __getitem__(self, name: str) -> Any:
         """The value of a field: int, float, bool, str, or a list of them."""
-        return _decode(self.raw, self.fields[name])
+        value = self.fields[name]
+        return _decode(self.raw, value) if isinstance(value, Field) else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.fields)
@@ -118,22 +109,25 @@ class GGUFHeader(Mapping[str, Any]):
         value = self.get(name)
         return value if isinstance(value, str) else ""
 
-    def counts(self, name: str) -> list[int]:
-        """Counts (one, or one a layer) as a list; empty where it is missing, else a HeaderError."""
-        value = self.get(name, [])
+    def counts(self, key: str) -> list[int]:
+        """Counts (one, or one a layer) of a field or of an architecture's own key; empty where it is missing.
+
+        `HeaderError`: it holds something else.
+        """
+        value = self[key] if key in self.fields else self.arch(key, [])
         values = value if isinstance(value, list) else [value]
         if not all(type(item) is int and item >= 0 for item in values):
-            raise HeaderError(f"the key {name} is not a count", where=self.path, hint=OTHER_TOOL)
+            raise HeaderError(f"the key {key} is not a count", where=self.path, hint=OTHER_TOOL)
         return values
 
-    def count(self, name: str, default: int = 0) -> int:
-        """A field of one count; of one for each layer, the largest."""
-        return max(self.counts(name), default=default)
+    def count(self, key: str, default: int = 0) -> int:
+        """A single count, as `counts`; of one for each layer, the largest."""
+        return max(self.counts(key), default=default)
 
     @property
     def n_layers(self) -> int:
         """The architecture's ``block_count``; 0 where it is missing."""
-        count = self.count(f"{self.architecture}.block_count")
+        count = self.count("block_count")
         if count > MAX_LAYERS:  # a hostile number fills the memory
             what = f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}"
             raise HeaderError(what, where=self.path, hint=GET_AGAIN)
@@ -182,8 +176,7 @@ def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHe
     path = Path(path)
     try:
         with contextlib.nullcontext(file) if file else path.open("rb", buffering=0) as opened:
-            size = opened.seek(0, 2)
-            return _parse(_Cursor(path, opened, start, size))
+            return _parse(_Cursor(path, opened, start))
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -216,16 +209,17 @@ def check_layout(header: GGUFHeader) -> None:
 class _Cursor:
     """Reads forward through a header, keeps its bytes, and never asks for more than there is."""
 
-    def __init__(self, path: Path, file: BinaryIO, start: int, size: int) -> None:
-        self.path, self.file, self.start, self.size = path, file, start, size
+    def __init__(self, path: Path, file: BinaryIO, start: int) -> None:
+        self.path, self.file, self.start, self.size = path, file, start, file.seek(0, 2)
         self.bytes, self.position = bytearray(), 0
-
-    @property
-    def remaining(self) -> int:
-        return self.size - self.start - self.position
 
     def fail(self, what: str, hint: str = GET_AGAIN) -> HeaderError:
         return HeaderError(f"{what} (at byte {self.start + self.position:,})", where=self.path, hint=hint)
+
+    def claim(self, nbytes: int, what: str) -> None:
+        """Refuse a claim of more bytes than the file has left."""
+        if nbytes > self.size - self.start - self.position:
+            raise self.fail(f"{what}, more than the file has left", CUT_OFF)
 
     def need(self, end: int) -> None:
         """Read the header's bytes up to ``end``."""
@@ -233,9 +227,8 @@ class _Cursor:
             return
         most = self.size - self.start
         if end > most:
-            raise self.fail(
-                f"the header is cut off: it needs {end:,} bytes and the file has {most:,}", CUT_OFF
-            )
+            what = f"the header is cut off: it needs {end:,} bytes and the file has {most:,}"
+            raise self.fail(what, CUT_OFF)
         if end > MAX_HEADER_BYTES:
             raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
         goal = min(max(end, 2 * len(self.bytes), FIRST_READ), most, MAX_HEADER_BYTES)
@@ -246,22 +239,19 @@ class _Cursor:
                 raise self.fail("the file shrank while it was read", "try again when it is at rest")
             self.bytes += chunk
 
-    def take(self, nbytes: int) -> bytes:
-        end = self.position + nbytes
-        self.need(end)
-        taken = bytes(self.bytes[self.position : end])
-        self.position = end
-        return taken
-
     def numbers(self, form: str) -> tuple[Any, ...]:
-        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
+        start, end = self.position, self.position + struct.calcsize("<" + form)
+        self.need(end)
+        self.position = end
+        return struct.unpack_from("<" + form, self.bytes, start)
 
     def text(self, what: str) -> str:
         (length,) = self.numbers("Q")
-        if length > self.remaining:
-            raise self.fail(f"{what} claims {length:,} bytes, more than the file has left", CUT_OFF)
+        self.claim(length, f"{what} claims {length:,} bytes")
+        start, self.position = self.position, self.position + length
+        self.need(self.position)
         try:
-            return self.take(length).decode("utf-8")
+            return self.bytes[start : self.position].decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.fail(f"{what} is not UTF-8 text") from error
 
@@ -284,25 +274,28 @@ class _Cursor:
 
 
 def _parse(cursor: _Cursor) -> GGUFHeader:
-    if cursor.remaining == 0:
+    if cursor.size == cursor.start:
         raise cursor.fail("an empty file", "download it again")
-    magic = cursor.take(min(4, cursor.remaining))
-    if magic != MAGIC:
-        cursor.position = 0
-        raise cursor.fail(f"not a GGUF file: starts with {magic!r}, not {MAGIC!r}", NO_GGUF)
-    (version,) = cursor.numbers("I")
+    cursor.need(min(len(MAGIC), cursor.size - cursor.start))
+    if not cursor.bytes.startswith(MAGIC):
+        start = bytes(cursor.bytes[: len(MAGIC)])
+        raise cursor.fail(f"not a GGUF file: starts with {start!r}, not {MAGIC!r}", NO_GGUF)
+    _, version = cursor.numbers("4sI")
     if version & 0xFFFF == 0:
         what = "a big-endian GGUF, which this machine's llama.cpp does not read"
         raise cursor.fail(what, OTHER_ORDER)
     if version not in VERSIONS:
         raise cursor.fail(f"GGUF version {version}; llama.cpp reads versions 2 and 3", OTHER_VERSION)
     n_tensors, n_fields = cursor.numbers("QQ")
-    for count, least, noun in ((n_tensors, 24, "tensors"), (n_fields, 13, "metadata fields")):
-        if count * least > cursor.remaining:
-            what = f"claims {count:,} {noun}, more than its {cursor.size:,} bytes can hold"
-            raise cursor.fail(what, CUT_OFF)
-    fields = _read_fields(cursor, n_fields)
-    alignment = _alignment(cursor, fields)
+    cursor.claim(n_tensors * 24, f"claims {n_tensors:,} tensors")  # each takes that many bytes, or more
+    cursor.claim(n_fields * 13, f"claims {n_fields:,} metadata fields")
+    fields, alignment = _read_fields(cursor, n_fields), DEFAULT_ALIGNMENT
+    if entry := fields.get("general.alignment"):
+        if entry.type != "UINT32" or entry.count is not None:
+            raise cursor.fail("general.alignment is not a single UINT32")
+        alignment = _decode(cursor.bytes, entry)
+        if alignment.bit_count() != 1:
+            raise cursor.fail(f"general.alignment is {alignment}, not a power of two")
     tensors = _read_tensors(cursor, n_tensors)
     raw = bytes(memoryview(cursor.bytes)[: cursor.position])
     data = cursor.start + (padded(len(raw), alignment) if n_tensors else len(raw))
@@ -323,30 +316,17 @@ def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
             kind, n = cursor.numbers("IQ")
         if kind not in VALUE_TYPES or kind == ARRAY:
             raise cursor.fail(f"{what} has the unknown value type {kind}")
-        type_name, form = VALUE_TYPES[kind]
+        form = FORMATS[VALUE_TYPES[kind]]
         values, least = 1 if n is None else n, struct.calcsize("<" + form) or 8
-        if values * least > cursor.remaining:
-            raise cursor.fail(f"{what} claims {values:,} values, more than the file has left", CUT_OFF)
+        cursor.claim(values * least, f"{what} claims {values:,} values")
         value_start = cursor.position
         if form:
             cursor.need(value_start + values * least)
             cursor.position += values * least
         else:
             cursor.skip_strings(values, what)
-        fields[name] = Field(name, type_name, n, (start, cursor.position), value_start)
+        fields[name] = Field(name, VALUE_TYPES[kind], n, (start, cursor.position), value_start)
     return fields
-
-
-def _alignment(cursor: _Cursor, fields: Mapping[str, Field]) -> int:
-    entry = fields.get("general.alignment")
-    if entry is None:
-        return DEFAULT_ALIGNMENT
-    if entry.type != "UINT32" or entry.count is not None:
-        raise cursor.fail("general.alignment is not a single UINT32")
-    alignment: int = _decode(cursor.bytes, entry)
-    if alignment == 0 or alignment & (alignment - 1):
-        raise cursor.fail(f"general.alignment is {alignment}, not a power of two")
-    return alignment
 
 
 def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
@@ -379,8 +359,7 @@ def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
 
 def _decode(raw: bytes | bytearray, entry: Field) -> Any:
     """The value of a field; text that is not UTF-8 gets replacement characters."""
-    n, position = 1 if entry.count is None else entry.count, entry.value_start
-    form = next(form for name, form in VALUE_TYPES.values() if name == entry.type)
+    n, position, form = 1 if entry.count is None else entry.count, entry.value_start, FORMATS[entry.type]
     values = list(struct.unpack_from(f"<{n}{form}", raw, position)) if form else []
     while len(values) < n:
         end = position + 8 + _U64.unpack_from(raw, position)[0]

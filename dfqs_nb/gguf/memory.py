@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,28 +32,16 @@ ADVICE = "lower n_ctx or n_ubatch, set use_mmap=True, swa_full=False, flash_attn
 
 @dataclass(frozen=True)
 class KvCacheBytes:
-    """Bytes of a context's cache, by layer and part, and how exact they are.
+    """Bytes of a context's cache in each layer, and how exact they are."""
 
-    Parts of ``deepseek4``: ``raw`` (sliding window), ``csa`` (ratio 4), ``hca`` (ratio 128), ``indexer``,
-    ``compressor_state``; of other architectures: ``k`` and ``v``.
-    """
-
-    layers: list[dict[str, int]]
+    layers: list[int]
     exactness: Literal["exact", "upper bound", "rough"] = "exact"
     note: str = ""
 
     @property
-    def parts(self) -> dict[str, int]:
-        """Bytes of each part in all layers."""
-        parts: Counter[str] = Counter()
-        for layer in self.layers:
-            parts.update(layer)
-        return dict(parts)
-
-    @property
     def total(self) -> int:
-        """Bytes of all parts."""
-        return sum(self.parts.values())
+        """Bytes in all layers."""
+        return sum(self.layers)
 
 
 def kv_cache_bytes(
@@ -74,7 +61,7 @@ def kv_cache_bytes(
     """
     if min(n_ctx, n_ubatch) < 1:
         raise ValueError("n_ctx and n_ubatch must be at least 1")
-    cells = _pad(n_ctx)
+    cells, _ = padded(n_ctx, CELL_PADDING), _stated(header, "block_count")
     if header.architecture == "deepseek4":
         return KvCacheBytes(_deepseek4(header, cells, min(n_ctx, n_ubatch), type_k, swa_full))
     layers = _attention(header, cells, type_k, type_v)
@@ -87,51 +74,41 @@ def kv_cache_bytes(
     return KvCacheBytes(layers)
 
 
-def _deepseek4(
-    header: GGUFHeader, cells: int, n_ubatch: int, type_k: str, swa_full: bool
-) -> list[dict[str, int]]:
-    """One K row a layer and cell, no V; compressed layers add a row for each 4 or 128 tokens."""
-    head_dim, indexer_dim = _int(header, "attention.key_length"), _int(header, "attention.indexer.key_length")
-    ratios = _ints(header, "attention.compress_ratios")[: header.n_layers]
-    window = cells if swa_full else _pad(min(cells, _int(header, "attention.sliding_window") + n_ubatch))
-    csa_rows, hca_rows = (_pad(-(-cells // ratio)) for ratio in (CSA_RATIO, HCA_RATIO))
+def _deepseek4(header: GGUFHeader, cells: int, n_ubatch: int, type_k: str, swa_full: bool) -> list[int]:
+    """One K row a layer and cell, no V; compressed layers add a row for each 4 or 128 tokens, and a state."""
+    head_dim = max(_stated(header, "attention.key_length"))
+    indexer_dim = max(_stated(header, "attention.indexer.key_length"))
+    ratios = _stated(header, "attention.compress_ratios")[: header.n_layers]
+    window = cells if swa_full else min(cells, max(_stated(header, "attention.sliding_window")) + n_ubatch)
+    csa_rows, hca_rows = (padded(-(-cells // ratio), CELL_PADDING) for ratio in (CSA_RATIO, HCA_RATIO))
     row_bytes, state_bytes = _row_bytes(head_dim, type_k), 2 * 4  # two F32
-    states = 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) * state_bytes
-    csa = {"csa": csa_rows * row_bytes, "indexer": csa_rows * _row_bytes(indexer_dim, type_k)}
-    hca = {"hca": hca_rows * row_bytes, "compressor_state": HCA_RATIO * head_dim * state_bytes}
-    extra = {CSA_RATIO: csa | {"compressor_state": states}, HCA_RATIO: hca}
-    raw = {"raw": window * row_bytes, **dict.fromkeys(("csa", "hca", "indexer", "compressor_state"), 0)}
-    ratios += [0] * (_int(header, "block_count") - len(ratios))
-    return [raw | extra.get(ratio, {}) for ratio in ratios]
+    csa = csa_rows * (row_bytes + _row_bytes(indexer_dim, type_k))
+    csa += 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) * state_bytes
+    more = {CSA_RATIO: csa, HCA_RATIO: hca_rows * row_bytes + HCA_RATIO * head_dim * state_bytes}
+    raw = padded(window, CELL_PADDING) * row_bytes
+    return [raw + more.get(ratio, 0) for ratio in ratios + [0] * (header.n_layers - len(ratios))]
 
 
-def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list[dict[str, int]]:
+def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list[int]:
     """Grouped-query attention: a K and a V row for each layer and cell; latent attention keeps K only."""
-    heads = _ints(header, "attention.head_count_kv", "attention.head_count")
-    if len(heads) == 1 and _int(header, "block_count"):
-        heads = heads * header.n_layers
-    default = _int(header, "embedding_length") // max(1, _int(header, "attention.head_count"))
-    head_dim = _int(header, "attention.key_length", default)
-    value_dim = _int(header, "attention.value_length", head_dim)
+    heads = _stated(header, "attention.head_count_kv", "attention.head_count")
+    heads = heads * header.n_layers if len(heads) == 1 else heads
+    head_dim = header.count("attention.key_length")
+    if not head_dim:
+        n_heads = max(1, *_stated(header, "attention.head_count"))
+        head_dim = max(_stated(header, "embedding_length")) // n_heads
+    value_dim = header.count("attention.value_length") or head_dim
     latent = bool(header.arch("attention.key_length_mla"))  # 0: llama.cpp's own tools write every key
-    keys = [_row_bytes(n * head_dim, type_k) * cells for n in heads]
-    values = [0 if latent else _row_bytes(n * value_dim, type_v) * cells for n in heads]
-    return [{"k": k, "v": v} for k, v in zip(keys, values, strict=True)]
+    values = [0 if latent else _row_bytes(n * value_dim, type_v) for n in heads]
+    return [(_row_bytes(n * head_dim, type_k) + v) * cells for n, v in zip(heads, values, strict=True)]
 
 
-def _ints(header: GGUFHeader, *names: str) -> list[int]:
-    """The first of these keys that the header has: a count, or one for each layer."""
-    for name in names:
-        if values := header.counts(f"{header.architecture}.{name}"):
-            return values
-    what = f"the key {header.architecture}.{names[0]} is missing"
+def _stated(header: GGUFHeader, *keys: str) -> list[int]:
+    """The first of the architecture's keys that the header has: a count, or one for each layer."""
+    if values := next(filter(None, map(header.counts, keys)), None):
+        return values
+    what = f"the key {header.architecture}.{keys[0]} is missing"
     raise HeaderError(what, where=header.path, hint=OTHER_TOOL)
-
-
-def _int(header: GGUFHeader, name: str, default: int | None = None) -> int:
-    if default is not None and header.arch(name) is None:
-        return default
-    return _ints(header, name)[0] or default or 0
 
 
 def _row_bytes(n_elements: int, cache_type: str) -> int:
@@ -141,10 +118,6 @@ def _row_bytes(n_elements: int, cache_type: str) -> int:
     return -(-n_elements // block) * block_bytes
 
 
-def _pad(cells: int) -> int:
-    return padded(cells, CELL_PADDING)
-
-
 def weights_bytes(header: GGUFHeader) -> int:
     """Bytes of all tensors."""
     return sum(tensor.nbytes for tensor in header.tensors)
@@ -152,17 +125,13 @@ def weights_bytes(header: GGUFHeader) -> int:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What an open model takes, in bytes.
-
-    ``weights_resident_bytes`` must lie in memory; without them the kernel reads and drops weights as it
-    needs. ``compute_bytes`` is None until llama.cpp is asked: it can exceed the cache.
-    """
+    """What an open model takes, in bytes."""
 
     weights_bytes: int
-    weights_resident_bytes: int
+    weights_resident_bytes: int  # that must lie in memory; others the kernel reads and drops as it needs
     kv: KvCacheBytes
     n_ctx: int
-    compute_bytes: int | None = None
+    compute_bytes: int | None = None  # None until llama.cpp is asked: it can exceed the cache
 
     @property
     def must_fit_bytes(self) -> int:
@@ -211,16 +180,12 @@ def cache_table(header: GGUFHeader, contexts: Sequence[int]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class ActiveBytes:
-    """Bytes of weights that a token of decode reads, ``total`` in all.
+    """Bytes of weights that a token of decode reads, ``total`` in all."""
 
-    ``dense``: of what every token uses (of look-up tables, a row). ``routed``: of the routed experts that it
-    is sent to, of ``routed_total``. ``weights``: of all weights.
-    """
-
-    dense: int
-    routed: int
-    routed_total: int
-    weights: int
+    dense: int  # of what every token uses; of look-up tables, a row
+    routed: int  # of the routed experts that it is sent to
+    routed_total: int  # of all routed experts
+    weights: int  # of all weights
 
     @property
     def total(self) -> int:
@@ -251,22 +216,15 @@ def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v
     """
     if header.architecture != "deepseek4":
         cache = kv_cache_bytes(header, max(depth, 1), type_k=type_k, type_v=type_v)
-        return cache.total * depth // _pad(max(depth, 1)) if cache.exactness == "exact" else 0
+        return cache.total * depth // padded(max(depth, 1), CELL_PADDING) * (cache.exactness == "exact")
     keys = ("key_length", "indexer.key_length", "indexer.top_k", "sliding_window")
-    width, indexer, top_k, window = (header.count(f"deepseek4.attention.{key}") for key in keys)
-    ratios = header.counts("deepseek4.attention.compress_ratios")[: header.n_layers]
+    width, indexer, top_k, window = (header.count(f"attention.{key}") for key in keys)
+    ratios = header.counts("attention.compress_ratios")[: header.n_layers]
     csa, hca = depth // CSA_RATIO, depth // HCA_RATIO
     elements = len(ratios) * min(depth, window) * width + ratios.count(HCA_RATIO) * hca * width
     elements += ratios.count(CSA_RATIO) * (min(csa, top_k) * width + csa * indexer)
     block_bytes, block = CACHE_TYPES[type_k]
     return elements * block_bytes // block
-
-
-class PublishedShape(GGUFHeader):
-    """Published sizes as a header without tensors; its ``fields`` are values."""
-
-    def __getitem__(self, name: str) -> Any:
-        return self.fields[name]
 
 
 def published() -> dict[str, Any]:
@@ -275,16 +233,16 @@ def published() -> dict[str, Any]:
     return content
 
 
-def published_shape() -> PublishedShape:
-    """The published sizes of DeepSeek-V4-Flash.
+def published_shape() -> GGUFHeader:
+    """The published sizes of DeepSeek-V4-Flash as a header without tensors.
 
     >>> published_shape().arch("block_count")
     43
     """
     content = published()
-    fields: dict[str, Any] = {f"deepseek4.{key}": value for key, value in content["keys"].items()}
+    fields = {f"deepseek4.{key}": value for key, value in content["keys"].items()}
     fields["general.architecture"] = "deepseek4"
-    return PublishedShape(Path(content["name"]), 0, 3, 32, fields, (), 0, 0, b"")
+    return GGUFHeader(Path(content["name"]), 0, 3, 32, fields, (), 0, 0, b"")
 
 
 def card_compute(header: GGUFHeader, n_ctx: int, experts: str = "all") -> int | None:
@@ -293,15 +251,13 @@ def card_compute(header: GGUFHeader, n_ctx: int, experts: str = "all") -> int | 
     As it was planned on a card (``card_compute`` in the data), at the next longer context that was planned.
     ``experts``: ``all`` on the card, or ``experts_in_memory`` of some layers. None where nobody planned it.
     """
-    if header.architecture != "deepseek4":
-        return None
     known, keys = published()["card_compute"], published()["keys"]
-    for name, value in keys.items():
+    for name, value in keys.items() if header.architecture == "deepseek4" else ():
         wanted = value if isinstance(value, list) else [value]
-        if header.counts(f"deepseek4.{name}")[: len(wanted)] != wanted:
+        if header.counts(name)[: len(wanted)] != wanted:
             return None
     routed = (tensor.nbytes for tensor in header.tensors if "_exps." in tensor.name)
-    if max(routed, default=0) > known["largest_expert_tensor"]:
+    if header.architecture != "deepseek4" or max(routed, default=0) > known["largest_expert_tensor"]:
         return None
     return next((nbytes for n, nbytes in known[experts].items() if int(n) >= n_ctx), None)
 

@@ -11,31 +11,31 @@ import errno
 import re
 import shutil
 import tomllib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from dfqs_nb.core.display import did_you_mean, entries
+from dfqs_nb.core.display import did_you_mean, entries, one_line
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, RegistryError, SpaceError, proxy_fault
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import data_dir, tilde
-from dfqs_nb.gguf.shards import SHARD_NAME, shard_path
 
 LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
 FORM = "hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision"
+ADDRESS = re.compile("(hf|https?)://")  # of a file on the hub or a web server; paths lose a slash
+SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.gguf(?:[@?#].*)?)", re.DOTALL | re.IGNORECASE)
 CAUSES = entries("""
 RevisionNotFoundError: the repository has no such revision; name a branch, a tag or a commit of it |
 GatedRepoError: the repository is gated; accept its terms on its web page, then `hf auth login` |
 RepositoryNotFoundError: no such repository, or it is private; check the spelling, or `hf auth login` |
-OfflineModeIsEnabled: not in the cache, and offline; unset HF_HUB_OFFLINE (or local_files_only), run again |
-FileMetadataError: the server does not answer like a hub; check HF_ENDPOINT, and any proxy |
-HFValidationError: not a name the hub allows; check the spelling |
-ProxyError: the proxy refuses; check HTTPS_PROXY
-""")  # errors of huggingface_hub and httpx by name: what is wrong, and the next step
-NO_RIGHT = "the token lacks the right to read it: `hf auth login` with one that has it, or unset HF_TOKEN"
-STATUS_HINTS = {401: NO_RIGHT, 403: NO_RIGHT, 429: "too many requests: wait some minutes"}
+RemoteEntryNotFoundError: the repository has no such file; its page shows the names |
+OfflineModeIsEnabled: not in the cache, and offline; unset HF_HUB_OFFLINE (or local_files_only), run again
+""")  # errors of huggingface_hub: what is wrong, and the next step; for others it has words of its own
+NEXT = (
+    "check the address, the network and any proxy (for a private or gated model: `hf auth login`); run again"
+)
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Model:
-    """A registered model, with its files in order.
-
-    ``merged_sha256``: of what ``llama-gguf-split --merge`` makes of the files; empty if not recorded.
-    """
+    """A registered model, with its files in order."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
@@ -63,7 +60,7 @@ class Model:
     licence: str
     numbers_from: str
     note: str
-    merged_sha256: str = ""
+    merged_sha256: str = ""  # of what ``llama-gguf-split --merge`` makes of the files, if recorded
 
     @property
     def size_bytes(self) -> int:
@@ -82,103 +79,57 @@ def registered() -> dict[str, Model]:
     path = data_dir() / "models.toml"
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        models = TypeAdapter(list[Model]).validate_python(
-            [{"name": n, **entry} for n, entry in table.items()]
-        )
+        rows = {name: {"name": name, **entry} for name, entry in table.items()}
+        return TypeAdapter(dict[str, Model]).validate_python(rows)
     except (OSError, ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
         hint = "restore it with git, or set DFQS_DATA to a folder that has it"
         what = f"cannot read the table of models ({error})"
         raise RegistryError(what, where=tilde(path), hint=hint) from error
-    return {model.name: model for model in models}
 
 
 def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path, ...]:
     """The local paths of a model's files, shards in order; missing files are downloaded.
 
-    Args:
-        model: a registered name; a local file (also one shard); or a file of the hub, where one shard stands
-            for all, as ``hf://owner/repo/path/file.gguf[@revision]`` or the address of its page.
-        local_files_only: take only what is in the hub's cache, as with ``HF_HUB_OFFLINE``.
-
-    `RegistryError`: nothing has that name, or the hub does not give the files. `IntegrityError`: a registered
-    file has another size than in the table. `SpaceError`, `OutputError`: no room in the cache, or no right.
+    ``model``: a registered name; a local file (also one shard); or a file of the hub, where one shard stands
+    for all, as ``hf://owner/repo/path/file.gguf[@revision]`` or the address of its page.
+    ``local_files_only``: take only what is in the hub's cache, as with ``HF_HUB_OFFLINE``. `RegistryError`:
+    nothing has that name, or the hub does not give the files. `IntegrityError`: a registered file has another
+    size than in the table. `SpaceError`, `OutputError`: no room in the cache, or no right.
 
     >>> [path.name for path in resolve("dfqs-nano-iq1_s-xl")]
     ['DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf', 'DFQS-Nano-IQ1_S-XL-00002-of-00002.gguf']
     """
-    if is_address(model):
-        address = parse_address(str(model))
-        shards = [replace(address, file=name) for name in siblings(address.file)]
-        return download(shards, local_files_only=local_files_only)
-    if isinstance(model, str) and model in (known := registered()):
-        return _registered(known[model], local_files_only)
-    path, given = Path(model).expanduser(), str(model)
+    path, given, known = Path(model).expanduser(), str(model), registered()
+    if ADDRESS.match(given):
+        return download([parse_address(address) for address in siblings(given)], local_files_only)
+    if isinstance(model, str) and model in known:
+        return _files_of(known[model], local_files_only)
     if path.is_file():
         return (path,)
     if path.is_dir():
         raise RegistryError("is a folder", where=tilde(path), hint="give the path of a file in it")
-    names = ", ".join(registered())
+    names = ", ".join(known)
     if "/" in given or "\\" in given or given.lower().endswith(".gguf"):
         hint = f"check the path, or give the name of a known model: {names}"
         raise RegistryError("no such file", where=given, hint=hint)
-    hint = f"{did_you_mean(given.lower(), registered(), 0.4)}known: {names}; or give a path or {FORM}"
+    hint = f"{did_you_mean(given.lower(), known, 0.4)}known: {names}; or give a path or {FORM}"
     raise RegistryError(f"no model is called {given!r}", hint=hint)
 
 
-def is_address(model: str | Path) -> bool:
-    """Whether this is the address of a file on the hub or a web server.
-
-    >>> is_address("hf://a/b/c.gguf"), is_address("https://x.org/c.gguf"), is_address("models/c.gguf")
-    (True, True, False)
-    """
-    return isinstance(model, str) and re.match(r"(hf|https?)://", model) is not None
-
-
 def siblings(file: str) -> list[str]:
-    """The names of all shards in order, from the name of any; a name without a shard number stays alone.
+    """The names (or addresses) of all shards in order, from that of any; without a shard number, only this.
 
-    >>> siblings("IQ1/tiny-00002-of-00002.gguf")
-    ['IQ1/tiny-00001-of-00002.gguf', 'IQ1/tiny-00002-of-00002.gguf']
+    >>> siblings("hf://a/b/tiny-00002-of-00002.gguf@v1")
+    ['hf://a/b/tiny-00001-of-00002.gguf@v1', 'hf://a/b/tiny-00002-of-00002.gguf@v1']
     """
-    match = SHARD_NAME.fullmatch(file)
-    if match is None or not 1 <= int(match["number"]) <= (count := int(match["count"])):
+    match = SHARD.fullmatch(file)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [file]
-    names = [shard_path(match["prefix"], number, count).as_posix() for number in range(1, count + 1)]
-    names[int(match["number"]) - 1] = file  # as given: `.GGUF`, or a doubled slash
-    return names
+    return [f"{match[1]}{number:05d}-of-{match[3]}{match[4]}" for number in range(1, int(match[3]) + 1)]
 
 
-def check_sizes(paths: Sequence[Path], model: Model) -> None:
-    """Compare the number and the sizes of files with the table; an IntegrityError where they differ."""
-    if len(paths) != len(model.files):
-        what = f"{len(paths)} files given, but {model.name} has {len(model.files)}"
-        raise IntegrityError(what, hint="give all files, in order")
-    for path, file in zip(paths, model.files, strict=True):
-        surplus = path.stat().st_size - file.size_bytes
-        if surplus:
-            how = f"{abs(surplus):,} bytes {'short' if surplus < 0 else 'too long'}"
-            raise _damaged(path, model, file, f"is {how} (expected {file.size_bytes:,})")
-
-
-def check_hashes(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
-    """Compare sizes and SHA-256 with the table; an IntegrityError where they differ. Returns the hashes."""
-    check_sizes(paths, model)
-    hashes = tuple(map(sha256_of, paths))
-    for path, file, digest in zip(paths, model.files, hashes, strict=True):
-        if digest != file.sha256:
-            what = f"has SHA-256 {digest[:16]}... (expected {file.sha256[:16]}...)"
-            raise _damaged(path, model, file, what)
-    return hashes
-
-
-def _damaged(path: Path, model: Model, file: ModelFile, what: str) -> IntegrityError:
-    number, count, real = model.files.index(file) + 1, len(model.files), path.resolve()
-    which = f"shard {number} of {count}" if count > 1 else "the file"
-    first = f"delete {tilde(real)} and " if real != path.absolute() else ""  # the hub's cache has links
-    return IntegrityError(f"{which} {what}", where=tilde(path), hint=f"{first}download it again")
-
-
-def _registered(model: Model, local_files_only: bool) -> tuple[Path, ...]:
+def _files_of(model: Model, local_files_only: bool) -> tuple[Path, ...]:
+    """The files of a registered model, here or in the hub's cache, of the sizes in the table."""
     if model.source.startswith("hf://"):
         files = [HubFile(model.source.removeprefix("hf://"), file.name) for file in model.files]
         try:
@@ -193,8 +144,34 @@ def _registered(model: Model, local_files_only: bool) -> tuple[Path, ...]:
         if missing := [path for path in paths if not path.is_file()]:
             hint = f"it belongs to the repository: `git checkout -- {model.source}`"
             raise RegistryError("missing", where=tilde(missing[0]), hint=hint)
-    check_sizes(paths, model)
+    check_files(paths, model, hashed=False)
     return paths
+
+
+def check_files(paths: Sequence[Path], model: Model, *, hashed: bool = True) -> tuple[str, ...]:
+    """Compare the number, the sizes and the SHA-256 of files with the table. Returns the hashes.
+
+    ``hashed``: False compares sizes only. `IntegrityError`: something differs.
+    """
+    count = len(model.files)
+    if len(paths) != count:
+        what = f"{len(paths)} files given, but {model.name} has {count}"
+        raise IntegrityError(what, hint="give all files, in order")
+    wrong, hashes = {}, list[str]()
+    for path, file in zip(paths, model.files, strict=True):
+        if surplus := path.stat().st_size - file.size_bytes:
+            how = f"{abs(surplus):,} bytes {'short' if surplus < 0 else 'too long'}"
+            wrong[path] = f"is {how} (expected {file.size_bytes:,})"
+    for path, file in zip(paths, model.files, strict=True) if hashed and not wrong else ():
+        hashes.append(sha256_of(path))
+        if hashes[-1] != file.sha256:
+            wrong[path] = f"has SHA-256 {hashes[-1][:16]}... (expected {file.sha256[:16]}...)"
+    for path, what in wrong.items():
+        which = f"shard {list(paths).index(path) + 1} of {count}" if count > 1 else "the file"
+        real = path.resolve()  # the hub's cache has links
+        first = f"delete {tilde(real)} and " if real != path.absolute() else ""
+        raise IntegrityError(f"{which} {what}", where=tilde(path), hint=f"{first}download it again")
+    return tuple(hashes)
 
 
 @dataclass(frozen=True)
@@ -212,8 +189,6 @@ class HubFile:
 def parse_address(address: str) -> HubFile:
     """The parts of a hub file's address: ``hf://owner/repo/path/file.gguf@revision``, or that of its page.
 
-    >>> parse_address("hf://someone/models/IQ1/tiny.gguf@v1")
-    HubFile(repo='someone/models', file='IQ1/tiny.gguf', revision='v1')
     >>> parse_address("https://huggingface.co/someone/models/blob/main/tiny.gguf?download=true")
     HubFile(repo='someone/models', file='tiny.gguf', revision='main')
     """
@@ -231,7 +206,7 @@ def parse_address(address: str) -> HubFile:
     raise RegistryError("not the address of a GGUF file on the hub", where=address, hint=f"write {FORM}")
 
 
-def download(files: Sequence[HubFile], *, local_files_only: bool = False) -> tuple[Path, ...]:
+def download(files: Sequence[HubFile], local_files_only: bool = False) -> tuple[Path, ...]:
     """Local paths of ``files`` in the hub's cache, fetched if they are not there; errors as `resolve`.
 
     The paths are the cache's links. Never resolve them: their targets have other names.
@@ -240,11 +215,9 @@ def download(files: Sequence[HubFile], *, local_files_only: bool = False) -> tup
 
     plans = [_fetch(file, local_files_only=local_files_only, dry_run=True) for file in files]
     need = sum(plan.file_size or 0 for plan in plans if plan.will_download)
-    folder = Path(HF_HUB_CACHE).expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if need > free:
+    cache = Path(HF_HUB_CACHE).expanduser().absolute()
+    folder = next(place for place in (cache, *cache.parents) if place.exists())
+    if need > (free := shutil.disk_usage(folder).free):
         what = f"the download needs {need:,} bytes and the disk has {free:,} free"
         raise SpaceError(what, where=tilde(folder), hint=LARGER_DISK)
     return tuple(Path(_fetch(file, local_files_only=local_files_only)) for file in files)
@@ -252,37 +225,23 @@ def download(files: Sequence[HubFile], *, local_files_only: bool = False) -> tup
 
 def located(file: HubFile) -> HubFile:
     """The same file in the folder of its repository that has it; unchanged where the hub does not tell."""
-    name = PurePosixPath(file.file).name
-    places = [path for path in _listed(file) if PurePosixPath(path).name == name]
-    return replace(file, file=places[0]) if len(places) == 1 else file
-
-
-def _listed(file: HubFile) -> list[str]:
-    """The GGUF files of a repository, as far as the hub lists them."""
-    import httpx2
     from huggingface_hub import HfApi
 
-    try:
+    with suppress(DfqsError), explained(file):  # `_fetch` reports the same fault
         names = HfApi().list_repo_files(file.repo, revision=file.revision)
-    except (OSError, ValueError, RuntimeError, ImportError, httpx2.HTTPError, httpx2.InvalidURL):
-        return []  # `_fetch` reports the same fault
-    return [name for name in names if name.endswith(".gguf")]
+        places = [name for name in names if PurePosixPath(name).name == file.file]
+        return replace(file, file=places[0]) if len(places) == 1 else file
+    return file
 
 
 def _fetch(file: HubFile, **options: Any) -> Any:
-    """Call huggingface_hub, again after a reset; its errors become those of the workbook."""
+    """Call huggingface_hub, again after a reset."""
     import httpx2
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import XetDownloadError
 
-    network = (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL, XetDownloadError)
     resets = retrying(4, 30, httpx2.ReadError, httpx2.RemoteProtocolError)
-    try:
+    with explained(file):
         return resets(hf_hub_download, file.repo, file.file, revision=file.revision, **options)
-    except (ImportError, *network) as error:
-        if isinstance(error, ImportError) and "socksio" not in str(error):
-            raise
-        raise explained(error, file) from error
 
 
 def retrying(tries: int, most_seconds: float, *errors: type[Exception]) -> Any:
@@ -293,38 +252,31 @@ def retrying(tries: int, most_seconds: float, *errors: type[Exception]) -> Any:
     return Retrying(retry=again, stop=stop_after_attempt(tries), wait=wait, reraise=True)
 
 
-def explained(error: BaseException, file: HubFile) -> DfqsError:
-    """The workbook's error for what huggingface_hub raised: the likely cause, and the next step."""
+@contextmanager
+def explained(where: object) -> Iterator[None]:
+    """Turn errors of huggingface_hub, httpx and the disk into the workbook's; the hub's own words say why."""
     import httpx2
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, XetDownloadError
 
-    match error:
-        case OSError(errno=errno.ENOSPC):
-            return SpaceError("the disk filled up during the download", where=str(file), hint=LARGER_DISK)
-        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
-            hint = "set HF_HOME to a folder you may write"
-            return OutputError("the hub's cache cannot be written", where=error.filename, hint=hint)
-    unreachable = isinstance(error, hub.LocalEntryNotFoundError)
-    if unreachable:
-        error = error.__cause__ or hub.OfflineModeIsEnabled()
-    if cause := CAUSES.get(type(error).__name__):
-        what, _, hint = cause.partition("; ")
-    elif isinstance(error, hub.RemoteEntryNotFoundError):
-        what, names = "the repository has no such file", _listed(file)
-        hint = f"it has {', '.join(names[:8])}" if names else "it shows no .gguf file"
-    elif isinstance(error, hub.HfHubHTTPError):
-        status = error.response.status_code
-        what = f"the hub answers {status}"
-        hint = STATUS_HINTS.get(status, "the hub has a problem: run again later")
-    elif unreachable:
-        what = f"not in the cache, and {constants.ENDPOINT} cannot be reached ({error})"
-        hint = "check the network, the proxy and HF_ENDPOINT, then run again"
-    elif isinstance(error, ImportError | httpx2.InvalidURL) or "proxy URL" in str(error):
-        what, hint = proxy_fault(error)
-    elif isinstance(error, ValueError):  # over 50 GB without hf_xet, for example: it has the next step
-        what, hint = str(error), ""
-    else:
-        what = f"the download was interrupted ({error})"
-        hint = "run again: complete files are kept, this one starts over"
-    return RegistryError(what, where=str(file), hint=hint)
+    network = (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL, XetDownloadError)
+    try:
+        yield
+    except (ImportError, *network) as error:
+        number = getattr(error, "errno", None)
+        if number == errno.ENOSPC:
+            what = "the disk filled up during the download"
+            raise SpaceError(what, where=str(where), hint=LARGER_DISK) from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            what, hint = "the hub's cache cannot be written", "set HF_HOME to a folder you may write"
+            raise OutputError(what, where=str(where), hint=hint) from error
+        if isinstance(error, httpx2.InvalidURL) or "proxy URL" in str(error) or "socksio" in str(error):
+            what, hint = proxy_fault(error)
+            raise RegistryError(what, where=str(where), hint=hint) from error
+        if isinstance(error, ImportError):
+            raise
+        cause: BaseException = error
+        if isinstance(error, LocalEntryNotFoundError):  # its cause says why the hub was of no help
+            cause = error.__cause__ or OfflineModeIsEnabled()
+        words = f"cannot be fetched ({one_line(cause)}); {NEXT}"
+        what, _, hint = CAUSES.get(type(cause).__name__, words).partition("; ")
+        raise RegistryError(what, where=str(where), hint=hint) from error

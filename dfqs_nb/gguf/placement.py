@@ -10,15 +10,14 @@ Some of each card is left free, beside that buffer or for it.
 from __future__ import annotations
 
 import re
-import shlex
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts, layer_of, token_shares
+from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts, is_tied, layer_of, token_shares
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import card_compute, kv_cache_bytes
 
@@ -47,47 +46,28 @@ def size_of(text: str) -> int:
     return int(float(match[1]) * 1024**power)
 
 
-@dataclass(frozen=True)
-class Device:
-    """What lies on a device, in bytes; ``token_bytes``: weights that a token reads there, on average.
-
-    ``compute_bytes`` is None where nobody measured it.
-    """
+class Device(NamedTuple):
+    """What lies on a device, in bytes."""
 
     name: str
     capacity_bytes: int
     dense_bytes: int
     expert_bytes: int
     cache_bytes: int
-    token_bytes: int
-    compute_bytes: int | None = None
-
-    @property
-    def left_bytes(self) -> int:
-        """Free bytes; negative in memory where weights are read from the disk again and again."""
-        used = self.dense_bytes + self.expert_bytes + self.cache_bytes + (self.compute_bytes or 0)
-        return self.capacity_bytes - used
+    compute_bytes: int | None  # None where nobody measured it
+    left_bytes: int  # negative in memory where weights are read from the disk again and again
+    token_bytes: int  # of weights that a token reads there, on average
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A model on a machine.
+    """A model on a machine."""
 
-    Attributes:
-        devices: the cards in order, then memory.
-        n_gpu_layers: layers on cards, with the output; all are `n_layers` + 1.
-        in_ram: layers with their dense part on a card and their routed experts in memory.
-        counts: layers on each card.
-        pieces: routed experts in memory, the least read first: bytes, and how many of these a token reads.
-    """
-
-    n_ctx: int
-    n_layers: int
-    devices: tuple[Device, ...]
-    n_gpu_layers: int
-    in_ram: tuple[int, ...]
-    counts: tuple[int, ...]
-    pieces: tuple[tuple[float, float], ...]
+    devices: tuple[Device, ...]  # the cards in order, then memory
+    n_gpu_layers: int  # on cards; the output counts as one more
+    in_ram: tuple[int, ...]  # layers with their dense part on a card and their routed experts in memory
+    flags: tuple[str, ...]  # of llama-server or llama-cli
+    disk_token_bytes: float  # that a token reads from the disk
 
     @property
     def ram(self) -> Device:
@@ -95,39 +75,9 @@ class Placement:
         return self.devices[-1]
 
     @property
-    def disk_token_bytes(self) -> float:
-        """Bytes that a token reads from the disk; memory keeps the dense part first, then hot experts."""
-        missing = max(0, -self.ram.left_bytes)
-        left = float(min(missing, self.ram.expert_bytes))
-        read = missing - left  # of the dense part, which every token reads
-        for nbytes, of_these in self.pieces:
-            cold = min(left, nbytes)
-            read, left = read + of_these * cold / nbytes, left - cold
-        return min(read, self.ram.dense_bytes + sum(of_these for _, of_these in self.pieces))
-
-    @property
     def works(self) -> bool:
         """Whether memory holds the cache and the compute buffer, which cannot be paged."""
         return self.ram.cache_bytes + (self.ram.compute_bytes or 0) <= self.ram.capacity_bytes
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """The arguments of llama-server (or llama-cli) for this placement."""
-        if not any(self.counts):
-            return ("-ngl", "0")
-        every, first = self.n_gpu_layers > self.n_layers, self.n_layers + 1 - self.n_gpu_layers
-        flags = ["-ngl", str(max(ALL_LAYERS, self.n_gpu_layers) if every else self.n_gpu_layers)]
-        if len(self.counts) > 1:
-            flags += ["-ts", ",".join(map(str, self.counts))]
-        if not self.in_ram:
-            return tuple(flags)
-        if self.in_ram == tuple(range(first, self.in_ram[-1] + 1)):  # all first layers but those on no card
-            return (*flags, "--n-cpu-moe", str(self.in_ram[-1] + 1))
-        return (*flags, "-ot", rf"blk\.({'|'.join(map(str, self.in_ram))}){EXPERTS}=CPU")
-
-    def command(self, path: str) -> str:
-        """The llama-server command of this placement."""
-        return shlex.join(["llama-server", "-m", path, "-c", str(self.n_ctx), *self.flags, "-np", "1"])
 
     def bound(self, speeds: Mapping[str, float]) -> tuple[float | None, list[str]]:
         """At most so many tokens a second, from reading weights alone; and the devices of unknown speed.
@@ -136,7 +86,7 @@ class Placement:
         With a device of unknown speed there is no bound.
         """
         paged, seconds, unknown = min(self.disk_token_bytes, self.ram.token_bytes), 0.0, list[str]()
-        reads: dict[str, float] = {device.name: device.token_bytes for device in self.devices[:-1]}
+        reads: dict[str, float] = {device.name: device.token_bytes for device in self.devices}
         for name, nbytes in {**reads, RAM: self.ram.token_bytes - paged, "disk": paged}.items():
             speed = speeds.get(name, speeds.get(name.split()[0], 0.0))
             if nbytes and not speed:
@@ -148,52 +98,51 @@ class Placement:
 class Model:
     """What `place` needs of a model: bytes by layer of its dense part and of its routed experts.
 
-    ``reads``: how often a token reads each expert of a layer, from a routing profile.
+    Behind the layers come the output and the embedding. ``reads``: how often a token reads each expert of a
+    layer, from a routing profile.
     """
 
     def __init__(self, header: GGUFHeader, reads: Mapping[int, Sequence[float]] | None = None) -> None:
         self.header, self.n_layers, layout, self.reads = header, header.n_layers, experts(header), reads or {}
         self.used = layout.used / layout.total if layout.total else 1.0
-        self.tied = not any(tensor.name == "output.weight" for tensor in header.tensors)
-        self.n_context = header.count(f"{header.architecture}.context_length")
-        count = self.n_layers + 1  # the output counts as one more
+        self.tied = is_tied(header)
+        self.n_context = header.count("context_length")
+        count = self.n_layers + 2
         self.dense, self.experts, self.token = [0] * count, [0] * count, [0.0] * count
-        self.input, self.input_token = 0, 0.0
         for tensor, _, share in token_shares(header):
             layer = layer_of(tensor.name)
             at = self.n_layers if layer is None else min(layer, self.n_layers)
-            is_input = layer is None and class_of(tensor.name) == "embedding"
-            self.input += tensor.nbytes * is_input
-            if is_input and not self.tied:
-                self.input_token += tensor.nbytes * share
+            if layer is None and class_of(tensor.name) == "embedding":
+                self.dense[-1] += tensor.nbytes
+                if self.tied:  # llama.cpp loads it once more, for the output, which alone reads all of it
+                    self.dense[at] += tensor.nbytes
+                self.token[at if self.tied else -1] += tensor.nbytes * share
             elif re.search(EXPERTS, tensor.name):
                 self.experts[at] += tensor.nbytes
-            else:  # llama.cpp loads a tied embedding once more, for the output
+            else:
                 self.dense[at] += tensor.nbytes
                 self.token[at] += tensor.nbytes * share
 
     def caches(self, n_ctx: int) -> list[int]:
-        """Bytes of cache of each layer; none for the output."""
-        layers = [sum(parts.values()) for parts in kv_cache_bytes(self.header, n_ctx).layers][: self.n_layers]
-        return layers + [0] * (self.n_layers + 1 - len(layers))
+        """Bytes of cache of each layer; none for the output and the embedding."""
+        layers = kv_cache_bytes(self.header, n_ctx).layers[: self.n_layers]
+        return layers + [0] * (self.n_layers + 2 - len(layers))
 
-    def pieces(self, layers: Iterable[int]) -> tuple[tuple[float, float], ...]:
-        """The routed experts of these layers, as `Placement.pieces`."""
-        pieces = []
+    def paged(self, ram: Device, layers: Iterable[int]) -> float:
+        """Bytes that a token reads from the disk; memory keeps the dense part first, then hot experts.
+
+        ``layers``: those with their routed experts in memory.
+        """
+        missing, pieces = max(0, -ram.left_bytes), list[tuple[float, float]]()
         for layer in layers:
             reads = self.reads.get(layer, [self.used])
-            each = self.experts[layer] / len(reads)
-            pieces += [(each, each * read) for read in reads if each]
-        return tuple(sorted(pieces, key=lambda piece: piece[1] / piece[0]))
-
-    def on_device(
-        self, name: str, capacity: int, caches: Sequence[int], layers: Sequence[int], routed_of: Sequence[int]
-    ) -> Device:
-        """These layers' dense part and cache, and the routed experts of ``routed_of``, on a device."""
-        dense, cache = (sum(sizes[i] for i in layers) for sizes in (self.dense, caches))
-        routed = sum(self.experts[i] for i in routed_of)
-        token = sum(self.token[i] for i in layers) + routed * self.used
-        return Device(name, capacity, dense, routed, cache, round(token))
+            pieces += [(read, self.experts[layer] / len(reads)) for read in reads]
+        cold = float(min(missing, ram.expert_bytes))
+        paged = missing - cold  # of the dense part, which every token reads
+        for read, nbytes in sorted(pieces):
+            paged += read * min(cold, nbytes)
+            cold -= min(cold, nbytes)
+        return min(paged, ram.dense_bytes + sum(read * nbytes for read, nbytes in pieces))
 
 
 def place(
@@ -208,41 +157,42 @@ def place(
     """The fastest placement that the sizes allow.
 
     The cards take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES` and a known
-    compute buffer. Then they take routed experts, from the last layer of each card on, while there is room.
-    Memory takes the rest.
-
+    compute buffer. Then they take routed experts, from the last layer of each card on; memory takes the rest.
     ``compute_bytes``: of llama.cpp's compute buffer in memory. ``whole``: keep a layer's routed experts with
     the layer, for programs that only know `-ngl`.
     """
     caches, count = model.caches(n_ctx), model.n_layers + 1
     on_card = _card_compute(model, n_ctx, vram_bytes) if not whole else None
     rooms = [max(0, room - SPARE_BYTES - (on_card or 0)) for room in vram_bytes]
-    needs = [model.dense[i] + caches[i] + whole * model.experts[i] for i in range(count)]
-    n_gpu, cards = next(
-        (n, cards)
-        for n in range(count if sum(rooms) else 0, -1, -1)
-        if (cards := _divided(needs, range(count - n, count), rooms)) is not None
-    )
+    beside = [model.dense[i] + caches[i] for i in range(count)]
+    cards = _on_cards([need + whole * model.experts[i] for i, need in enumerate(beside)], rooms)
+    n_gpu = sum(map(len, cards))
 
-    devices, in_ram = [], []
-    for number, (layers, room) in enumerate(zip(cards, rooms, strict=True)):
-        left, kept = room - sum(model.dense[i] + caches[i] for i in layers), list[int]()
+    def device(
+        name: str, capacity: int, layers: Sequence[int], routed: Sequence[int], compute: Any
+    ) -> Device:
+        dense, cache = (sum(sizes[i] for i in layers) for sizes in (model.dense, caches))
+        n_bytes = sum(model.experts[i] for i in routed)
+        left = capacity - dense - n_bytes - cache - (compute or 0)
+        token = round(sum(model.token[i] for i in layers) + n_bytes * model.used)
+        return Device(name, capacity, dense, n_bytes, cache, compute, left, token)
+
+    devices, in_ram = [], list[int]()
+    for number, layers in enumerate(cards):
+        left, kept = rooms[number] - sum(beside[i] for i in layers), list[int]()
         for i in reversed(layers):
             if model.experts[i] > left:
                 break
             left -= model.experts[i]
             kept.append(i)
         in_ram += [i for i in layers if i not in kept and model.experts[i]]
-        card = model.on_device(f"GPU {number}", vram_bytes[number], caches, layers, kept)
-        devices.append(replace(card, compute_bytes=on_card if n_gpu == count else None))
-    here = range(count - n_gpu)
-    ram = model.on_device(RAM, ram_bytes, caches, here, [*here, *in_ram])
-    is_one_tensor = model.tied and n_gpu == 0  # embedding and output
-    dense = ram.dense_bytes + (0 if is_one_tensor else model.input)
-    read = ram.token_bytes + round(model.input_token)
-    devices.append(replace(ram, dense_bytes=dense, token_bytes=read, compute_bytes=compute_bytes))
-    counts, pieces = tuple(map(len, cards)), model.pieces([*here, *in_ram])
-    return Placement(n_ctx, model.n_layers, tuple(devices), n_gpu, tuple(in_ram), counts, pieces)
+        compute = on_card if n_gpu == count else None
+        devices.append(device(f"GPU {number}", vram_bytes[number], layers, kept, compute))
+    here = list(range(count - n_gpu))
+    embedding = [count] if n_gpu or not model.tied else []  # else it is one tensor with the output
+    ram = device(RAM, ram_bytes, here + embedding, here + in_ram, compute_bytes)
+    flags = _flags(count, list(map(len, cards)), in_ram)
+    return Placement((*devices, ram), n_gpu, tuple(in_ram), flags, model.paged(ram, here + in_ram))
 
 
 def _card_compute(model: Model, n_ctx: int, vram_bytes: Sequence[int]) -> int | None:
@@ -250,23 +200,37 @@ def _card_compute(model: Model, n_ctx: int, vram_bytes: Sequence[int]) -> int | 
     if len(vram_bytes) != 1:
         return None
     whole = card_compute(model.header, n_ctx)
-    rest = sum(model.dense) + sum(model.experts) + sum(model.caches(n_ctx)) + SPARE_BYTES
+    rest = sum(model.dense[:-1]) + sum(model.experts) + sum(model.caches(n_ctx)) + SPARE_BYTES
     if whole is not None and rest + whole <= vram_bytes[0]:
         return whole
     return card_compute(model.header, n_ctx, "experts_in_memory")
 
 
-def _divided(needs: Sequence[int], layers: Sequence[int], rooms: Sequence[int]) -> list[list[int]] | None:
-    """The layers in consecutive groups, one a card, in proportion to their room; None if one does not fit."""
-    groups: list[list[int]] = [[] for _ in rooms]
-    total, room, done, card = sum(needs[i] for i in layers), sum(rooms), 0.0, 0
-    for i in layers:
-        while card < len(rooms) - 1 and done + needs[i] / 2 > total * sum(rooms[: card + 1]) / room:
-            card += 1
-        groups[card].append(i)
-        done += needs[i]
-    fits = all(sum(needs[i] for i in group) <= own for group, own in zip(groups, rooms, strict=True))
-    return groups if fits else None
+def _on_cards(needs: Sequence[int], rooms: Sequence[int]) -> list[list[int]]:
+    """The most last layers that fit, in consecutive groups, one a card, in proportion to their room."""
+    for first in range(len(needs) if sum(rooms) else 0):
+        groups: list[list[int]] = [[] for _ in rooms]
+        total, done, card = sum(needs[first:]), 0.0, 0
+        for i, need in enumerate(needs[first:], first):
+            while done + need / 2 > total * sum(rooms[: card + 1]) / sum(rooms) and card < len(rooms) - 1:
+                card += 1
+            groups[card].append(i)
+            done += need
+        if all(sum(needs[i] for i in group) <= own for group, own in zip(groups, rooms, strict=True)):
+            return groups
+    return [[] for _ in rooms]
+
+
+def _flags(count: int, counts: Sequence[int], in_ram: Sequence[int]) -> tuple[str, ...]:
+    """The arguments for ``counts`` of ``count`` layers on each card, and routed experts in memory."""
+    if not (n_gpu := sum(counts)):
+        return ("-ngl", "0")
+    flags = ["-ngl", str(max(ALL_LAYERS, n_gpu) if n_gpu == count else n_gpu)]
+    if len(counts) > 1:
+        flags += ["-ts", ",".join(map(str, counts))]
+    if list(in_ram) == list(range(count - n_gpu, count - n_gpu + len(in_ram))):  # of the first layers there
+        return (*flags, "--n-cpu-moe", str(in_ram[-1] + 1)) if in_ram else tuple(flags)
+    return (*flags, "-ot", rf"blk\.({'|'.join(map(str, in_ram))}){EXPERTS}=CPU")
 
 
 def largest_context(model: Model, ram_bytes: int, vram_bytes: Sequence[int] = (), **options: Any) -> int:
@@ -290,18 +254,10 @@ def table(placement: Placement) -> pd.DataFrame:
 
     columns = ["dense", "routed experts", "cache", "compute", "left", "read a token"]
     rows = {
-        it.name: (
-            it.dense_bytes,
-            it.expert_bytes,
-            it.cache_bytes,
-            it.compute_bytes,
-            it.left_bytes,
-            it.token_bytes,
-        )
-        for it in placement.devices
+        device.name: ["unknown" if nbytes is None else size(nbytes) for nbytes in device[2:]]
+        for device in placement.devices
     }
-    texts = {name: ["unknown" if n is None else size(n) for n in row] for name, row in rows.items()}
-    return pd.DataFrame.from_dict(texts, orient="index", columns=columns).rename_axis("device")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("device")
 
 
 def machines_table(
@@ -333,8 +289,7 @@ def machines_table(
     return pd.DataFrame(rows).set_index("machine")
 
 
-@dataclass(frozen=True)
-class Experts:
+class Experts(NamedTuple):
     """A tensor of ``n`` routed experts: its file, where it starts, and the bytes of one expert."""
 
     file: int
@@ -350,26 +305,19 @@ class Experts:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a model's weights lie in its files.
+    """Where a model's weights lie in its files."""
 
-    Attributes:
-        experts: by layer, its tensors of experts in the order in which llama.cpp uses them.
-        dense: ``(file, start, end)`` of the tensors that every token reads whole.
-        tables: by layer that routes by token id: file, start, and experts a token.
-        token_bytes: of the experts that a token uses.
-    """
-
-    experts: dict[int, list[Experts]]
-    dense: list[tuple[int, int, int]]
-    tables: dict[int, tuple[int, int, int]]
-    token_bytes: int
+    experts: dict[int, list[Experts]]  # by layer, in the order in which llama.cpp uses them
+    dense: list[tuple[int, int, int]]  # (file, start, end) of the tensors that every token reads whole
+    tables: dict[int, tuple[int, int, int]]  # by layer that routes by token id: file, start, experts a token
+    token_bytes: int  # of the experts that a token uses
+    dense_bytes: int  # that every token reads
 
     @classmethod
     def of(cls, headers: Sequence[GGUFHeader], n_gpu_layers: int = 0) -> Layout:
         """From the headers of all shards in order, without the dense weights that a GPU holds."""
-        routing, n_layers = experts(headers[0]), headers[0].n_layers
+        routing, n_layers, tied = experts(headers[0]), headers[0].n_layers, is_tied(*headers)
         placed = [(i, t, it.data_offset + t.offset) for i, it in enumerate(headers) for t in it.tensors]
-        tied = not any(tensor.name == "output.weight" for _, tensor, _ in placed)
         parts: dict[int, dict[tuple[int, bool], Experts]] = {}  # a bias comes after its weight
         dense, tables = [], {}
         for file, tensor, start in placed:
@@ -388,9 +336,5 @@ class Layout:
                 dense.append((file, start, start + tensor.nbytes))
         ordered = {layer: [own[place] for place in sorted(own)] for layer, own in parts.items()}
         slices = sum(part.slice_bytes for layer in ordered.values() for part in layer)
-        return cls(ordered, dense, tables, routing.used * slices)
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes that every token reads."""
-        return sum(end - start for _, start, end in self.dense)
+        dense_bytes = sum(end - start for _, start, end in dense)
+        return cls(ordered, dense, tables, routing.used * slices, dense_bytes)

@@ -84,14 +84,15 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
         return (path,)
     if not number <= count <= MAX_SHARDS:
         raise _refused(f"claims to be shard {number:,} of {count:,}", path, GET_AGAIN)
-    prefix = match["prefix"] if match else path.stem
-    expected = shard_path(prefix, number, count).name
-    if path.name != expected:  # llama.cpp wants exactly this, also in lower case
-        hint = f"rename it to {expected!r}, or name all {count} shards"
-        if path.with_name(expected).exists():
-            hint = f"another file has its name, {expected!r}: move that one away first, then rename this one"
+    prefix = path.parent / (match["prefix"] if match else path.stem)
+    siblings = tuple(shard_path(prefix, i, count) for i in range(1, count + 1))
+    expected = siblings[number - 1]
+    if path.name != expected.name:  # llama.cpp wants exactly this, also in lower case
+        hint = f"rename it to {expected.name!r}, or name all {count} shards"
+        if expected.exists():
+            away = "move that one away first, then rename this one"
+            hint = f"another file has its name, {expected.name!r}: {away}"
         raise _refused(f"is shard {number} of {count} by its header, but is not named so", path, hint)
-    siblings = tuple(shard_path(path.parent / prefix, i, count) for i in range(1, count + 1))
     if missing := [sibling.name for sibling in siblings if not sibling.is_file()]:
         what = f"{len(missing)} of {count} shards missing: {', '.join(missing)}"
         raise _refused(what, path.parent, "download or rename what is missing in that folder")
@@ -131,26 +132,31 @@ def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet
     ``glued``: the shards lie in one file; its name and its size prove nothing.
     """
     headers = _in_order(headers)
-    for number, header in enumerate(() if glued else headers, 1):
-        check_layout(header)  # the last tensor may lack its padding
-        if (surplus := header.file_size - header.end_offset) > 0:
-            what = f"shard {number} of {len(headers)} has {surplus:,} bytes more than its header accounts for"
+    first, names = headers[0], Counter(tensor.name for header in headers for tensor in header.tensors)
+    if not first.architecture and "general.type" not in first:
+        raise _refused("names no architecture", first.path, GET_AGAIN)
+    prefixes = {match["prefix"] for it in headers if (match := SHARD_NAME.fullmatch(it.path.name))}
+    if len(prefixes) > 1:
+        raise _refused(f"shards of different models: {', '.join(sorted(prefixes))}", first.path.parent)
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise _refused(f"tensor {twice[0]!r} is in {names[twice[0]]} shards", first.path.parent)
+    for number, header in enumerate(headers, 1):
+        which = f"shard {number} of {len(headers)}"
+        if not glued:
+            check_layout(header)  # the last tensor may lack its padding
+        if not glued and (surplus := header.file_size - header.end_offset) > 0:
+            what = f"{which} has {surplus:,} bytes more than its header accounts for"
             hint = f"files may have been glued together: `dfqs-nb inspect {quoted(header.path)}` says more"
             raise _refused(f"{what} (expected {header.end_offset:,})", header.path, hint)
-    if len(headers) > 1:
-        named = [SHARD_NAME.fullmatch(header.path.name) for header in headers]
-        prefixes = sorted({match["prefix"] for match in named if match})
-        if len(prefixes) > 1:
-            raise _refused(f"shards of different models: {', '.join(prefixes)}", headers[0].path.parent)
-        names = Counter(tensor.name for header in headers for tensor in header.tensors)
-        if twice := [name for name, n in names.items() if n > 1]:
-            raise _refused(f"tensor {twice[0]!r} is in {names[twice[0]]} shards", headers[0].path.parent)
-        for number, header in enumerate(headers, 1):
-            total = header.count("split.tensors.count", len(names))
-            if total != len(names):
-                says = f"shard {number} of {len(headers)} says the model has {total:,} tensors"
-                raise _refused(f"{says}; the shards hold {len(names):,}", header.path)
-    _check_same_model(headers)
+        total = header.count("split.tensors.count", len(names)) if len(headers) > 1 else len(names)
+        if total != len(names):
+            what = f"{which} says the model has {total:,} tensors; the shards hold {len(names):,}"
+            raise _refused(what, header.path)
+        # Fields must agree; alignment may not: llama.cpp reads each shard by its own.
+        for key in set(first) & set(header) - {"split.no", "split.count", "general.alignment"}:
+            if header is not first and header[key] != first[key]:
+                what = f"{which} says {key} = {header[key]!r:.80}, shard 1 says {first[key]!r:.80}"
+                raise _refused(what, header.path)
     return ShardSet(tuple(headers))
 
 
@@ -178,28 +184,17 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     return [by_number[number] for number in numbers]
 
 
-def _check_same_model(headers: Sequence[GGUFHeader]) -> None:
-    """Fields must agree; alignment may not: llama.cpp reads each shard by its own."""
-    first = headers[0]
-    if not first.architecture and "general.type" not in first:
-        raise _refused("names no architecture", first.path, GET_AGAIN)
-    for number, header in enumerate(headers[1:], 2):
-        for key in set(first) & set(header) - {"split.no", "split.count", "general.alignment"}:
-            if header[key] != first[key]:
-                says = f"shard {number} says {key} = {header[key]!r:.80}"
-                raise _refused(f"{says}, shard 1 says {first[key]!r:.80}", header.path)
-
-
 def tensor_data(header: GGUFHeader, file: Any, names: Container[str]) -> Iterator[tuple[Tensor, bytes]]:
     """The bytes of these tensors, from an open file, in pieces of whole quantization blocks."""
     for tensor in header.tensors:
         if tensor.name in names:
             block = TENSOR_TYPES[tensor.type_code][2]
-            most = CHUNK_BYTES // block * block
             file.seek(header.data_offset + tensor.offset)
-            for start in range(0, tensor.nbytes, most):
-                piece = file.read(min(most, tensor.nbytes - start))
-                if len(piece) < min(most, tensor.nbytes - start):
+            left = tensor.nbytes
+            while left:
+                wanted = min(CHUNK_BYTES // block * block, left)
+                piece, left = file.read(wanted), left - wanted
+                if len(piece) < wanted:
                     raise _refused(f"ended inside tensor {tensor.name!r}", header.path, GET_AGAIN)
                 yield tensor, piece
 
@@ -207,7 +202,6 @@ def tensor_data(header: GGUFHeader, file: Any, names: Container[str]) -> Iterato
 def tensor_hashes(
     headers: Sequence[GGUFHeader],
     names: Container[str] | None = None,
-    *,
     opened: Callable[[Path], Any] = lambda path: path.open("rb"),
 ) -> dict[str, str]:
     """XXH64 of every tensor (or of these) of the headers, by name, as ``llama-gguf-hash --xxh64`` has it.
@@ -216,10 +210,9 @@ def tensor_hashes(
     """
     from xxhash import xxh64
 
-    digests = {
-        t.name: xxh64() for header in headers for t in header.tensors if names is None or t.name in names
-    }
-    total = sum(tensor.nbytes for header in headers for tensor in header.tensors if tensor.name in digests)
+    tensors = [t for header in headers for t in header.tensors if names is None or t.name in names]
+    digests = {tensor.name: xxh64() for tensor in tensors}
+    total = sum(tensor.nbytes for tensor in tensors)
     with tqdm(total=total, unit="B", unit_scale=True, desc="hash") as bar:
         for header in headers:
             check_layout(header)
@@ -234,12 +227,15 @@ def shard_table(shards: ShardSet) -> pd.DataFrame:
     """One row a shard, index ``shard`` (from 1)."""
     import pandas as pd
 
-    columns = {
-        "file": [header.path.name for header in shards.headers],
-        "tensors": [len(header.tensors) for header in shards.headers],
-        "first_tensor": [header.tensors[0].name if header.tensors else "" for header in shards.headers],
-        "header_bytes": [header.data_offset - header.start for header in shards.headers],
-        "data_bytes": [header.data_nbytes for header in shards.headers],
-        "file_bytes": [header.file_size for header in shards.headers],
-    }
-    return pd.DataFrame(columns, pd.RangeIndex(1, len(shards.headers) + 1, name="shard"))
+    rows = [
+        {
+            "file": header.path.name,
+            "tensors": len(header.tensors),
+            "first_tensor": header.tensors[0].name if header.tensors else "",
+            "header_bytes": header.data_offset - header.start,
+            "data_bytes": header.data_nbytes,
+            "file_bytes": header.file_size,
+        }
+        for header in shards.headers
+    ]
+    return pd.DataFrame(rows, pd.RangeIndex(1, len(rows) + 1, name="shard"))

@@ -4,12 +4,10 @@
 ('IQ1_S', 256, 50)
 """
 
-# Value types of metadata fields: code -> (name, struct format of one value).
-_VALUES = """
-UINT8 B | INT8 b | UINT16 H | INT16 h | UINT32 I | INT32 i | FLOAT32 f | BOOL ? | STRING | ARRAY | UINT64 Q |
-INT64 q | FLOAT64 d
-"""
-VALUE_TYPES = {code: (*row.split(), "")[:2] for code, row in enumerate(_VALUES.split("|"))}
+# Types of metadata values in the order of their codes, with the struct format of a number.
+FORMATS = dict(UINT8="B", INT8="b", UINT16="H", INT16="h", UINT32="I", INT32="i", FLOAT32="f", BOOL="?")
+FORMATS |= dict(STRING="", ARRAY="", UINT64="Q", INT64="q", FLOAT64="d")
+VALUE_TYPES = dict(enumerate(FORMATS))
 
 # Tensor types: code, name, elements of a block, bytes of a block. Source: ggml's type traits
 # (gguf-py gives Q8_1, which no file stores, 40 bytes; ggml gives it 36).

@@ -149,7 +149,7 @@ def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
     passed = outputs_dir() / ".trials" / loading[:24]  # the mark of a long trial that passed
     with child.Worker(MODULE) as worker:
         plan = _planned(worker, paths[0], [settings])[0]
-        kv = KvCacheBytes([{"planned by llama.cpp": plan["kv_bytes"]}])
+        kv = KvCacheBytes([plan["kv_bytes"]])
         kv = needs.kv if needs.kv.exactness == "exact" else kv
         needs = replace(needs, kv=kv, compute_bytes=plan["compute_bytes"])
         check_fits(needs, where=paths[0])

@@ -94,6 +94,11 @@ class Diagnosis:
         return self.kind in (Kind.SINGLE_FILE, Kind.SHARD)
 
     @property
+    def mergeable(self) -> bool:
+        """Whether it is sound, or a byte part whose other parts lie beside it."""
+        return self.sound or (self.kind is Kind.BYTE_PART and self.end > 0)
+
+    @property
     def parts(self) -> list[dict[str, int]]:
         """A row for each header: where it starts, its bytes (in fact, and by itself), which shard it is."""
         rows, stops = [], [*(header.start for header in self.headers[1:]), self.end]
@@ -229,16 +234,18 @@ def byte_parts(path: str | Path) -> tuple[Path, ...]:
 def _byte_part(path: Path) -> Diagnosis | None:
     """The diagnosis of a byte part, or None."""
     name = PART_NAME.fullmatch(path.name)
-    what = f"a byte part of {plain(name['whole'])}" if name else ""
+    if not name:
+        return None
+    what, first, total, missing = f"a byte part of {plain(name['whole'])}", path, 0, ""
     try:
-        if not name or not (files := byte_parts(path)):
+        if not (files := byte_parts(path)):
             return None
-        total = sum(file.stat().st_size for file in files)
+        first, total = files[0], sum(file.stat().st_size for file in files)
         finding = f"{what}; all {len(files)} are here, together {total:,} bytes"
-        step = f"join them: dfqs-nb merge {quoted(files[0])} -o {quoted(path.with_name(name['whole']))}"
     except DfqsError as error:
-        finding, step = f"{what}: {error.what}", error.hint
-    return Diagnosis(path, Kind.BYTE_PART, finding, step, path.stat().st_size)
+        finding, missing = f"{what}: {error.what}", f"{error.hint}; then "
+    step = f"{missing}join them: dfqs-nb merge {quoted(first)} -o {quoted(path.with_name(name['whole']))}"
+    return Diagnosis(path, Kind.BYTE_PART, finding, step, path.stat().st_size, end=total)
 
 
 def shard_number(header: GGUFHeader) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,14 +16,14 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.paths import outputs_dir, tilde
-from dfqs_nb.gguf import diff as differences
 from dfqs_nb.gguf import facts, memory, models, placement, remote
+from dfqs_nb.gguf.diff import compare
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
 
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
-MACHINES = ("64GB", "96GB", "128GB")
+MACHINES = ["64GB", "96GB", "128GB"]
 RAM, GPU, DISK = "RAM", "GPU", "disk"
 CARD_BUFFERS = "planned by llama.cpp for this shape on an H100, with flash attention and n_ubatch 512"
 Place = Annotated[str, Argument(help="A file, a name of `dfqs-nb models`, hf://..., https://...")]
@@ -36,7 +37,7 @@ def inspect(
     """Say what a file is, if llama.cpp takes it, and if it fits.
 
     It changes nothing, and reads headers, sizes and names alone, also of an address. Exit status 1: a file is
-    not a sound model.
+    neither a sound model nor a whole part of one.
 
     Examples: `dfqs-nb inspect model.gguf`, `dfqs-nb inspect hf://owner/repo/model.gguf`
     """
@@ -45,21 +46,21 @@ def inspect(
 
 
 def _inspect(path: str, quick: bool) -> bool:
-    with ExitStack() as stack:
-        copy = stack.enter_context(remote.headers_of(path)) if models.is_address(path) else None
-        local = copy.path if copy else Path(path)
-        diagnosis = merging.diagnose(local, allow_holes=copy is not None)
+    is_far = models.ADDRESS.match(path) is not None
+    files: Any = remote.headers_of(path) if is_far else nullcontext((Path(path), {}, 0))
+    with files as (local, _, fetched):
+        diagnosis = merging.diagnose(local, allow_holes=is_far)
         rows = _header_rows(local) if diagnosis.sound else diagnosis.evidence
-        if copy:
-            rows["read over the network"] = f"{copy.fetched_bytes:,} bytes of headers"
+        if is_far:
+            rows["read over the network"] = f"{fetched:,} bytes of headers"
         if (diagnosis.sound or diagnosis.kind == "raw concatenation") and not quick:
             rows |= _outlook(local)
         say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
         if step := diagnosis.next_step:
-            say(f"  -> {f'after the download: {step}'.replace(f'{local.parent}/', '') if copy else step}")
+            say(f"  -> {f'after the download: {step}'.replace(f'{local.parent}/', '') if is_far else step}")
         for what, value in rows.items():
             say(f"  {what + ':':<28}{format(value, ',') if type(value) is int else value}")
-        return diagnosis.sound
+        return diagnosis.mergeable
 
 
 def _outlook(path: Path) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def quantize(
 @app.command(rich_help_panel=FILES)
 def plan(
     model: Place,
-    ram: str = Option("", metavar="64GB", help="Size of memory. Default: the free memory here."),
+    ram: str = Option("", metavar="64GB,96GB", help="Memory; the first is planned. Default: what is free."),
     vram: str = Option("", metavar="24GB,24GB", help="Memory of each graphics card."),
     context: int = Option(8192, min=1, metavar="TOKENS", help="Length of the context."),
     ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of memory. 0: measured here."),
@@ -213,9 +214,10 @@ def plan(
     from dfqs_nb.routing.profile import read_profile
 
     cards = [placement.size_of(text) for text in vram.split(",") if text.strip()]
-    ram_bytes = placement.size_of(ram) if ram else available_memory().available_bytes
+    machines = [text for text in ram.split(",") if text.strip()]
+    ram_bytes = placement.size_of(machines[0]) if machines else available_memory().available_bytes
     with remote.outline(model) as known:
-        header, far = known.shards.as_one, known.copy is not None
+        header, far = known.shards.as_one, bool(known.places)
         reads, about = read_profile(profile, known.shards.headers) if profile else ({}, "")
         shape = placement.Model(header, reads)
         if shape.n_context and context > shape.n_context:
@@ -243,10 +245,13 @@ def plan(
             say("there, llama-server also places without these flags (--fit), and plans that buffer")
         name = known.path.name if far else tilde(known.path)
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
-            name = remote.places_of(model)[0].name if far else model
-        say(f"\n{placed.command(name)}")
-        if not ram and not cards:
-            table = placement.machines_table(shape, context, MACHINES, speeds, compute_bytes=compute)
+            name = next(iter(known.places)).name if far else model
+        words = ["llama-server", "-m", name, "-c", str(context), *placed.flags, "-np", "1"]
+        say(f"\n{shlex.join(words)}")
+        if not machines and known.shards.nbytes > ram_bytes:
+            machines = MACHINES
+        if len(machines) > 1 and not cards:
+            table = placement.machines_table(shape, context, machines, speeds, compute_bytes=compute)
             say(f"\n{table.drop(columns=['on cards', 'flags']).to_string(float_format='{:.2f}'.format)}")
 
 
@@ -256,10 +261,10 @@ def _runtime_rows(known: Any, n_ctx: int) -> int | None:
     from dfqs_nb.llama.check import loader_verdict, plan_memory
 
     if known.glued:
-        when = "after the download, " if known.copy else ""
+        when = "after the download, " if known.places else ""
         say(f"  its shards are glued together: {when}dfqs-nb repair makes one model of them")
-    if known.copy:
-        say(f"  read over the network: {known.copy.fetched_bytes:,} bytes of headers")
+    if known.places:
+        say(f"  read over the network: {known.fetched_bytes:,} bytes of headers")
     verdict = loader_verdict(known.path)
     say(f"  {verdict.explain(known.shards.as_one)}")
     if not verdict.accepted:
@@ -315,8 +320,8 @@ def diff(
     Exit status 1: they differ. Example: `dfqs-nb diff model-Q8_0.gguf hf://owner/repo/model-Q4_0.gguf`
     """
     with remote.outline(a) as left, remote.outline(b) as right:
-        difference = differences.compare(left, right, data=data)
-    for kind, lines in difference.lines.items():
+        differences, sentence = compare(left, right, data=data)
+    for kind, lines in differences.items():
         say(f"{kind}: {len(lines):,}", *(f"  {line}" for line in lines))
-    say(difference.sentence)
-    raise typer.Exit(int(not difference.equal))
+    say(sentence)
+    raise typer.Exit(int(bool(differences)))

@@ -14,7 +14,7 @@ from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.paths import data_dir, outputs_dir
 from dfqs_nb.core.stage import read_stage
 from dfqs_nb.gguf import models as registry
-from dfqs_nb.gguf.facts import types_by_bytes
+from dfqs_nb.gguf.facts import main_type
 from dfqs_nb.gguf.shards import open_shards
 
 NANO, STANDARD = "nano", "standard"
@@ -53,10 +53,11 @@ def settings_of(tier: str) -> dict[str, Any]:
 def ladder_source(run: str) -> str:
     """The weights for the ladder: the file of a run's model; `DfqsError` if it is quantized already."""
     path = Path(read_stage(outputs_dir() / run, "merge")["model"]["path"])
-    types = types_by_bytes(open_shards(path).as_one.tensors)
-    if set(types) <= UNQUANTIZED:
+    tensors = open_shards(path).tensors
+    if {tensor.type for tensor in tensors} <= UNQUANTIZED:
         return str(path)
-    what = f"{path.name} is quantized already ({next(iter(types))}), and a ladder starts from F16 weights"
+    kind = main_type(tensors)
+    what = f"{path.name} is quantized already (mostly {kind}), and a ladder starts from F16 weights"
     hint = "to climb one, run this again with -p ladder_source=FILE, the same model at F16"
     raise DfqsError(what, hint=hint)
 

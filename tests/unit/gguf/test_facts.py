@@ -1,12 +1,15 @@
-"""The dialect of the first DeepSeek-V4 conversions, against llama.cpp's loader."""
+"""The dialect of the first DeepSeek-V4 conversions, against llama.cpp's loader; titles of figures."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
+import pytest
+from gguf_fixtures import field, gguf_bytes
 from models_apart import Apart, early_dialect
 
-from dfqs_nb.gguf import facts
+from dfqs_nb.gguf import facts, figures
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.check import loader_verdict
 
@@ -27,3 +30,23 @@ def test_a_file_of_the_early_dialect_is_sound_and_upstream_llama_cpp_refuses_it(
     assert names["blk.1.exp_probs_b"] == "blk.1.exp_probs_b.bias"
     assert names["blk.1.indexer.compress_ape.weight"] == "blk.1.indexer_compressor_ape.weight"
     assert set(names.values()) <= {tensor.name for tensor in read_header(merged_reference).tensors}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value", "title"),
+    [
+        ("llama", "block_count", 3, "All 3 layers attend to the whole context"),
+        ("gemma3", "attention.sliding_window", 512, "sliding window, and does not say which layers"),
+        ("deepseek4", "attention.compress_ratios", [0, 4, 128], "2 of 3 layers compress their attention"),
+    ],
+)
+def test_the_attention_figures_title_is_about_this_model(tmp_path, architecture, key, value, title):
+    kind = "[UINT32]" if isinstance(value, list) else "UINT32"
+    fields = [field("general.architecture", "STRING", architecture)]
+    fields += [
+        field(f"{architecture}.{name}", *of)
+        for name, of in {"block_count": ("UINT32", 3), key: (kind, value)}.items()
+    ]
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes(fields, []))
+    layers = facts.attention_layers(read_header(tmp_path / "m.gguf"))
+    assert title in figures.attention_layout(pd.DataFrame(layers)).get_title(loc="left")

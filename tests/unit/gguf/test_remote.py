@@ -77,6 +77,13 @@ def test_a_glued_file_of_the_real_size_is_seen_through_before_the_download(serve
     assert sum(request.sent for request in server.log) < MOST_BYTES
 
 
+def test_a_plan_of_what_does_not_fit_here_has_rows_of_larger_machines(server, tmp_path):
+    speeds = ("--ram-gbs", "10", "--disk-gbs", "1")
+    done = dfqs(server, tmp_path, "plan", "hf://someone/flash/glued.gguf", *speeds)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n{machine} " in done.stdout for machine in ("64GB", "96GB", "128GB")), done.stdout
+
+
 @pytest.mark.parametrize("form", ["hf://someone/flash/{}", "{}/someone/flash/blob/main/{}"])
 def test_all_shards_of_a_set_are_read_from_the_address_of_any(server, tmp_path, form):
     name = "flash-00002-of-00002.gguf"
@@ -95,11 +102,11 @@ def test_all_shards_of_a_set_are_read_from_the_address_of_any(server, tmp_path, 
 
 
 def test_the_copy_is_the_file_as_far_as_headers_go(server):
-    with remote.headers_of(address(server, NANO[1].name)) as copy:
-        assert copy.path.stat().st_size == NANO[1].stat().st_size
-        assert read_header(copy.path).raw == read_header(NANO[1]).raw
-        assert diagnose(copy.path, allow_holes=True).kind == diagnose(NANO[1]).kind
-    assert not copy.path.exists(), "the copy goes with the block"
+    with remote.headers_of(address(server, NANO[1].name)) as (path, *_):
+        assert path.stat().st_size == NANO[1].stat().st_size
+        assert read_header(path).raw == read_header(NANO[1]).raw
+        assert diagnose(path, allow_holes=True).kind == diagnose(NANO[1]).kind
+    assert not path.exists(), "the copy goes with the block"
 
 
 def test_a_model_is_outlined_wherever_it_is(server, real):
@@ -108,7 +115,7 @@ def test_a_model_is_outlined_wherever_it_is(server, real):
         with remote.outline(model) as outline:
             assert len(outline.shards.tensors) == REAL_TENSORS and outline.path.is_file()
             assert outline.glued == ("glued" in model)
-            assert (outline.copy is None) == (model == glued)
+            assert bool(outline.places) == bool(outline.fetched_bytes) == (model != glued)
 
 
 def test_a_missing_shard_is_named(server):
@@ -122,9 +129,9 @@ def test_a_missing_shard_is_named(server):
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ("/someone/flash/resolve/main/none.gguf", "the server answers 404"),
-        ("/nobody/flash/resolve/main/none.gguf", "the server answers 404"),
-        (":1/m.gguf", "cannot be reached"),
+        ("/someone/flash/resolve/main/none.gguf", "cannot be fetched .Client error '404"),
+        ("/nobody/flash/resolve/main/none.gguf", "cannot be fetched .Client error '404"),
+        (":1/m.gguf", "cannot be fetched .*[Rr]efused.*check the address, the network"),
     ],
 )
 def test_what_a_server_does_not_give_is_one_message(server, where, words, monkeypatch):
@@ -151,8 +158,8 @@ def test_a_page_instead_of_a_file_is_diagnosed(server, tmp_path):
     page.write_text("<!DOCTYPE html><html><title>Log in</title></html>")
     server.repos["someone/page"] = {"page.gguf": page}
     where = f"{server.endpoint}/someone/page/resolve/main/page.gguf"
-    with remote.headers_of(where) as copy:
-        assert "page" in str(diagnose(copy.path, allow_holes=True).finding)
+    with remote.headers_of(where) as (path, *_):
+        assert "page" in str(diagnose(path, allow_holes=True).finding)
 
 
 def test_secrets_of_an_address_are_not_shown():

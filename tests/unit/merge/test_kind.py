@@ -371,6 +371,7 @@ def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made
             diagnosis.kind is Kind.BYTE_PART
             and "all 3 are here, together 5,752,960 bytes" in diagnosis.finding
         )
+        assert diagnosis.mergeable and not diagnosis.sound
     assert b"".join(path.read_bytes() for path in byte_parts(paths[1])) == made.whole
     verdicts = check.verdicts(paths[:2])
     assert BOUNDS in verdicts[0].reason and "invalid magic characters" in verdicts[1].reason
@@ -381,7 +382,9 @@ def test_byte_parts_are_found_in_order_from_any_one(names: list[str], made: Made
     ) as caught:
         byte_parts(paths[1])
     assert f": {paths[0].name}, {paths[1].name};" in str(caught.value), "what is there shows what is missing"
-    assert diagnose(paths[0]).kind is Kind.BYTE_PART
+    lacking = diagnose(paths[0])
+    assert lacking.kind is Kind.BYTE_PART and not lacking.mergeable
+    assert f"; then join them: dfqs-nb merge {paths[0]} -o {tmp_path / 'm.gguf'}" in lacking.next_step
     paths.pop(0).rename(gone)
     gone.write_bytes(made.whole[2_000_000:4_000_000])
     with pytest.raises(ShardError, match="first byte part of m.gguf is missing|and their names say 3"):

@@ -10,8 +10,7 @@ import pytest
 
 from dfqs_nb.core.errors import RegistryError
 from dfqs_nb.gguf.broken import reference_shards
-from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import PublishedShape
+from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.llama import settings
 from dfqs_nb.report import envelope
 from dfqs_nb.report.envelope import (
@@ -121,7 +120,7 @@ def test_the_models_own_context_is_added_and_nothing_is_said_of_what_lies_beyond
 def test_a_cache_that_is_an_upper_bound_refuses_nothing_alone(tmp_path, monkeypatch, merged_reference):
     from dfqs_nb.gguf.memory import KvCacheBytes
 
-    bound = KvCacheBytes([{"k": 50 * GB, "v": 50 * GB}], "upper bound")
+    bound = KvCacheBytes([100 * GB], "upper bound")
     monkeypatch.setattr(envelope, "kv_cache_bytes", lambda *_, **__: bound)
     compute = {8192: {"plain": 0, "flash": 0}}
     needs = hardware_envelope(read_header(merged_reference), SMALL, compute)
@@ -137,7 +136,7 @@ def test_a_cache_with_sliding_windows_is_said_to_be_an_upper_bound():
 
     def needs(**more: int) -> dict:
         fields = {f"gemma3.{name}": value for name, value in {**keys, **more}.items()}
-        shape = PublishedShape(
+        shape = GGUFHeader(
             Path("gemma"), 0, 3, 32, {"general.architecture": "gemma3", **fields}, (), 0, 0, b""
         )
         return hardware_envelope(shape, LARGE)

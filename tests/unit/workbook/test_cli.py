@@ -60,6 +60,19 @@ def test_inspect_says_what_is_wrong_and_what_to_do(tmp_path):
     assert "loader" not in dfqs("inspect", FIRST, "--quick").stdout
 
 
+def test_inspect_of_a_byte_part_names_the_merge_that_makes_the_model(tmp_path):
+    whole = specimens.reference_shards().paths[1].read_bytes()
+    first, second, name = tmp_path / "w.gguf.part1of2", tmp_path / "w.gguf.part2of2", tmp_path / "w.gguf"
+    first.write_bytes(whole[:1_000_000])
+    lacking = dfqs("inspect", first)
+    assert lacking.returncode == 1 and "names say 2" in lacking.stdout
+    second.write_bytes(whole[1_000_000:])
+    done = dfqs("inspect", second)
+    assert done.returncode == 0, "with its other part beside it, nothing is wrong with it"
+    for stdout in (lacking.stdout, done.stdout):
+        assert f"dfqs-nb merge {first} -o {name}" in stdout
+
+
 def test_merge_by_registered_name_and_a_dry_run(tmp_path):
     out = tmp_path / "out.gguf"
     dry = dfqs("merge", "dfqs-nano-iq1_s-xl", "-o", out, "--dry-run")
@@ -226,11 +239,14 @@ def test_a_folder_called_like_a_library_in_the_current_one_is_not_imported(tmp_p
     assert "planted" not in done.stderr and done.returncode == 1 and "typer.py" in done.stdout
 
 
-def test_plan_prints_the_command_and_what_other_machines_would_do():
+def test_plan_prints_the_command_and_other_machines_only_if_asked():
     done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10")
     assert done.returncode == 0, done.stderr
-    for words in ("llama.cpp's loader takes", "llama-server -m", "-ngl 0", "at most", "96GB"):
+    for words in ("llama.cpp's loader takes", "llama-server -m", "-ngl 0", "at most"):
         assert words in done.stdout
+    assert "96GB" not in done.stdout, "a model that fits here fits there, too"
+    done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10", "--ram", "64GB,96GB")
+    assert re.findall(r"^(\d+GB) .* 0 B ", done.stdout, re.M) == ["64GB", "96GB"], done.stdout
     done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10", "--vram", "8GB,8GB")
     assert "no bound on speed: GPU not measured; give --gpu-gbs, in GB/s" in done.stdout, done.stderr
     assert "the cache is an estimate" not in done.stdout

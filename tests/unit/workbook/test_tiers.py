@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from gguf_fixtures import Spec, field, gguf_bytes
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.facts import types_by_bytes
+from dfqs_nb.gguf.header import read_header
 from dfqs_nb.workbook import run as workbook
 from dfqs_nb.workbook import tiers
 
@@ -43,6 +46,17 @@ def test_every_setting_of_a_tier_is_a_parameter_of_its_type():
     for name, value in tiers.settings_of("standard").items():
         assert name in declared, f"data/tiers.toml sets {name}, which no notebook declares"
         assert type(value).__name__ == declared[name]["inferred_type_name"], name
+
+
+def test_a_quantized_model_is_named_by_the_type_of_its_layers(tmp_path, monkeypatch):
+    """The embedding of this one holds over three times the bytes of its layer."""
+    tensors = [Spec("token_embd.weight", "Q8_0", (256, 64)), Spec("blk.0.ffn_up.weight", "Q4_K", (256, 32))]
+    path = tmp_path / "small.gguf"
+    path.write_bytes(gguf_bytes([field("general.architecture", "STRING", "llama")], tensors))
+    monkeypatch.setattr(tiers, "read_stage", lambda folder, name: {"model": {"path": str(path)}})
+    with pytest.raises(DfqsError, match=r"small.gguf is quantized already \(mostly Q4_K\)"):
+        tiers.ladder_source("mine")
+    assert next(iter(types_by_bytes(read_header(path).tensors))) == "Q8_0"
 
 
 def test_the_budget_is_divided_among_what_still_comes():
