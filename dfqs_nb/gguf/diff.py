@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
@@ -50,7 +51,8 @@ def compare(a: Outline, b: Outline, *, data: bool = False) -> tuple[dict[str, li
 
 def _field(name: str, *headers: GGUFHeader) -> str:
     """The line for a field that differs; else an empty text."""
-    what, texts, values = f"{name}: ", list[str](), [header.get(name) for header in headers]
+    what, texts = f"{name}: ", list[str]()
+    values: list[Any] = [header.get(name) for header in headers]
     for header, value in zip(headers, values, strict=True):
         own = header.fields.get(name)
         kind = own and (f"{own.type} {value!r}" if own.count is None else f"{own.count:,} x {own.type}")
