@@ -8,7 +8,8 @@ from typing import Any
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.remote import Outline, shown
+from dfqs_nb.gguf.models import shown
+from dfqs_nb.gguf.remote import Outline
 from dfqs_nb.gguf.shards import tensor_hashes
 
 SHOWN = 60  # characters of a value

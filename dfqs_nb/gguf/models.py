@@ -8,21 +8,22 @@ files. We ask for every file before we fetch the first, so a missing file or a f
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from dfqs_nb.core.display import did_you_mean, entries, one_line
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, RegistryError, SpaceError, proxy_fault
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import data_dir, tilde
 
-LARGER_DISK = "free some space, or set HF_HOME to a folder on a larger disk"
+OTHER_DISK = "free some space, or set HF_HOME to a folder on another disk that you may write"
 FORM = "hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision"
 ADDRESS = re.compile("(hf|https?)://")  # of a file on the hub or a web server; paths lose a slash
 SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.gguf(?:[@?#].*)?)", re.DOTALL | re.IGNORECASE)
@@ -33,9 +34,7 @@ RepositoryNotFoundError: no such repository, or it is private; check the spellin
 RemoteEntryNotFoundError: the repository has no such file; its page shows the names |
 OfflineModeIsEnabled: not in the cache, and offline; unset HF_HUB_OFFLINE (or local_files_only), run again
 """)  # errors of huggingface_hub: what is wrong, and the next step; for others it has words of its own
-NEXT = (
-    "check the address, the network and any proxy (for a private or gated model: `hf auth login`); run again"
-)
+NEXT = "check the address, the network and any proxy (a private model: `hf auth login`), and run again"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path,
     """
     path, given, known = Path(model).expanduser(), str(model), registered()
     if ADDRESS.match(given):
-        return download([parse_address(address) for address in siblings(given)], local_files_only)
+        return download(siblings(given), local_files_only)
     if isinstance(model, str) and model in known:
         return _files_of(known[model], local_files_only)
     if path.is_file():
@@ -114,6 +113,17 @@ def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path,
         raise RegistryError("no such file", where=given, hint=hint)
     hint = f"{did_you_mean(given.lower(), known, 0.4)}known: {names}; or give a path or {FORM}"
     raise RegistryError(f"no model is called {given!r}", hint=hint)
+
+
+def shown(address: str) -> str:
+    """An address without what may be a secret: user, password, query and fragment.
+
+    >>> shown("https://me:word@x.org/c.gguf?token=1"), shown("hf://a/b/c.gguf@v1"), shown("my?#.gguf")
+    ('https://***@x.org/c.gguf?***', 'hf://a/b/c.gguf@v1', 'my?#.gguf')
+    """
+    if not ADDRESS.match(address):
+        return address
+    return re.sub(r"([?#]).*", r"\1***", re.sub("(?<=://)[^/]*@", "***@", address))
 
 
 def siblings(file: str) -> list[str]:
@@ -131,13 +141,13 @@ def siblings(file: str) -> list[str]:
 def _files_of(model: Model, local_files_only: bool) -> tuple[Path, ...]:
     """The files of a registered model, here or in the hub's cache, of the sizes in the table."""
     if model.source.startswith("hf://"):
-        files = [HubFile(model.source.removeprefix("hf://"), file.name) for file in model.files]
+        addresses = [f"{model.source}/{file.name}" for file in model.files]
         try:
-            paths = download(files, local_files_only=True)  # the table pins them, so the cache is enough
+            paths = download(addresses, local_files_only=True)  # the table pins them, so the cache is enough
         except RegistryError:
             if local_files_only:
                 raise
-            paths = download([located(file) for file in files])
+            paths = download([located(address) for address in addresses])
     else:
         folder = data_dir() / PurePosixPath(model.source).relative_to("data")
         paths = tuple(folder / file.name for file in model.files)
@@ -174,16 +184,12 @@ def check_files(paths: Sequence[Path], model: Model, *, hashed: bool = True) -> 
     return tuple(hashes)
 
 
-@dataclass(frozen=True)
-class HubFile:
+class HubFile(NamedTuple):
     """A file on the hub: ``owner/name`` of its repository, its path there, a revision (None: main)."""
 
     repo: str
     file: str
     revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"hf://{self.repo}/{self.file}" + (f"@{self.revision}" if self.revision else "")
 
 
 def parse_address(address: str) -> HubFile:
@@ -203,44 +209,47 @@ def parse_address(address: str) -> HubFile:
         fine = not any(part in ("", "..") or part[0] == "-" for part in parts)
         if fine and uri.type == "model" and file.lower().endswith(".gguf"):
             return HubFile(uri.id, file, uri.revision or revision or None)
-    raise RegistryError("not the address of a GGUF file on the hub", where=address, hint=f"write {FORM}")
+    raise RegistryError(
+        "not the address of a GGUF file on the hub", where=shown(address), hint=f"write {FORM}"
+    )
 
 
-def download(files: Sequence[HubFile], local_files_only: bool = False) -> tuple[Path, ...]:
-    """Local paths of ``files`` in the hub's cache, fetched if they are not there; errors as `resolve`.
+def download(addresses: Sequence[str], local_files_only: bool = False) -> tuple[Path, ...]:
+    """Local paths of files of the hub in its cache, fetched if they are not there; errors as `resolve`.
 
     The paths are the cache's links. Never resolve them: their targets have other names.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    plans = [_fetch(file, local_files_only=local_files_only, dry_run=True) for file in files]
+    plans = [_fetch(address, local_files_only=local_files_only, dry_run=True) for address in addresses]
     need = sum(plan.file_size or 0 for plan in plans if plan.will_download)
     cache = Path(HF_HUB_CACHE).expanduser().absolute()
     folder = next(place for place in (cache, *cache.parents) if place.exists())
     if need > (free := shutil.disk_usage(folder).free):
         what = f"the download needs {need:,} bytes and the disk has {free:,} free"
-        raise SpaceError(what, where=tilde(folder), hint=LARGER_DISK)
-    return tuple(Path(_fetch(file, local_files_only=local_files_only)) for file in files)
+        raise SpaceError(what, where=tilde(folder), hint=OTHER_DISK)
+    return tuple(Path(_fetch(address, local_files_only=local_files_only)) for address in addresses)
 
 
-def located(file: HubFile) -> HubFile:
-    """The same file in the folder of its repository that has it; unchanged where the hub does not tell."""
+def located(address: str) -> str:
+    """The address of a file in the folder that has it; as given where the hub does not tell."""
     from huggingface_hub import HfApi
 
-    with suppress(DfqsError), explained(file):  # `_fetch` reports the same fault
-        names = HfApi().list_repo_files(file.repo, revision=file.revision)
+    file = parse_address(address)
+    with suppress(DfqsError), explained(address):  # `_fetch` reports the same fault
+        names = HfApi().list_repo_files(file.repo)
         places = [name for name in names if PurePosixPath(name).name == file.file]
-        return replace(file, file=places[0]) if len(places) == 1 else file
-    return file
+        return f"hf://{file.repo}/{places[0]}" if len(places) == 1 else address
+    return address
 
 
-def _fetch(file: HubFile, **options: Any) -> Any:
+def _fetch(address: str, **options: Any) -> Any:
     """Call huggingface_hub, again after a reset."""
     import httpx2
     from huggingface_hub import hf_hub_download
 
-    resets = retrying(4, 30, httpx2.ReadError, httpx2.RemoteProtocolError)
-    with explained(file):
+    file, resets = parse_address(address), retrying(4, 30, httpx2.ReadError, httpx2.RemoteProtocolError)
+    with explained(address):
         return resets(hf_hub_download, file.repo, file.file, revision=file.revision, **options)
 
 
@@ -253,7 +262,7 @@ def retrying(tries: int, most_seconds: float, *errors: type[Exception]) -> Any:
 
 
 @contextmanager
-def explained(where: object) -> Iterator[None]:
+def explained(address: str) -> Iterator[None]:
     """Turn errors of huggingface_hub, httpx and the disk into the workbook's; the hub's own words say why."""
     import httpx2
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, XetDownloadError
@@ -262,21 +271,18 @@ def explained(where: object) -> Iterator[None]:
     try:
         yield
     except (ImportError, *network) as error:
-        number = getattr(error, "errno", None)
-        if number == errno.ENOSPC:
-            what = "the disk filled up during the download"
-            raise SpaceError(what, where=str(where), hint=LARGER_DISK) from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            what, hint = "the hub's cache cannot be written", "set HF_HOME to a folder you may write"
-            raise OutputError(what, where=str(where), hint=hint) from error
-        if isinstance(error, httpx2.InvalidURL) or "proxy URL" in str(error) or "socksio" in str(error):
+        kind: type[DfqsError] = RegistryError
+        cause, number = error, getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
+            kind = SpaceError if number == errno.ENOSPC else OutputError
+            what, hint = f"the hub's cache cannot be written ({os.strerror(number)})", OTHER_DISK
+        elif isinstance(error, httpx2.InvalidURL) or "proxy URL" in str(error) or "socksio" in str(error):
             what, hint = proxy_fault(error)
-            raise RegistryError(what, where=str(where), hint=hint) from error
-        if isinstance(error, ImportError):
+        elif isinstance(error, ImportError):
             raise
-        cause: BaseException = error
-        if isinstance(error, LocalEntryNotFoundError):  # its cause says why the hub was of no help
-            cause = error.__cause__ or OfflineModeIsEnabled()
-        words = f"cannot be fetched ({one_line(cause)}); {NEXT}"
-        what, _, hint = CAUSES.get(type(cause).__name__, words).partition("; ")
-        raise RegistryError(what, where=str(where), hint=hint) from error
+        else:
+            if isinstance(error, LocalEntryNotFoundError):  # its cause says why the hub was of no help
+                cause = error.__cause__ or OfflineModeIsEnabled()
+            words = f"cannot be fetched ({one_line(cause)}); {NEXT}"
+            what, _, hint = CAUSES.get(type(cause).__name__, words).partition("; ")
+        raise kind(what, where=shown(address), hint=hint) from error

@@ -51,17 +51,6 @@ class Outline:
         return nullcontext(RemoteFile(self.places[path], STREAM_BYTES)) if self.places else path.open("rb")
 
 
-def shown(address: str) -> str:
-    """An address without what may be a secret: user, password, query and fragment.
-
-    >>> shown("https://me:word@x.org/c.gguf?token=1"), shown("hf://a/b/c.gguf@v1"), shown("my?#.gguf")
-    ('https://***@x.org/c.gguf?***', 'hf://a/b/c.gguf@v1', 'my?#.gguf')
-    """
-    if not models.ADDRESS.match(address):
-        return address
-    return re.sub(r"([?#]).*", r"\1***", re.sub("(?<=://)[^/]*@", "***@", address))
-
-
 @contextmanager
 def outline(model: str | Path) -> Iterator[Outline]:
     """The headers of a model: a path, a registered name, or an address. Remote ones are copied for the block.
@@ -91,7 +80,7 @@ def outline(model: str | Path) -> Iterator[Outline]:
             copies = [folder, *(place.parent for place in places)]
             if not any(Path(error.where or "").is_relative_to(copy) for copy in copies):
                 raise
-            raise type(error)(error.what, where=shown(str(model)), hint=error.hint) from None
+            raise type(error)(error.what, where=models.shown(str(model)), hint=error.hint) from None
 
 
 def _first_file(model: str | Path) -> Path | str:
@@ -102,7 +91,7 @@ def _first_file(model: str | Path) -> Path | str:
         return models.resolve(model)[0]
     with suppress(RegistryError):
         return models.resolve(model, local_files_only=True)[0]
-    return str(models.located(models.parse_address(address))) if entry else address
+    return models.located(address) if entry else address
 
 
 @contextmanager
@@ -142,7 +131,9 @@ def _located(address: str) -> tuple[str, str, models.HubFile | None]:
         file = None
     name = unquote(urlsplit(address).path if file is None else file.file).rpartition("/")[2] or "index"
     if len(name.encode()) > 255 or "\0" in name or name in (".", ".."):
-        raise RegistryError("no file can have such a name", where=shown(address), hint="check the address")
+        raise RegistryError(
+            "no file can have such a name", where=models.shown(address), hint="check the address"
+        )
     url = hf_hub_url(file.repo, file.file, revision=file.revision) if file else address
     return url, name, file
 
@@ -193,7 +184,7 @@ class RemoteFile:
 
         url, _, file = _located(self.address)
         again = models.retrying(TRIES, 2, httpx2.NetworkError, httpx2.RemoteProtocolError)
-        with models.explained(file or shown(self.address)):
+        with models.explained(self.address):
             if self.copy and self.fetched_bytes + n > MOST_BYTES:
                 raise ValueError(f"its headers take more than {MOST_BYTES:,} bytes")
             self.start = self.position

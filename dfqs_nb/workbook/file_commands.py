@@ -55,7 +55,7 @@ def _inspect(path: str, quick: bool) -> bool:
             rows["read over the network"] = f"{fetched:,} bytes of headers"
         if (diagnosis.sound or diagnosis.kind == "raw concatenation") and not quick:
             rows |= _outlook(local)
-        say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
+        say(f"{models.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
         if step := diagnosis.next_step:
             say(f"  -> {f'after the download: {step}'.replace(f'{local.parent}/', '') if is_far else step}")
         for what, value in rows.items():
@@ -222,8 +222,8 @@ def plan(
         shape = placement.Model(header, reads)
         if shape.n_context and context > shape.n_context:
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
-            raise DfqsError(what, where=remote.shown(model), hint=f"give --context {shape.n_context} or less")
-        say(f"{remote.shown(model)}: {size(known.shards.nbytes)}, {header.architecture}")
+            raise DfqsError(what, where=models.shown(model), hint=f"give --context {shape.n_context} or less")
+        say(f"{models.shown(model)}: {size(known.shards.nbytes)}, {header.architecture}")
         compute = _runtime_rows(known, context)
         placed = placement.place(shape, context, ram_bytes, cards, compute_bytes=compute)
         outlook = None

@@ -360,12 +360,12 @@ def test_full_disk_is_seen_before_the_first_byte(server, tmp_path):
 
 @pytest.mark.parametrize(
     "number, kind, text",
-    [("ENOSPC", SpaceError, "the disk filled up"), ("EACCES", errors.OutputError, "cannot be written")],
+    [("ENOSPC", SpaceError, "No space left"), ("EACCES", errors.OutputError, "cannot be written")],
 )
 def test_disk_errors_during_the_download(number, kind, text):
     import errno
 
-    with pytest.raises(kind, match=text), registry.explained(registry.HubFile("a/b", "c.gguf")):
+    with pytest.raises(kind, match=text), registry.explained("hf://a/b/c.gguf"):
         raise OSError(getattr(errno, number), "no")
 
 

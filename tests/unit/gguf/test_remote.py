@@ -13,7 +13,7 @@ from hub_server import HubServer
 
 from dfqs_nb.core.errors import RegistryError, ShardError
 from dfqs_nb.core.paths import REPOSITORY, data_dir
-from dfqs_nb.gguf import remote
+from dfqs_nb.gguf import models, remote
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.merge import diagnose
 
@@ -163,5 +163,5 @@ def test_a_page_instead_of_a_file_is_diagnosed(server, tmp_path):
 
 
 def test_secrets_of_an_address_are_not_shown():
-    assert remote.shown("https://user:word@a.org/m.gguf?token=s#f") == "https://***@a.org/m.gguf?***"
-    assert remote.shown("m.gguf?x") == "m.gguf?x"
+    assert models.shown("https://user:word@a.org/m.gguf?token=s#f") == "https://***@a.org/m.gguf?***"
+    assert models.shown("m.gguf?x") == "m.gguf?x"
