@@ -70,16 +70,15 @@ def start(module: str, job: Mapping[str, Any], *, log: Any, **options: Any) -> s
     """Start ``python -m module`` and send it the job; its standard error goes to the open file ``log``."""
     command = [sys.executable, "-P", "-m", module]  # -P: a folder llama_cpp/ in the current one is not ours
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-    process = subprocess.Popen(command, **{"env": environment(), **pipes, **options})
-    _send(process, job)
-    return process
+    return _send(subprocess.Popen(command, **{"env": environment(), **pipes, **options}), job)
 
 
-def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
+def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # the child is gone; its exit status says how
         process.stdin.write(json.dumps(dict(job)).encode() + b"\n")
         process.stdin.flush()  # and stays open: when it closes, the child ends
+    return process
 
 
 class Worker(AbstractContextManager["Worker"]):
@@ -146,11 +145,10 @@ class Worker(AbstractContextManager["Worker"]):
     def _hand_over(self, job: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         """Send the job to the child, or to a new one where there is none."""
         if self._process is not None and self._process.poll() is None:
-            _send(self._process, job)
-        else:
-            self.close()
-            self._process = start(self.module, job, log=self._log)
-            _running.add(self._process)
+            return _send(self._process, job)
+        self.close()
+        self._process = start(self.module, job, log=self._log)
+        _running.add(self._process)
         return self._process
 
 
@@ -166,15 +164,9 @@ def run(
 def killed_after(seconds: float | None, process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
     """Kill the process if the block takes longer; the event tells whether it did. None: no limit."""
     late = threading.Event()
-
-    def kill() -> None:
-        late.set()
-        process.kill()
-
-    timer = threading.Timer(seconds or 0, kill)
+    timer = threading.Timer(seconds or threading.TIMEOUT_MAX, lambda: (late.set(), process.kill()))
     timer.daemon = True
-    if seconds:
-        timer.start()
+    timer.start()
     try:
         yield late
     finally:
@@ -206,8 +198,7 @@ def ending(status: int) -> str:
     """What ended a process: the signal's name, ``exit status N``, or "" if it ended well."""
     if status >= 0:
         return f"exit status {status}" if status else ""
-    names = {number.value: number.name for number in signal.Signals}
-    return names.get(-status, f"signal {-status}")
+    return {number.value: number.name for number in signal.Signals}.get(-status, f"signal {-status}")
 
 
 def died(
