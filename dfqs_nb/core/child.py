@@ -164,7 +164,12 @@ def run(
 def killed_after(seconds: float | None, process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
     """Kill the process if the block takes longer; the event tells whether it did. None: no limit."""
     late = threading.Event()
-    timer = threading.Timer(seconds or threading.TIMEOUT_MAX, lambda: (late.set(), process.kill()))
+
+    def kill() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds or threading.TIMEOUT_MAX, kill)
     timer.daemon = True
     timer.start()
     try:

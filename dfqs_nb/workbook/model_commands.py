@@ -147,8 +147,9 @@ def score(
             say(score_set(opened, item_set, folder / "scores", options, model_id=model_id).score.sentence)
         say(f"answers: {tilde(folder / 'scores')}/")
         if long_context:
-            place, lengths = folder / "long_context", {"longest": longest, "shortest": shortest}
-            curve = serve.measure.measure_long_context(opened, place, prompt_set=tier, fresh=fresh, **lengths)
+            place = folder / "long_context"
+            lengths: dict[str, Any] = {"longest": longest, "shortest": shortest, "prompt_set": tier}
+            curve = serve.measure.measure_long_context(opened, place, fresh=fresh, **lengths)
             if curve.failure:
                 say(f"{curve.failure.length:,} tokens: {curve.failure.message}")
             if len(curve.items):
