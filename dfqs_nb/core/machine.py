@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import random
 import re
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ import psutil
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
-READ_SECONDS = 1.0  # that a measurement of the disk takes
 BUSY_CORES = 0.15  # used by other programs, above which a measurement counts as contended
 PACKAGES = ("llama-cpp-python", "gguf", "numpy", "pandas", "matplotlib")
 
@@ -51,26 +49,6 @@ def usable_cores() -> int:
     cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
     quota = _cpu_quota(CGROUP)
     return max(1, cores if quota is None else min(cores, int(quota)))
-
-
-def random_read_speed(path: str | Path, piece_bytes: int = 1 << 21) -> float | None:
-    """Bytes a second from random places of a large file: the speed of paging, as experts lie all over it.
-
-    None if the file is small, or the kernel did not count the bytes as read from the disk.
-    """
-    counters = getattr(psutil.Process(), "io_counters", None)
-    size = Path(path).stat().st_size
-    if counters is None or not hasattr(os, "posix_fadvise") or size < 64 * piece_bytes:
-        return None
-    draw, total, began, before = random.Random(0), 0, time.perf_counter(), counters().read_bytes
-    with Path(path).open("rb", buffering=0) as file:
-        while time.perf_counter() - began < READ_SECONDS:
-            at = draw.randrange(size // piece_bytes) * piece_bytes  # the kernel drops no part of a large page
-            os.posix_fadvise(file.fileno(), at, piece_bytes, os.POSIX_FADV_DONTNEED)
-            file.seek(at)
-            total += len(file.read(piece_bytes))
-    took, from_disk = time.perf_counter() - began, counters().read_bytes - before
-    return total / took if from_disk >= 0.9 * total else None
 
 
 @dataclass

@@ -31,7 +31,7 @@ from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix
 from dfqs_nb.ladder.recipes import FLOATS, QuantizeError, Recipe, Rule, file_types, load_recipe
 from dfqs_nb.llama import check
-from dfqs_nb.llama.log import ERROR, LOG
+from dfqs_nb.llama.build import ERROR, LOG
 from dfqs_nb.llama.settings import llama_version
 
 BLOCKS = {name: (code, block, nbytes) for code, (name, block, nbytes) in TENSOR_TYPES.items()}

@@ -1,25 +1,144 @@
-"""Build llama-cpp-python's ``Llama`` with the parameters of llama.cpp that it does not expose.
+"""llama.cpp through llama-cpp-python: how a model is built or only planned, and what llama.cpp logs of it.
 
-Two of them matter here: ``use_extra_bufts`` and ``cb_eval``. So `default_params` changes llama.cpp's defaults
-while a model is built.
+``llama_cpp.Llama`` does not take all parameters of llama.cpp. Two of them matter here: ``use_extra_bufts``
+and ``cb_eval``. So `default_params` changes llama.cpp's defaults while a model is built.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.llama.log import LOG, refusal
+from dfqs_nb.core.child import SOURCE_FOLDER
+from dfqs_nb.core.errors import ModelError
 from dfqs_nb.llama.paging import Paging
-from dfqs_nb.llama.settings import COUNTS, GGML_TYPES, OpenSettings
+from dfqs_nb.llama.settings import COUNTS, GGML_TYPES, OpenSettings, llama_version
 
+DEBUG, INFO, WARNING, ERROR, CONTINUES = 1, 2, 3, 4, 5  # ggml_log_level of ggml.h
+MAX_LINES, MAX_LINE = 500, 2000  # that are kept, and their characters: a model's name can have 100,000
 _NO_DEVICES = (ctypes.c_void_p * 1)()  # a list of devices that ends at once
 _building = threading.RLock()  # a context's parameters are set around its model's
+
+
+class LlamaLog:
+    """The last lines that llama.cpp logged; ``echo``: the least level that standard error gets, too."""
+
+    def __init__(self) -> None:
+        self._lines: deque[tuple[int, str]] = deque(maxlen=MAX_LINES)
+        self._open_line, self._level = "", 0
+        self._callback: Any = None
+        self.echo: int | None = None
+
+    def install(self) -> None:
+        """Take llama.cpp's log over (importing llama_cpp sets a callback that prints), and begin anew."""
+        import llama_cpp
+
+        self._callback = self._callback or llama_cpp.llama_log_callback(self._receive)
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self._lines.clear()
+
+    def _receive(self, level: int, text: bytes, _user_data: object) -> None:
+        self._level = self._level if level == CONTINUES else level
+        if self._level == DEBUG:
+            return
+        if self.echo is not None and self._level >= self.echo:
+            os.write(2, text)
+        *lines, self._open_line = (self._open_line + text.decode("utf-8", "replace")).split("\n")
+        self._open_line = self._open_line[:MAX_LINE]
+        self._lines.extend((self._level, line[:MAX_LINE]) for line in lines)
+
+    def tail(self, n_lines: int = MAX_LINES, level: int = 0) -> list[str]:
+        """The last lines of at least this level (`WARNING`, `ERROR`), oldest first."""
+        return [line for line_level, line in self._lines if line_level >= level][-n_lines:]
+
+
+LOG = LlamaLog()
+
+
+def loaded_facts(log: Sequence[str]) -> dict[str, Any]:
+    """How a model was loaded: what ran, not what was asked for.
+
+    ``layers_offloaded`` to a GPU, like ``0/9``; ``offloaded_layers``, this as a number (None: not logged);
+    ``buffers`` of the weights; ``repacked``: weights were copied into another layout for this processor.
+
+    >>> loaded_facts(["load_tensors: offloaded 5/9 layers to GPU"])["offloaded_layers"]
+    5
+    """
+    text = "\n".join(log)
+    layers = re.search(r"offloaded ((\d+)/\d+) layers to GPU", text)
+    buffers = re.findall(r"(\S+) +model buffer size = +([\d.]+) MiB", text)
+    return {
+        "layers_offloaded": layers[1] if layers else "no GPU support" if buffers else "not logged",
+        "offloaded_layers": int(layers[2]) if layers else 0 if buffers else None,
+        "buffers": ", ".join(f"{name} {size} MiB" for name, size in buffers),
+        "repacked": any(re.search("REPACK|AMX|KLEIDIAI", name) for name, _ in buffers) if buffers else None,
+    }
+
+
+def planned_bytes(log: Sequence[str]) -> dict[str, int]:
+    """Add up llama.cpp's logged buffers: KV cache with its state, and compute buffers in this memory."""
+    text = "\n".join(log)
+    kv = re.findall(r": size = +([\d.]+) MiB \(| state buffer size = +([\d.]+) MiB", text)
+    compute = re.findall(r"(\S+) compute buffer size = +([\d.]+) MiB", text)
+    here = [size for name, size in compute if name.startswith("CPU") or re.search("_Host$|MTL", name)]
+    mebibytes = {"kv_bytes": [a or b for a, b in kv], "compute_bytes": here}
+    return {name: round(sum(map(float, sizes)) * 2**20) for name, sizes in mebibytes.items()}
+
+
+REFUSAL_HINTS = {  # by a word of llama.cpp's reason; the first that fits
+    "unknown model architecture": "update llama-cpp-python, or convert the model again",
+    "wrong number of tensors": "it holds tensors that this llama.cpp does not use (a vision part, for "
+    "example) or lacks some: get a conversion made for llama.cpp",
+    "key not found": "the file is in another dialect of its architecture: get a newer conversion",
+    "split": "keep all shards under their own names in one folder, or merge them (01_merge_shards)",
+    "not within the file bounds": "the file is cut off: resume or repeat the download",
+    "quantized V cache": "pass flash_attn=True, or type_v='f16'",
+    "tensor": "the file does not hold the tensors its header promises: get it again, or merge its shards",
+    "": "inspect its header (02_inspect_header), or update llama-cpp-python",
+}
+# Names of functions, and words that only pass an error on.
+_PREFIXES = re.compile(
+    r"^(?:(?:\w+|error loading model(?: hyperparameters| vocabulary)?|failed to initialize the context): )+"
+)
+_PASSED_ON = re.compile(
+    r"(?:llama_model_loader: )?failed to (?:load model(?: from .*)?|load GGUF split .*|read tensor data)"
+)
+
+
+def refusal(path: str | Path) -> ModelError:
+    """The error for a file that llama.cpp has just declined in an orderly way, from what it logged."""
+    reason = reason_of(LOG.tail(40, ERROR)) or "no reason given"
+    what = f"llama.cpp refuses it: {reason}"
+    if unknown := re.search(r"unknown model architecture: '([^']*)'", reason):
+        runtime = f"this llama.cpp (llama-cpp-python {llama_version()})"
+        what = f"{runtime} does not know the architecture {unknown[1]!r}"
+    hint = next(hint for word, hint in REFUSAL_HINTS.items() if word in reason)
+    error = ModelError(what, where=path, hint=hint)
+    lines = [line for line in LOG.tail(40) if line.strip(" .")][-12:]
+    error.add_note("llama.cpp's last lines:\n  " + "\n  ".join(lines or ["(none)"]))
+    return error
+
+
+def reason_of(log: Sequence[str]) -> str:
+    """The line that says why: an assertion, else the first error that does not just pass a failure on.
+
+    >>> reason_of(["gguf_init_from_file_ptr: failed to read magic", "x: error loading model: y"])
+    'failed to read magic'
+    """
+    lines = [_PREFIXES.sub("", SOURCE_FOLDER.sub("", line).strip()) for line in log]
+    asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
+    telling = [line for line in lines if line and not _PASSED_ON.fullmatch(line)]
+    return (asserted or telling or lines or [""])[0]
+
+
+# ---- a model, and a plan of one ----
 
 
 @contextlib.contextmanager
@@ -34,7 +153,8 @@ def _replaced(owner: Any, name: str, change: Callable[[Any], Any]) -> Iterator[N
             setattr(owner, name, original)
 
 
-def _with(fields: Mapping[str, Any], params: Any) -> Any:
+def filled(params: Any, fields: Mapping[str, Any]) -> Any:
+    """The same structure of llama.cpp, with these fields."""
     for name, value in fields.items():
         setattr(params, name, value)
     return params
@@ -46,8 +166,8 @@ def default_params(model: Mapping[str, Any] | None = None, **context: Any) -> It
     import llama_cpp.llama_cpp as api
 
     with (
-        _replaced(api, "llama_model_default_params", partial(_with, model or {})),
-        _replaced(api, "llama_context_default_params", partial(_with, context)),
+        _replaced(api, "llama_model_default_params", lambda params: filled(params, model or {})),
+        _replaced(api, "llama_context_default_params", lambda params: filled(params, context)),
     ):
         yield
 
@@ -61,23 +181,20 @@ def model_params(settings: OpenSettings) -> dict[str, Any]:
     return {"use_extra_bufts": settings.use_extra_bufts, **devices}
 
 
-def set_context(params: Any, settings: OpenSettings) -> None:
-    """Set llama.cpp's parameters of a context as ``llama_cpp.Llama`` sets them."""
-    for name in ("n_ctx", "n_threads", "n_threads_batch", "swa_full"):
-        setattr(params, name, getattr(settings, name))
-    params.n_batch = min(settings.n_ctx, settings.n_batch)
-    params.n_ubatch = min(params.n_batch, settings.n_ubatch)
-    params.type_k, params.type_v = GGML_TYPES[settings.type_k], GGML_TYPES[settings.type_v]
-    params.flash_attn_type = int(settings.flash_attn)  # LLAMA_FLASH_ATTN_TYPE_DISABLED or ENABLED
+def set_context(params: Any, settings: OpenSettings) -> Any:
+    """llama.cpp's parameters of a context, set as ``llama_cpp.Llama`` sets them."""
+    fields = {name: getattr(settings, name) for name in ("n_ctx", "n_threads", "n_threads_batch", "swa_full")}
+    fields |= {name: GGML_TYPES[getattr(settings, name)] for name in ("type_k", "type_v")}
+    fields["n_batch"] = min(settings.n_ctx, settings.n_batch)
+    fields["n_ubatch"] = min(fields["n_batch"], settings.n_ubatch)
+    return filled(params, fields | {"flash_attn_type": int(settings.flash_attn)})
 
 
 def build_llama(path: str | Path, settings: OpenSettings) -> Any:
     """A ``llama_cpp.Llama`` of this file with exactly these settings, opened in this process.
 
-    Its ``paging`` is the `Paging` help, or None.
-
-    Raises:
-        ModelError: llama.cpp refuses the file. A file that aborts it ends this process: see `check.trial`.
+    Its ``paging`` is the `Paging` help, or None. Raises `ModelError` where llama.cpp refuses the file. A file
+    that aborts it ends this process: see `check.trial`.
     """
     import llama_cpp
     import llama_cpp.llama_cpp as api
@@ -88,9 +205,8 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
         return {name: text for name, text in metadata.items() if "tokenizer.chat_template" not in name}
 
     LOG.install()
-    LOG.clear()
     names = (*COUNTS, "n_gpu_layers", "flash_attn", "use_mmap", "swa_full")
-    fields: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    fields = {name: getattr(settings, name) for name in names}
     fields |= {name: GGML_TYPES[getattr(settings, name)] for name in ("type_k", "type_v")}
     paging = Paging.of(path, settings)
     listening = paging.callback(api.llama_context_default_params().cb_eval) if paging else {}
@@ -107,5 +223,28 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
     llama.paging = paging
     if paging is not None:
         llama._stack.callback(paging.close)
-        paging.start(LOG.tail())
+        paging.start(sum(planned_bytes(LOG.tail()).values()))
     return llama
+
+
+def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
+    """Bytes of KV cache and compute buffer that llama.cpp itself plans; nothing is allocated or loaded.
+
+    It runs in this process, so the file must have passed a `trial`. Raises `ModelError` for a refusal.
+    """
+    import llama_cpp.llama_cpp as api
+
+    LOG.install()
+    n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
+    fields = {"load_mode": api.LLAMA_LOAD_MODE_NONE, "n_gpu_layers": n_gpu_layers}
+    fields["no_alloc"] = True  # llama.cpp reads the header, builds the graph, and adds up
+    params = filled(api.llama_model_default_params(), fields | model_params(settings))
+    size = set_context(api.llama_context_default_params(), settings)
+    with contextlib.ExitStack() as stack:
+        model = api.llama_model_load_from_file(os.fsencode(path), params)
+        stack.callback(api.llama_model_free, model)
+        context = model and api.llama_init_from_model(model, size)
+        stack.callback(api.llama_free, context)
+        if not context:
+            raise refusal(path)
+        return planned_bytes(LOG.tail())

@@ -1,13 +1,7 @@
-"""Will llama.cpp accept this file? Ask llama.cpp itself, in a child process that may crash.
+"""Will llama.cpp accept this file? Ask llama.cpp itself, in a child process (``python -m dfqs_nb.llama``).
 
-Three questions, from the cheapest to the most thorough:
-
-- `parse`: does libggml's parser read the header?
-- `loader_verdict`: does the loader take headers, tokenizer and tensors, and can a context be planned?
-- `trial`: plan the memory under given settings, load the weights, and decode a few tokens.
-
-A hostile header can abort the child (``python -m dfqs_nb.llama``), or ask for all memory: the first two
-questions have a ceiling on its address space.
+A hostile header can abort the child, or ask for all memory: there is a ceiling on its address space while it
+answers `parse` and `loader_verdict`. A `trial` also loads the weights.
 """
 
 from __future__ import annotations
@@ -19,9 +13,12 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
@@ -30,18 +27,17 @@ from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.facts import early_dialect
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
-from dfqs_nb.llama.build import build_llama, model_params, set_context
+from dfqs_nb.llama import template
+from dfqs_nb.llama.build import ERROR, INFO, LOG, build_llama, dry_run, reason_of
 from dfqs_nb.llama.graph import ggml_function
-from dfqs_nb.llama.log import ERROR, INFO, LOG, planned_bytes, reason_of, refusal
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 
 MODULE = "dfqs_nb.llama"
 CEILING_BYTES = 8 << 30  # of address space: a hostile header asks for more
 TIMEOUT_SECONDS = 60.0
 TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 120.0, 1 / 50e6  # a slow disk
-SMALL_CTX = 256
 LONG_SECONDS = 5.0  # a trial that took longer is worth remembering
-PREFILL_TOKENS = 8
+SMALL_CTX, PREFILL_TOKENS = 256, 8
 OF_CONTEXT = {"n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed"}  # nothing of the file
 
 
@@ -68,20 +64,17 @@ class Verdict:
 
 
 def parse(path: str | Path) -> Verdict:
-    """Ask libggml's parser about one file; see `verdicts`."""
+    """Does libggml's parser read the header?"""
     return verdicts([path], "parse")[0]
 
 
 def loader_verdict(path: str | Path) -> Verdict:
-    """Ask llama.cpp's loader about one file; see `verdicts`."""
+    """Does llama.cpp's loader take headers, tokenizer and tensors, and can a context be planned?"""
     return verdicts([path])[0]
 
 
 def verdicts(paths: Sequence[str | Path], question: str = "load") -> list[Verdict]:
-    """Ask about files, in one process as long as they leave it alive.
-
-    ``load``: the loader takes headers, tokenizer and tensors, and a context can be planned, all without their
-    memory. ``parse``: libggml's parser reads the header.
+    """Ask (``load`` or ``parse``) about files, in one process as long as they leave it alive.
 
     Raises `ModelError` where llama-cpp-python is not installed, or does not run at all.
     """
@@ -107,18 +100,14 @@ def verdicts(paths: Sequence[str | Path], question: str = "load") -> list[Verdic
 # ---- a trial ----
 
 
-def plan_memory(path: str | Path, settings: Sequence[OpenSettings]) -> list[dict[str, int]]:
-    """`dry_run` under each of the settings, in a child process, which a header may abort."""
-    with child.Worker(MODULE) as worker:
-        return _planned(worker, path, settings)
-
-
-def _planned(
-    worker: child.Worker, path: str | Path, settings: Sequence[OpenSettings]
+def plan_memory(
+    path: str | Path, settings: Sequence[OpenSettings], worker: child.Worker | None = None
 ) -> list[dict[str, int]]:
+    """`dry_run` under each of the settings, in a child process, which a header may abort."""
     job = {"question": "plan", "path": str(path), "settings": [each.as_dict() for each in settings]}
-    seconds = TIMEOUT_SECONDS * (1 + len(settings))
-    plans: list[dict[str, int]] = worker.run(job, where=path, timeout_seconds=seconds)["plans"]
+    run = worker.run if worker else partial(child.run, MODULE)
+    limit = TIMEOUT_SECONDS * (1 + len(settings))
+    plans: list[dict[str, int]] = run(job, where=path, timeout_seconds=limit)["plans"]
     return plans
 
 
@@ -126,18 +115,14 @@ _tried: dict[Any, MemoryEstimate] = {}
 
 
 def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEstimate) -> MemoryEstimate:
-    """Plan, load and decode a model (its shards, first one first) in a child process.
+    """Plan, load and decode a model (its shards, first one first) in a child: 9 tokens, in a context of 256.
 
-    The child loads with a context of 256 tokens and evaluates 9 with one thread. The same files and settings
-    are tried once a session. After a long trial, later sessions on this machine only plan the memory, as long
-    as the file and llama.cpp are the same.
+    The same files and settings are tried once a session. After a long trial, later sessions on this machine
+    only plan the memory, as long as the file and llama.cpp are the same.
 
-    Returns:
-        The estimate with llama.cpp's own figures, exact to 0.01 MiB a buffer.
-
-    Raises:
-        ModelError: llama.cpp refuses the file, dies on it, or computes logits that are not numbers.
-        SpaceError: the context's cache and llama.cpp's compute buffer exceed the free memory.
+    Returns the estimate with llama.cpp's own figures. Raises `ModelError` where llama.cpp refuses the file,
+    dies on it, or computes logits that are not numbers, and `SpaceError` where cache and compute buffer
+    exceed the free memory.
     """
     stats = [(os.path.realpath(path), Path(path).stat()) for path in paths]
     files = tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
@@ -148,16 +133,15 @@ def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
     loading = canonical_sha256([files, loads, llama_version(), platform.node()])
     passed = outputs_dir() / ".trials" / loading[:24]  # the mark of a long trial that passed
     with child.Worker(MODULE) as worker:
-        plan = _planned(worker, paths[0], [settings])[0]
-        kv = KvCacheBytes([plan["kv_bytes"]])
-        kv = needs.kv if needs.kv.exactness == "exact" else kv
+        plan = plan_memory(paths[0], [settings], worker)[0]
+        kv = needs.kv if needs.kv.exactness == "exact" else KvCacheBytes([plan["kv_bytes"]])
         needs = replace(needs, kv=kv, compute_bytes=plan["compute_bytes"])
         check_fits(needs, where=paths[0])
         if not passed.exists():
             started = time.perf_counter()
             job = {"question": "trial", "path": str(paths[0]), "settings": settings.as_dict()}
-            timeout = TRIAL_SECONDS + needs.weights_bytes * TRIAL_SECONDS_PER_BYTE
-            worker.run(job, where=paths[0], timeout_seconds=timeout)
+            limit = TRIAL_SECONDS + needs.weights_bytes * TRIAL_SECONDS_PER_BYTE
+            worker.run(job, where=paths[0], timeout_seconds=limit)
             if time.perf_counter() - started > LONG_SECONDS:
                 passed.parent.mkdir(parents=True, exist_ok=True)
                 passed.touch()
@@ -165,40 +149,13 @@ def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEsti
     return needs
 
 
-def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
-    """Bytes of KV cache and compute buffer that llama.cpp itself plans; nothing is allocated or loaded.
-
-    It runs in this process, so the file must have passed a `trial`. Raises `ModelError` for a refusal.
-    """
-    import llama_cpp.llama_cpp as api
-
-    LOG.install()
-    LOG.clear()
-    params, size = api.llama_model_default_params(), api.llama_context_default_params()
-    params.no_alloc = True  # llama.cpp reads the header, builds the graph, and adds up
-    for name, value in model_params(settings).items():
-        setattr(params, name, value)
-    params.load_mode = api.LLAMA_LOAD_MODE_NONE
-    params.n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
-    set_context(size, settings)
-    with contextlib.ExitStack() as stack:
-        model = api.llama_model_load_from_file(os.fsencode(path), params)
-        if not model:
-            raise refusal(path)
-        stack.callback(api.llama_model_free, model)
-        context = api.llama_init_from_model(model, size)
-        if not context:
-            raise refusal(path)
-        stack.callback(api.llama_free, context)
-        return planned_bytes(LOG.tail())
-
-
 # ---- the child's side ----
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Answer one question; the child process calls this."""
-    return {"parse": _parse, "load": _load, "plan": _plan, "trial": _try}[job["question"]](job)
+    answers = {"parse": _parse, "load": _load, "plan": _plan, "trial": _try, "render": template.render}
+    return dict(answers[job["question"]](job))
 
 
 class _GgufParams(ctypes.Structure):
@@ -212,7 +169,6 @@ def _parse(job: dict[str, Any]) -> dict[str, Any]:
     LOG.echo = ERROR
     LOG.install()
     child.tell(stage="in its parser")
-    LOG.clear()
     void, table = ctypes.c_void_p, ctypes.c_void_p()  # llama.cpp always asks for the table, without data
     read = ggml_function("gguf_init_from_file", void, ctypes.c_char_p, _GgufParams)
     gguf = read(os.fsencode(job["path"]), _GgufParams(True, ctypes.pointer(table)))
@@ -224,8 +180,7 @@ def _parse(job: dict[str, Any]) -> dict[str, Any]:
 def _load(job: dict[str, Any]) -> dict[str, Any]:
     child.limit_memory(CEILING_BYTES)
     LOG.echo = ERROR
-    import llama_cpp  # noqa: F401  (one that does not import is no verdict on the file)
-
+    LOG.install()  # a library that does not load is no verdict on the file
     child.tell(stage="in its loader")
     accepted = False
     with contextlib.suppress(ModelError, MemoryError):
@@ -244,8 +199,6 @@ def _plan(job: dict[str, Any]) -> dict[str, Any]:
 
 def _try(job: dict[str, Any]) -> dict[str, Any]:
     """Load with a small context, after `_plan`; evaluate a short prompt and one more token."""
-    import numpy as np
-
     child.tell(stage="while loading it")
     settings = OpenSettings(**job["settings"])
     small = replace(settings, n_ctx=min(settings.n_ctx, SMALL_CTX), n_threads=1, n_threads_batch=1)

@@ -6,76 +6,25 @@ device's read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs abo
 
 from __future__ import annotations
 
-import os
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
-from pathlib import Path
 
-import numpy as np
 import psutil
 
+from dfqs_nb.core.bandwidth import Disk
 from dfqs_nb.core.display import size
-from dfqs_nb.core.machine import available_memory, random_read_speed
+from dfqs_nb.core.machine import available_memory
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.model import Model
-from dfqs_nb.llama.paging import LINUX, advise_read, block_folder, window_bytes
+from dfqs_nb.llama.paging import LINUX
+from dfqs_nb.llama.timing import random_tokens, seconds_of
 
-PIECES, SEQUENTIAL_BYTES = 64, 32 << 20
-SMALL_READ_AHEAD = 128 << 10
 NOT_MEASURED = "not measured"
 MUCH = 1.5  # times what is needed, from which on reading is amplified
-
-
-@dataclass(frozen=True)
-class Disk:
-    """The disk under a file; a speed is None where the cache could not be kept out."""
-
-    device: str  # its name in /dev; empty where there is none (a network file system)
-    read_ahead_bytes: int | None  # that the kernel adds to a miss; None: not known
-    in_order: float | None  # bytes a second
-    pieces: float | None  # the same in pieces of an expert's size from random places
-
-    @classmethod
-    def under(cls, path: str | Path, piece_bytes: int) -> Disk:
-        """Look, and measure for about two seconds."""
-        with Path(path).open("rb") as file:
-            folder = block_folder(file.fileno())
-        device = folder.name if folder else ""
-        read_ahead = int((folder / "queue/read_ahead_kb").read_text()) << 10 if folder else None
-        in_order = random_read_speed(path, SEQUENTIAL_BYTES)
-        return cls(device, read_ahead, in_order, _pieces_speed(path, piece_bytes))
-
-    @property
-    def command(self) -> str:
-        """What lowers the read-ahead, as root."""
-        place = self.device.replace("!", "/")  # as in cciss!c0d0
-        return f"blockdev --setra {SMALL_READ_AHEAD // 512} /dev/{place}" if place else ""
-
-
-def _pieces_speed(path: str | Path, piece_bytes: int) -> float | None:
-    """Bytes a second of pieces from random places, read as the paging help reads; None where unsure."""
-    counters = getattr(psutil.Process(), "io_counters", None)
-    room = Path(path).stat().st_size - piece_bytes
-    if counters is None or not hasattr(os, "posix_fadvise") or room < PIECES * piece_bytes:
-        return None
-    draw = random.Random(1)
-    places = [draw.randrange(room) for _ in range(PIECES)]
-    with Path(path).open("rb", buffering=0) as file:
-        handle = file.fileno()
-        for place in places:
-            os.posix_fadvise(handle, place, piece_bytes, os.POSIX_FADV_DONTNEED)
-        before, began, window = counters().read_bytes, time.perf_counter(), window_bytes(handle)
-        for place in places:
-            advise_read(handle, place, place + piece_bytes, window)
-        for place in places:
-            os.pread(handle, piece_bytes, place)
-        took, read = time.perf_counter() - began, counters().read_bytes - before
-    return read / took if read > PIECES * piece_bytes / 2 else None
 
 
 @dataclass(frozen=True)
@@ -103,8 +52,6 @@ class Diagnosis:
     def rows(self) -> dict[str, str]:
         """All of it for people."""
         disk, ahead = self.disk, self.disk.read_ahead_bytes
-        speeds = {"in order": disk.in_order, f"in pieces of {size(self.slice_bytes)}": disk.pieces}
-        known = "not known" if ahead is None else size(ahead)
         rows = {
             "a token uses": f"{size(self.dense)} of dense weights, {size(self.experts)} of experts",
             "experts that stay in memory": f"{self.cached:.0%}",
@@ -112,16 +59,20 @@ class Diagnosis:
         for how, n in (("with help", self.helped), ("without", self.plain)):
             seconds = f", {n / disk.pieces:.2f} s of it" if n and disk.pieces else ""
             rows[f"a token reads, {how}"] = f"{size(n)}{seconds}"
+        known = "not known" if ahead is None else size(ahead)
         rows["the disk"] = f"{disk.device or 'no block device'}, read-ahead {known}"
-        rows |= {f"its speed {how}": f"{size(n)}/s" if n else NOT_MEASURED for how, n in speeds.items()}
+        for how, rate in (
+            ("in order", disk.in_order),
+            (f"in pieces of {size(self.slice_bytes)}", disk.pieces),
+        ):
+            rows[f"its speed {how}"] = f"{size(rate)}/s" if rate else NOT_MEASURED
         if not self.seconds:
             return rows
         times = f", {self.read_bytes / self.helped:.1f} x what is needed" if self.helped else ""
-        read, faults = f"{size(self.read_bytes)}{times}", f"{self.major_faults:,.0f}"
         return rows | {
             "measured, a token": f"{self.seconds:.3g} s, {self.waiting:.3g} s of it without a processor",
-            "read": NOT_MEASURED if isnan(self.read_bytes) else read,
-            "stops for the disk": NOT_MEASURED if isnan(self.major_faults) else faults,
+            "read": NOT_MEASURED if isnan(self.read_bytes) else f"{size(self.read_bytes)}{times}",
+            "stops for the disk": NOT_MEASURED if isnan(self.major_faults) else f"{self.major_faults:,.0f}",
             "bound by": self.bound,
         }
 
@@ -153,13 +104,10 @@ class Diagnosis:
 def forecast(
     headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None = None, helped: float | None = None
 ) -> Diagnosis:
-    """What a token will read.
+    """What a token will read, from the headers of all shards, with so much memory for weights.
 
-    Args:
-        headers: of all shards.
-        memory_bytes: for weights: what is free, less cache and compute buffers.
-        disk: measured before; None: look now.
-        helped: bytes that it reads, where they are known better, as from a routing profile.
+    ``disk``: as measured before; None: measure it now. ``helped``: bytes that a token reads, where they are
+    known better, as from a routing profile.
     """
     layout = Layout.of(headers)
     parts = [part for layer in layout.experts.values() for part in layer]
@@ -180,13 +128,11 @@ def diagnose(model: Model, n_tokens: int = 4) -> Diagnosis:
     pinned = model.paging.pinned_bytes if model.paging else 0
     free = available_memory().available_bytes + pinned - (model.memory.compute_bytes or 0)
     expected = forecast(open_shards(model.path).headers, free)
-    tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_tokens + 2).tolist()
+    batches = [[token] for token in random_tokens(model, n_tokens + 2)]
     model.clear()
-    for token in tokens[:2]:
-        model.evaluate([token])
+    seconds_of(model, batches[:2])
     before = _counts()
-    for token in tokens[2:]:
-        model.evaluate([token])
+    seconds_of(model, batches[2:])
     seconds, processor, read, faults = ((b - a) / n_tokens for a, b in zip(before, _counts(), strict=True))
     model.clear()
     waiting, on = max(0.0, seconds - processor / (model.settings.n_threads or 1)), model.paging is not None

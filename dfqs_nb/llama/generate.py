@@ -9,17 +9,15 @@ import codecs
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Model
-from dfqs_nb.llama.template import Message
-from dfqs_nb.llama.thinking import answer_start, opens_thinking
+from dfqs_nb.llama.template import answer_start, opens_thinking
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,29 +61,22 @@ class Completion:
         return len(self.token_ids)
 
 
+@dataclass(eq=False)
 class TextStream:
     """Pieces of text as they come; after the last one, ``completion`` holds the whole.
 
     The prompt's tokens are continued from a cleared context. A piece never ends inside a character, and never
-    holds the start of a stop text. A stop text counts only behind the thinking of a model that thinks.
-
-    ``until``: the time by `time.monotonic` behind which no further token is generated.
-
-    Reading it raises what `Model.evaluate` raises.
+    holds the start of a stop text. Reading it raises what `Model.evaluate` raises.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        prompt: Sequence[int],
-        max_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-        stop: Sequence[str] = (),
-        until: float = math.inf,
-    ) -> None:
-        self._model, self._prompt, self._sampling = model, list(prompt), sampling
-        self._until = until
-        self._max_tokens, self._stop = max_tokens, tuple(text for text in stop if text)
+    model: Model
+    prompt: Sequence[int]
+    max_tokens: int = 256
+    sampling: Sampling = GREEDY
+    stop: Sequence[str] = ()  # texts, which count only behind the thinking of a model that thinks
+    until: float = math.inf  # the time by `time.monotonic` behind which no further token is generated
+
+    def __post_init__(self) -> None:
         self._pieces = self._run()
         self._completion: Completion | None = None
 
@@ -98,133 +89,105 @@ class TextStream:
         for _ in self._pieces:
             pass
         if self._completion is None:
-            raise ModelError("the stream was cut off by an error", where=self._model.path, hint="ask again")
+            raise ModelError("the stream was cut off by an error", where=self.model.path, hint="ask again")
         return self._completion
 
     def _run(self) -> Iterator[str]:
         text, shown, reason, tokens = "", 0, "length", list[int]()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        end = b"".join(map(self._model.token_bytes, self._prompt[-PROMPT_END:])) if self._stop else b""
+        stops = [mark for mark in self.stop if mark]
+        held = max(map(len, stops), default=1) - 1  # characters at the end that may begin a stop text
+        end = b"".join(map(self.model.token_bytes, self.prompt[-PROMPT_END:])) if stops else b""
         opened = opens_thinking(end.decode("utf-8", "replace"))
         for token in self._generate():
-            if self._model.ends(token):
+            if self.model.ends(token):
                 reason = "eos"
                 break
             tokens.append(token)
-            text += decoder.decode(self._model.token_bytes(token))
-            start = answer_start(text, opened) if self._stop else None
-            stops = [at for mark in self._stop if start is not None and (at := text.find(mark, start)) >= 0]
-            if stops:
-                text, reason = text[: min(stops)], "stop"
+            text += decoder.decode(self.model.token_bytes(token))
+            start = answer_start(text, opened) if stops else None
+            ends = [at for mark in stops if start is not None and (at := text.find(mark, start)) >= 0]
+            if ends:
+                text, reason = text[: min(ends)], "stop"
                 break
-            if time.monotonic() > self._until:
+            if time.monotonic() > self.until:
                 reason = "time"
                 break
-            safe = len(text) - _held_back(text, self._stop)
-            if safe > shown:
-                yield text[shown:safe]
-                shown = safe
+            if len(text) - held > shown:
+                yield text[shown : len(text) - held]
+                shown = len(text) - held
         text += "" if reason == "stop" else decoder.decode(b"", final=True)
         if len(text) > shown:
             yield text[shown:]
-        self._completion = Completion(text, tuple(tokens), reason, len(self._prompt))
+        self._completion = Completion(text, tuple(tokens), reason, len(self.prompt))
 
     def _generate(self) -> Iterator[int]:
         """Chosen tokens: prefill from a cleared context, then one evaluation for each but the first."""
-        model, how, sampler = self._model, self._sampling, None
+        model, how, sampler = self.model, self.sampling, None
         model.clear()
-        logits = model.evaluate(self._prompt)
+        logits = model.evaluate(self.prompt)
         if how.temperature > 0:
             model.llama.set_seed(how.seed)
             limits = {name: getattr(how, name) for name in ("top_k", "top_p", "min_p")}
             sampler = model.llama._init_sampler(temp=how.temperature, repeat_penalty=1.0, **limits)
-        most = min(self._max_tokens, model.settings.n_ctx - len(self._prompt))
-        begun, bar = time.monotonic(), None
-        with ExitStack() as stack:
-            for done in range(1, most + 1):
-                token = int(sampler.sample(model.llama._ctx, -1) if sampler else np.argmax(logits))
-                yield token
-                if done < most:
-                    logits = model.evaluate([token])
-                if bar:
-                    bar.update()
-                elif time.monotonic() - begun > BAR_SECONDS:  # a bar for each short answer would take longer
-                    bar = stack.enter_context(tqdm(total=most, initial=done, desc="answer", unit="token"))
+        most = min(self.max_tokens, model.settings.n_ctx - len(self.prompt))
+        for done in tqdm(range(1, most + 1), desc="answer", unit="token", delay=BAR_SECONDS):
+            token = int(sampler.sample(model.llama._ctx, -1) if sampler else np.argmax(logits))
+            yield token
+            if done < most:
+                logits = model.evaluate([token])
 
 
-def _held_back(text: str, stop: Sequence[str]) -> int:
-    r"""Characters at the end that may turn out to begin a stop text.
-
-    >>> _held_back("def f():\n", ["\n\n", "\nclass"])
-    1
-    """
-    sizes = {mark: min(len(mark), len(text)) for mark in stop}
-    held = (n for mark, most in sizes.items() for n in range(1, most + 1) if mark.startswith(text[-n:]))
-    return max(held, default=0)
-
-
-def chat_prompt(model: Model, prompt: str | Sequence[Message], **variables: bool) -> list[int]:
+def chat_prompt(model: Model, prompt: str, **variables: bool) -> list[int]:
     """Token ids of `chat_text`, with at most one BOS."""
     return model.with_bos(model.tokenize(chat_text(model, prompt, **variables)))
 
 
-def chat_text(model: Model, prompt: str | Sequence[Message], **variables: bool) -> str:
+def chat_text(model: Model, prompt: str, **variables: bool) -> str:
     """The text of a chat in the model's own template, up to where the answer begins.
 
-    A file without a template, as a base model's, gets the messages in `PLAIN_CHAT`. A template may ask for
-    ``variables``, such as ``enable_thinking``. Raises `ModelError` when it fails, refuses the messages or
-    leaves the question out.
+    A file without a template, as a base model's, gets the prompt in `PLAIN_CHAT`. A template may ask for
+    ``variables``, such as ``enable_thinking``. Raises `ModelError` when it fails, or leaves the prompt out.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not model.has_template:
-        return PLAIN_CHAT.replace("{prompt}", "\n".join(str(message["content"]) for message in messages))
-    return model.template.render(messages, variables)
+        return PLAIN_CHAT.replace("{prompt}", prompt)
+    return model.template.render(prompt, variables)
 
 
 def stream_chat(
-    model: Model,
-    prompt: str | Sequence[Message],
-    max_tokens: int = 256,
-    sampling: Sampling = GREEDY,
-    stop: Sequence[str] = (),
-    until: float = math.inf,
+    model: Model, prompt: str, max_tokens: int = 256, sampling: Sampling = GREEDY, until: float = math.inf
 ) -> TextStream:
     """Stream the answer to a chat, piece by piece; ``.completion`` of the result is the whole."""
-    stop = stop if model.has_template else (*stop, PLAIN_STOP)
+    stop = () if model.has_template else (PLAIN_STOP,)
     return TextStream(model, chat_prompt(model, prompt), max_tokens, sampling, stop, until)
 
 
-def chat(
-    model: Model,
-    prompt: str | Sequence[Message],
-    max_tokens: int = 256,
-    sampling: Sampling = GREEDY,
-    stop: Sequence[str] = (),
-) -> Completion:
-    """The answer to a chat in the model's own template, greedy by default."""
-    return stream_chat(model, prompt, max_tokens, sampling, stop).completion
+def chat(model: Model, prompt: str, *options: Any, **named: Any) -> Completion:
+    """The answer to a chat in the model's own template, greedy by default; options as `stream_chat`."""
+    return stream_chat(model, prompt, *options, **named).completion
 
 
-def complete(
-    model: Model, text: str, max_tokens: int = 256, sampling: Sampling = GREEDY, stop: Sequence[str] = ()
-) -> Completion:
-    """The continuation of plain text, such as code: no template, and control tokens have no meaning."""
+def complete(model: Model, text: str, max_tokens: int = 256, **options: Any) -> Completion:
+    """The continuation of plain text, such as code: no template, and control tokens have no meaning.
+
+    Options as `TextStream`.
+    """
     tokens = model.with_bos(model.tokenize(text, special=False))
-    return TextStream(model, tokens, max_tokens, sampling, stop).completion
+    return TextStream(model, tokens, max_tokens, **options).completion
 
 
 def answer_table(
-    model: Model, prompts: Sequence[str], max_tokens: int = 256, seconds: float = math.inf
+    model: Model, prompts: Sequence[str], max_tokens: int = 256, until: float = math.inf
 ) -> pd.DataFrame:
     """Greedy answers, one row a prompt: ``prompt``, ``answer``, ``tokens`` and ``finish_reason``.
 
-    When the ``seconds`` are over, the answer that is being written is cut, behind its first token at the
-    earliest, and later prompts are not asked: their ``finish_reason`` is ``time``.
+    At the time ``until`` (`time.monotonic`) the answer that is being written is cut, behind its first token
+    at the earliest, and later prompts are not asked: their ``finish_reason`` is ``time``.
     """
     import pandas as pd
 
-    rows, until = list[tuple[str, str, int, str]](), time.monotonic() + seconds
-    for prompt in tqdm(prompts, desc="answers", leave=False):
+    rows = list[tuple[str, str, int, str]]()
+    for prompt in tqdm(prompts, desc="answers"):
         if rows and time.monotonic() > until:
             rows.append((prompt, "", 0, "time"))
             continue

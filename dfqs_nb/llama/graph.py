@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import signal
 import threading
 import weakref
@@ -41,8 +42,9 @@ class Tensor(ctypes.Structure):
 NAME_OFFSET = Tensor.name.offset
 
 
+@functools.cache
 def ggml_function(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of the libggml that llama.cpp runs on; short, so it keeps Python's lock."""
+    """A function of llama.cpp's libraries that keeps Python's lock, as a short one may."""
     import llama_cpp.llama_cpp as api
 
     function = getattr(ctypes.PyDLL(api._lib._name), name)  # libllama, which depends on libggml
@@ -88,14 +90,13 @@ class Router:
 class _Nodes(dict[int, bool]):
     """Addresses of nodes that llama.cpp does not stop at; at every other address ``visit`` decides."""
 
-    def __init__(self, visit: Callable[[int], bool]) -> None:
-        self._visit = visit
+    visit: Callable[[int], bool]
 
     def __missing__(self, address: int) -> bool:
-        return self._visit(address)
+        return self.visit(address)
 
 
-_watches: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
+_watches: weakref.WeakValueDictionary[Any, Watch] = weakref.WeakValueDictionary()
 
 
 class Watch:
@@ -105,33 +106,35 @@ class Watch:
     read all names costs a small model 40 % of its speed, a dictionary 5 %. At a graph's first node the names
     at the addresses that matter are checked; another graph is learned afresh.
 
-    No exception may pass through llama.cpp: it is kept in ``_error``.
+    No exception may pass through llama.cpp: it is kept in ``_error``. A subclass has its say when a router is
+    met (`_router`), a graph begins (`_begun`), or a node that is not stopped at is met (`_other`).
     """
 
     def __init__(self) -> None:
         import llama_cpp.llama_cpp as api
 
         self.listeners: list[Callable[[Router], object]] = []
-        self._nodes, self._first = _Nodes(self._visit), 0  # the address of a graph's first node
-        self._routers: dict[int, Router] = {}
+        self._nodes = _Nodes()
+        self._error: BaseException | None = None
+        self._nodes.visit = self._visit
         # llama.cpp also passes whether it asks or has computed, and user data. A node that we stop at comes
         # exactly twice, so we leave both out: the call is cheaper
         self._function = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self._nodes.__getitem__)
         self.callback = ctypes.cast(self._function, api.ggml_backend_sched_eval_callback)
-        self._marks: list[tuple[Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
-        self._error: BaseException | None = None
-        _watches[_address_of(self.callback)] = self
+        self.forget_graph()
+        _watches[ctypes.cast(self.callback, ctypes.c_void_p).value] = self
 
     @staticmethod
     def behind(callback: Any) -> Watch | None:
         """The watch that a context's ``cb_eval`` belongs to; None where it is no watch's."""
-        return _watches.get(_address_of(callback))
+        return _watches.get(ctypes.cast(callback, ctypes.c_void_p).value)
 
     def forget_graph(self) -> None:
         """Forget the known addresses: the context that they lie in is gone."""
         self._nodes.clear()
-        self._routers.clear()
-        self._marks, self._first = [], 0
+        self._routers: dict[int, Router] = {}
+        self._marks: list[tuple[Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
+        self._first = 0  # the address of a graph's first node
 
     def _visit(self, address: int) -> bool:
         """A router's node, the first node of a graph, or a node that is met for the first time."""
@@ -143,6 +146,10 @@ class Watch:
                     self._chosen(router)
             elif address == self._first and all(tensor.name == name for tensor, name in self._marks):
                 self._begun(address)
+            elif not self._first or address == self._first:  # of the first graph, or of another at its place
+                self.forget_graph()
+                self._first = address
+                self._begun(address)
             else:
                 router = self._learn(address)
         except Exception as error:
@@ -151,34 +158,23 @@ class Watch:
 
     def _learn(self, address: int) -> Router | None:
         """A node by its name; None where llama.cpp need not stop."""
-        if not self._first or address == self._first:  # of the first graph, or of another at its place
-            self.forget_graph()
-            self._first = address
-            self._begun(address)
-            return None
         prefix = ctypes.string_at(address + NAME_OFFSET, PREFIX_BYTES)
-        if prefix == _TOPK:
-            router = self._routers[address] = self._router(address)
-            self._marks += router.marks
-            router.stopped = True
-            return router
-        self._nodes[address] = False
-        self._other(address, prefix)
-        return None
+        if prefix != _TOPK:
+            self._nodes[address] = False
+            self._other(address, prefix)
+            return None
+        router = self._routers[address] = self._router(address)
+        self._marks += router.marks
+        router.stopped = True
+        return router
 
     def _router(self, address: int) -> Router:
         return Router(address)
 
-    def _begun(self, address: int) -> None:
-        """A graph begins with this node."""
+    def _begun(self, address: int) -> None: ...
 
-    def _other(self, address: int, prefix: bytes) -> None:
-        """A node that is not stopped at is met for the first time."""
+    def _other(self, address: int, prefix: bytes) -> None: ...
 
     def _chosen(self, router: Router) -> None:
         for listener in self.listeners:
             listener(router)
-
-
-def _address_of(callback: Any) -> int:
-    return ctypes.cast(callback, ctypes.c_void_p).value or 0

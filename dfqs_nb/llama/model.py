@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import re
 import time
 import warnings
@@ -27,9 +26,8 @@ from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import check
-from dfqs_nb.llama.build import build_llama
-from dfqs_nb.llama.graph import interrupts_held
-from dfqs_nb.llama.log import LOG, WARNING, loaded_facts
+from dfqs_nb.llama.build import LOG, WARNING, build_llama, loaded_facts
+from dfqs_nb.llama.graph import ggml_function, interrupts_held
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.llama.template import CLOCK, ChatTemplate
@@ -70,7 +68,12 @@ class SavedState(NamedTuple):
 
 @dataclass(repr=False)
 class Model:
-    """An open model. Close it (or use it in a ``with`` block) to free its memory."""
+    """An open model. Close it (or use it in a ``with`` block) to free its memory.
+
+    It has also ``n_vocab``, the tokens of its vocabulary; ``n_past``, the tokens in the context now; ``bos``,
+    the token that begins every text (-1: the vocabulary asks for none); and ``has_template``: without a chat
+    template in the file, a chat's prompt goes into `PLAIN_CHAT`.
+    """
 
     llama: Any  # llama-cpp-python's `Llama`; None when closed
     path: Path
@@ -81,19 +84,15 @@ class Model:
     loaded: dict[str, Any] = field(default_factory=dict)  # `loaded_facts`, and ``paging``, a sentence
     paging: Paging | None = None  # None where it is not wanted
     warnings: tuple[str, ...] = ()  # of llama.cpp while it loaded the model, and ours
-    # Python's lock is kept while a token is decoded: a callback at every node of the graph costs half as much
-    keep_lock: bool = False
+    keep_lock: bool = False  # Python's, in decode: a callback at every node of the graph costs half as much
 
     def __post_init__(self) -> None:
-        """Have the chat template at hand; its process starts with the first chat."""
-        vocabulary, special = self.llama._model, (self.llama.token_bos(), self.llama.token_eos())
+        source, vocabulary = self.header.text("tokenizer.chat_template"), self.llama._model
+        special = self.llama.token_bos(), self.llama.token_eos()
         bos, eos = (vocabulary.token_get_text(token) if token >= 0 else "" for token in special)
-        self.template = ChatTemplate(self.header.text("tokenizer.chat_template"), bos, eos, self.path)
-
-    def __repr__(self) -> str:
-        """In a notebook: the file's name, without the folders of this machine."""
-        how = f"n_ctx={self.settings.n_ctx}, n_threads={self.settings.n_threads}"
-        return f"Model({self.path.name}, {self.header.architecture}, {how}{'' if self.llama else ', closed'})"
+        self.template = ChatTemplate(source, bos, eos, self.path)  # its process starts with the first chat
+        self.has_template, self.n_past, self.n_vocab = bool(source), 0, int(self.llama.n_vocab())
+        self.bos = int(special[0]) if vocabulary.add_bos_token() else -1
 
     def __enter__(self) -> Model:
         return self
@@ -113,28 +112,7 @@ class Model:
             raise ModelError("the model is closed", where=self.path, hint="open it again")
         return self.llama
 
-    @property
-    def has_template(self) -> bool:
-        """Whether the file has a chat template; without one, a chat's prompt goes into `PLAIN_CHAT`."""
-        return bool(self.header.text("tokenizer.chat_template"))
-
     # ---- tokens ----
-
-    @property
-    def n_vocab(self) -> int:
-        """Tokens in the vocabulary."""
-        return int(self._open().n_vocab())
-
-    @property
-    def n_past(self) -> int:
-        """Tokens evaluated in the context now."""
-        return int(self._open().n_tokens)
-
-    @property
-    def bos(self) -> int:
-        """The token that begins every text, or -1 where the vocabulary asks for none."""
-        llama = self._open()
-        return int(llama.token_bos()) if llama._model.add_bos_token() else -1
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of ``text``, without a BOS; ``special``: the text of a control token is that token."""
@@ -152,14 +130,13 @@ class Model:
 
         (``Llama.detokenize`` of llama-cpp-python 0.3.36 loses tokens longer than 32 bytes.)
         """
-        import llama_cpp
+        from llama_cpp import llama_token_to_piece as piece_of
 
-        vocab, size = self._open()._model.vocab, 64
+        vocab = self._open()._model.vocab
+        size = -piece_of(vocab, token, None, 0, 0, False)  # the room that it asks for
         buffer = ctypes.create_string_buffer(size)
-        while (n := llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, False)) < 0:
-            size = -n
-            buffer = ctypes.create_string_buffer(size)
-        return buffer.raw[:n]
+        piece_of(vocab, token, buffer, size, 0, False)
+        return buffer.raw
 
     def ends(self, token: int) -> bool:
         """Whether this token ends a generation."""
@@ -171,18 +148,20 @@ class Model:
 
     def clear(self) -> None:
         """Empty the context, wholly: ``deepseek4`` refuses to forget a part of it."""
-        llama = self._open()
-        llama._ctx.kv_cache_clear()
-        llama.reset()
+        self._open()._ctx.kv_cache_clear()
+        self.n_past = 0
 
     def decode(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after those in the context, without fetching logits.
 
         Raises `ContextFullError` when they do not fit in ``n_ctx``, and `DecodeError` when llama.cpp fails.
         """
+        import llama_cpp
+
         self.check_room(tokens)
         for start in range(0, len(tokens), self.settings.n_batch):
-            self._decode_batch(tokens[start : start + self.settings.n_batch], every_logit=False)
+            self._decode_batch(tokens[start : start + self.settings.n_batch])
+        llama_cpp.llama_synchronize(self.llama.ctx)  # a GPU works on its own
 
     def evaluate(self, tokens: Sequence[int]) -> Floats:
         """As `decode`; the logits after the last token, float32 ``(n_vocab,)``, or `NanLogitsError`."""
@@ -195,10 +174,9 @@ class Model:
         return logits
 
     def logits(self, tokens: Sequence[int], chunk_tokens: int | None = None) -> Iterator[Floats]:
-        """As `decode`, and yield the logits after each token, chunk by chunk, in constant memory.
+        """As `decode`, and yield the logits after each token, in chunks of at most ``n_batch`` tokens.
 
-        Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep. It
-        has at most ``n_batch`` tokens (the default).
+        Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep.
         """
         self.check_room(tokens)
         step = min(chunk_tokens or self.settings.n_batch, self.settings.n_batch)
@@ -206,12 +184,6 @@ class Model:
             chunk = tokens[start : start + step]
             self._decode_batch(chunk, every_logit=True)
             yield np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(len(chunk), self.n_vocab))
-
-    def synchronize(self) -> None:
-        """Wait until everything that was evaluated is computed (a GPU works on its own)."""
-        import llama_cpp
-
-        llama_cpp.llama_synchronize(self._open().ctx)
 
     def check_room(self, tokens: Sequence[int]) -> None:
         """Raise `ContextFullError` if these tokens do not fit after those in the context."""
@@ -223,25 +195,27 @@ class Model:
             hint = "open the model with a larger n_ctx, or shorten the prompt"
             raise ContextFullError(what, where=self.path, hint=hint)
 
-    def _decode_batch(self, tokens: Sequence[int], *, every_logit: bool) -> None:
+    def _decode_batch(self, tokens: Sequence[int], *, every_logit: bool = False) -> None:
         """One ``llama_decode``, with logits for each token or for the last one."""
         import llama_cpp.llama_cpp as api
 
-        llama, n, n_past = self._open(), len(tokens), self.n_past
+        llama, n = self._open(), len(tokens)
         if self.paging is not None:
             self.paging.before(tokens)
         ids = (api.llama_token * n)(*tokens)  # the batch points into it
         batch = api.llama_batch_get_one(ids, n)
         if every_logit:
             batch.logits = (ctypes.c_int8 * n)(*[1] * n)
-        run = _decode_with_lock() if self.keep_lock and n == 1 else api.llama_decode
+        run = api.llama_decode
+        if self.keep_lock and n == 1:
+            run = ggml_function("llama_decode", run.restype, *run.argtypes)
         with interrupts_held() if llama.context_params.cb_eval else contextlib.nullcontext():
             status = run(llama.ctx, batch)
         if status != 0:
-            what = f"llama_decode returned {status} after {n_past:,} tokens ({'; '.join(LOG.tail(2))})"
+            what = f"llama_decode returned {status} after {self.n_past:,} tokens ({'; '.join(LOG.tail(2))})"
             hint = "clear the context and try again; lower n_ubatch if memory is short"
             raise DecodeError(what, where=self.path, hint=hint)
-        llama.n_tokens = n_past + n
+        self.n_past += n
 
     # ---- the state of the sequence ----
 
@@ -265,7 +239,7 @@ class Model:
         if api.llama_state_seq_set_data(self.llama.ctx, state.data, size, 0) != size:
             what = "llama.cpp does not take its state back"
             raise DecodeError(what, where=self.path, hint="use reuse=False")
-        self.llama.n_tokens = state.n_tokens
+        self.n_past = state.n_tokens
 
     # ---- what answers are kept under ----
 
@@ -288,30 +262,15 @@ class Model:
         }
 
 
-@functools.cache
-def _decode_with_lock() -> Any:
-    """``llama_decode`` that keeps Python's lock."""
-    import llama_cpp.llama_cpp as api
-
-    function = ctypes.PyDLL(api._lib._name).llama_decode
-    function.argtypes, function.restype = api.llama_decode.argtypes, api.llama_decode.restype
-    return function
-
-
 def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial: bool = True) -> Model:
     """Check a model's files, its memory and its first decode, and only then open it in this process.
 
-    A RuntimeWarning tells that weights exceed the free memory, or what llama.cpp warns of (`Model.warnings`).
+    ``path``: the GGUF file, or any of its shards. Without a ``trial`` in a child process a damaged file can
+    end this process. A RuntimeWarning tells that weights exceed the free memory, or what llama.cpp warns of.
 
-    Args:
-        path: the GGUF file, or any of its shards.
-        trial: try it in a child process first. Without it a damaged file can end this process.
-
-    Raises:
-        HeaderError, ShardError: the file is not a complete, readable GGUF file.
-        SpaceError: KV cache and compute buffer exceed the free memory.
-        ModelError: it is no language model, or llama.cpp refuses it, dies on it, or computes NaN; llama.cpp's
-            last lines are a note of the exception.
+    Raises `HeaderError` or `ShardError` for an incomplete file, `SpaceError` where KV cache and compute
+    buffer exceed the free memory, and `ModelError` where it is no language model, or llama.cpp refuses it,
+    dies on it, or computes NaN; llama.cpp's last lines are a note of the exception.
     """
     settings = settings or OpenSettings()
     shards = open_shards(path)
@@ -390,7 +349,7 @@ def check_reuse(
         model.clear()
         fresh.append(model.evaluate([*text, *question]))
     model.clear()
-    largest = max(float(np.abs(a - b).max()) for a, b in zip(reused, fresh, strict=True))
-    same = all(np.argmax(a) == np.argmax(b) for a, b in zip(reused, fresh, strict=True))
+    largest = float(np.abs(np.subtract(reused, fresh)).max())
+    same = np.array_equal(np.argmax(reused, axis=1), np.argmax(fresh, axis=1))
     n_tokens = len(text) + sum(len(text) + 2 * len(question) for question in questions)
     return ReuseCheck(same and largest <= tolerance, largest, tolerance, n_tokens)

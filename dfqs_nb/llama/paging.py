@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
+from dfqs_nb.core.bandwidth import advise_read, window_bytes
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.llama.graph import Router, Watch, ggml_function
-from dfqs_nb.llama.log import planned_bytes
 from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 
 LINUX = sys.platform == "linux"
@@ -38,7 +38,6 @@ PAGE = 4096
 MCL_FUTURE, MCL_ONFAULT, MAP_FAILED = 2, 4, -1  # of Linux
 CAP_IPC_LOCK = 14
 FIRST_USERS = 0xEFFFFFFD  # inode of the system's own user namespace (PROC_USER_INIT_INO)
-WINDOW_BYTES = 128 << 10  # what one advice reads at least
 SPARE_SHARE = 0.05  # of memory that is never locked
 WHOLE_SHARE = 0.7  # of a layer's experts chosen, from which on the kernel's own windows waste nothing
 
@@ -115,15 +114,15 @@ class Paging:
         self.parts.append("routers' choices are read at once")
         return {"cb_eval": self._watch.callback}
 
-    def start(self, log: Sequence[str]) -> None:
-        """After the load, lock the dense weights. llama.cpp's log states the buffers that need room, too."""
+    def start(self, buffers: int) -> None:
+        """After the load, lock the dense weights, and leave room for so many bytes of llama.cpp's buffers."""
         if not LINUX:
             self.lost = [f"{sys.platform} is not Linux"]
             return
         _started.add(self)
         self._files = [os.open(path, os.O_RDONLY) for path in self.paths]
         self._window = [window_bytes(file) for file in self._files]
-        memory, buffers = available_memory(), sum(planned_bytes(log).values())
+        memory = available_memory()
         room = memory.available_bytes - buffers - round(SPARE_SHARE * memory.total_bytes)
         self._pin(room - self.layout.token_bytes)
 
@@ -147,16 +146,13 @@ class Paging:
             if base == MAP_FAILED:
                 continue
             self._pins.append((base, length))
-            for start, end in _merged((start, end) for at, start, end in self.layout.dense if at == file):
-                end = min(end, start + room - self.pinned_bytes)
-                low = start // PAGE * PAGE
-                if end <= start:
-                    continue
-                advise_read(descriptor, low, end, self._window[file])  # locking alone reads window by window
-                if _libc("mlock", base + low, end - low):
-                    continue
-                self._locked.append((base + low, end - low))
-                self.pinned_bytes += end - start
+            for start, end in sorted((start, end) for at, start, end in self.layout.dense if at == file):
+                low, end = start // PAGE * PAGE, min(end, start + room - self.pinned_bytes)
+                if end > start:
+                    advise_read(descriptor, low, end, self._window[file])  # a lock alone reads by windows
+                    if _libc("mlock", base + low, end - low) == 0:
+                        self._locked.append((base + low, end - low))
+                        self.pinned_bytes += end - start
         self.parts.append(f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory")
         if self.pinned_bytes < 0.99 * total:
             why = "close other programs, or lower n_ctx"
@@ -226,41 +222,6 @@ def may_lock() -> int | None:
         return None
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return None if soft == resource.RLIM_INFINITY else soft
-
-
-def block_folder(file: int) -> Path | None:
-    """What the system tells of the disk under an open file; None where there is none, as on a network."""
-    if not LINUX:
-        return None
-    device = os.fstat(file).st_dev
-    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
-    places = (place for place in (folder, folder.parent) if (place / "queue/read_ahead_kb").exists())
-    return next(places, None)
-
-
-def window_bytes(file: int) -> int:
-    """The most that one advice makes the kernel read: the read-ahead, or the device's largest request."""
-    folder = block_folder(file)
-    names = ("read_ahead_kb", "max_sectors_kb") if folder else ()
-    known = [int((folder / "queue" / name).read_text()) << 10 for name in names if folder]
-    return min(max(known, default=0) or WINDOW_BYTES, 1 << 20)
-
-
-def advise_read(file: int, start: int, end: int, window: int) -> None:
-    """Have the kernel read these bytes; it returns when they are under way, not when they are there."""
-    for at in range(start, end, window):
-        os.posix_fadvise(file, at, min(window, end - at), os.POSIX_FADV_WILLNEED)
-
-
-def _merged(ranges: Any) -> list[tuple[int, int]]:
-    """Ranges in order; those with less than a page between them as one."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if merged and start - merged[-1][1] < PAGE:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((start, end))
-    return merged
 
 
 def _libc(name: str, *arguments: int) -> int:

@@ -50,10 +50,8 @@ class OpenSettings:
         object.__setattr__(self, "n_threads", threads)
         object.__setattr__(self, "n_threads_batch", self.n_threads_batch or threads)
         for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name} is {getattr(self, name)}", hint="use 1 or more")
-        if self.n_ctx > MAX_CTX:
-            raise ModelError(f"n_ctx is {self.n_ctx:,}", hint=f"use at most {MAX_CTX:,}")
+            if not 1 <= getattr(self, name) <= MAX_CTX:
+                raise ModelError(f"{name} is {getattr(self, name):,}", hint=f"use 1 to {MAX_CTX:,}")
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ModelError(f"{name} is {value!r}", hint=f"use one of {', '.join(choices)}")
@@ -66,10 +64,9 @@ class OpenSettings:
 
         0 stands for that limit, and for the threads that suit it; without GPU support no layer is on a GPU.
         """
-        limit = own_context(path)
+        limit, layers = own_context(path), n_gpu_layers if has_gpu_support() else 0
         n_ctx = min(n_ctx or limit, limit) if limit else n_ctx or cls.n_ctx
-        layers, threads = n_gpu_layers if has_gpu_support() else 0, n_threads or threads_for(path)
-        return cls(n_ctx=n_ctx, n_threads=threads, n_gpu_layers=layers, **fields)
+        return cls(n_ctx=n_ctx, n_threads=n_threads or threads_for(path), n_gpu_layers=layers, **fields)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for a report's conditions."""

@@ -1,11 +1,11 @@
-"""A model's chat template, rendered in a child process: ``python -m dfqs_nb.llama.template``.
+"""A model's chat template, rendered in a child process: ``python -m dfqs_nb.llama``.
 
 A template is code of the file's author. Jinja's sandbox keeps it from our files, and the child's limits on
 time, memory and length keep it from stopping this process. The child lives as long as its model is open: to
 start one takes longer than a prompt.
 
 llama-cpp-python's formatter renders it, with one difference: the prompt is the same in every run. The clock
-stands still at `CLOCK`, random choices repeat, and an address in memory is a fault.
+stands still at `CLOCK`, and random choices repeat.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import random
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,7 @@ CLOCK = datetime(2026, 1, 1, 12)
 SECONDS = 10.0
 MAX_CHARACTERS = 1 << 24  # of a rendered chat
 MEMORY_BYTES = 1 << 30  # of address space that a template may take
-ADDRESS = re.compile(r" at 0x[0-9a-f]{4,}")  # in what Python shows of an object
 PLAIN = "use a file with a sound chat template; in Python, llama.complete(model, text) needs none"
-
-Message = Mapping[str, str]
 
 
 class ChatTemplate:
@@ -41,17 +38,17 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, bos: str, eos: str, where: Path) -> None:
-        self._job = {"source": source, "bos": bos, "eos": eos}
+        self._job = {"question": "render", "source": source, "bos": bos, "eos": eos}
         self.where, self.dated = where, "strftime_now" in source
-        self._worker, self._lock = child.Worker(__name__), threading.Lock()
+        self._worker, self._lock = child.Worker("dfqs_nb.llama"), threading.Lock()
         self._fault = ""  # that of a child that had to be killed: no other prompt waits for that long
 
-    def render(self, messages: Sequence[Message], variables: Mapping[str, bool] | None = None) -> str:
+    def render(self, question: str, variables: Mapping[str, bool] | None = None) -> str:
         """The text of a chat, up to where the answer begins; see `generate.chat_text`.
 
         Raises `ModelError`, also when the template exceeds its limits of time, memory and length.
         """
-        chat = {"messages": [dict(message) for message in messages], **(variables or {})}
+        chat = {"messages": [{"role": "user", "content": question}], **(variables or {})}
         with self._lock:
             answer = {"fault": self._fault}
             try:
@@ -62,9 +59,12 @@ class ChatTemplate:
                 answer["fault"] = self._fault = f"it exceeds its limit of {limit}"
         if (text := answer.get("text")) is None:
             raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
-        question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        if not _holds(text, question):
-            raise ModelError("its chat template leaves out the question", where=self.where, hint=PLAIN)
+        at = 0  # a template may quote the question, or strip its lines: its words must be there, in order
+        for word in re.findall(r"\w+", question):
+            at = text.find(word, at) + len(word)
+            if at < len(word):
+                what = "its chat template leaves out the question"
+                raise ModelError(what, where=self.where, hint=PLAIN)
         return text
 
     def close(self) -> None:
@@ -72,18 +72,31 @@ class ChatTemplate:
         self._worker.close()
 
 
-def _holds(text: str, question: str) -> bool:
-    """Whether the question's words are in the text, in order; a template may quote it, or strip its lines.
+# ---- thinking, in the text that a model writes before its answer ----
 
-    >>> _holds('["say", "hi"]', 'say "hi"'), _holds("Hello", "What is 2 + 2?")
+MARKS = [(f"<{word}>", f"</{word}>") for word in ("think", "thinking", "thought", "reasoning")]
+MARKS += [("[THINK]", "[/THINK]")]
+
+
+def opens_thinking(prompt: str) -> bool:
+    r"""Whether a rendered prompt ends with the mark that begins a thinking, as some templates do.
+
+    >>> opens_thinking("<|Assistant|><think>\n"), opens_thinking("<|Assistant|>")
     (True, False)
     """
-    at = 0
-    for word in re.findall(r"\w+", question):
-        at = text.find(word, at) + len(word)
-        if at < len(word):
-            return False
-    return True
+    return prompt.rstrip().endswith(tuple(opening for opening, _ in MARKS))
+
+
+def answer_start(text: str, opened: bool = False) -> int | None:
+    """Where the answer begins: behind the last thinking, which the prompt may have opened; None within it.
+
+    >>> answer_start("<think>12?</think>12"), answer_start("It is 12."), answer_start("<think>so maybe")
+    (18, 0, None)
+    """
+    start = max((at + len(end) for _, end in MARKS if (at := text.rfind(end)) >= 0), default=0)
+    if any(text.find(opening, start) >= 0 for opening, _ in MARKS):
+        return None
+    return None if opened and not start else start
 
 
 # ---- the child's side ----
@@ -93,30 +106,21 @@ def _holds(text: str, question: str) -> bool:
 def _formatter(source: str, bos: str, eos: str) -> Any:
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+    child.limit_memory(psutil.Process().memory_info().vms + MEMORY_BYTES)  # behind what the import takes
     formatter: Any = Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
     formatter.strftime_now = CLOCK.strftime
     return formatter
 
 
-def work(job: dict[str, Any]) -> dict[str, str]:
+def render(job: dict[str, Any]) -> dict[str, str]:
     """Render one chat: the text, or what is wrong."""
-    chat = job.pop("chat")
     random.seed(0)
     try:
-        text = _formatter(**job)(**chat).prompt
+        text = _formatter(job["source"], job["bos"], job["eos"])(**job["chat"]).prompt
     except Exception as error:  # the template is code: it may raise anything; Jinja raises its own errors
         number = getattr(error, "lineno", None)  # of Jinja's syntax errors
         line = f"line {number}: " if number else ""
         return {"fault": (line + (str(error) or type(error).__name__))[:300]}
     if len(text) > MAX_CHARACTERS:
         return {"fault": f"its text exceeds {MAX_CHARACTERS:,} characters"}
-    if ADDRESS.search(text) and not ADDRESS.search(str(chat["messages"])):
-        return {"fault": "its text has an address in memory, which is another in every run"}
     return {"text": text}
-
-
-if __name__ == "__main__":
-    import llama_cpp.llama_chat_format  # noqa: F401  what it takes is not the template's
-
-    child.limit_memory(psutil.Process().memory_info().vms + MEMORY_BYTES)
-    child.serve(work)

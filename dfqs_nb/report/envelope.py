@@ -44,7 +44,7 @@ def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSet
 
     Contexts that llama.cpp refuses are left out.
     """
-    from dfqs_nb.llama.check import dry_run
+    from dfqs_nb.llama.build import dry_run
 
     planned = {}
     for n_ctx in contexts:

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dfqs_nb.llama.build import default_params, set_context
+from dfqs_nb.llama.build import LOG, default_params, refusal, set_context
 from dfqs_nb.llama.graph import Watch, interrupts_held
-from dfqs_nb.llama.log import LOG, refusal
 from dfqs_nb.llama.model import DecodeError, Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.recorder import Recorder, RoutingError
@@ -52,12 +51,12 @@ class RecordedModel:
         set_context(params, settings)
         params.n_seq_max, params.kv_unified = n_sequences, unified
         llama._ctx.close()
-        LOG.clear()
+        LOG.install()
         try:
             llama._ctx = LlamaContext(model=llama._model, params=params, verbose=False)
         except ValueError as error:
             raise refusal(model.path) from error
-        llama.n_tokens, model.settings = 0, settings
+        model.n_past, model.settings = 0, settings
         if (watch := Watch.behind(params.cb_eval)) is not None:  # the recorder's, or the paging help's
             watch.forget_graph()
         if self.recorder is not None:

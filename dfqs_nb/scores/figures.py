@@ -58,7 +58,7 @@ def choice_margins(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
-    """Decode speed by depth, every repetition, below its roof; ``table`` as `speed.speed_by_depth`."""
+    """Decode speed by depth, every repetition, below its roof; ``table`` as `speed.with_roof`."""
     decode, row = table[table["phase"] == "decode"], metric_row(table)
     if len(decode) < 2:
         share = f"decode there reaches {row['utilisation']:.1%} of the roof"

@@ -22,7 +22,7 @@ from dfqs_nb.core import display, errors, journal
 from dfqs_nb.core.budget import duration
 from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, TextStream, chat_text
 from dfqs_nb.llama.model import PLAIN_STOP, Model
-from dfqs_nb.llama.thinking import answer_start, opens_thinking
+from dfqs_nb.llama.template import answer_start, opens_thinking
 from dfqs_nb.llama.timing import Pace, probe
 from dfqs_nb.scores.grading import CUT, Results, SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet

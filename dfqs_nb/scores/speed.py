@@ -1,131 +1,42 @@
-"""How fast a model runs, below the roof that bandwidth sets: a token of decode reads every active weight."""
+"""How fast a model can run: a token of decode reads every active weight, so bandwidth sets a roof."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-import tempfile
-import time
 import tomllib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from math import nan
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dfqs_nb.core.budget import Fitted, fit
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.machine import random_read_speed, usable_cores, watched_load
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.memory import FLASH, ActiveBytes, active_bytes, cache_bytes_read
 from dfqs_nb.llama.model import Model
-from dfqs_nb.llama.timing import Pace, measure_speed
+from dfqs_nb.llama.timing import METRIC_DEPTH
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BUFFER_BYTES = 256 << 20  # that each thread reads: more than the processor's caches hold
-DISK_BYTES = 256 << 20
-METRIC_DEPTH = 512  # of ``cpu_tokens_per_sec``
-GB = 1e9
-CUTS = (
-    {"repetitions": 3},
-    {"n_tokens": 32},
-    {"depths": 2},
-    {"repetitions": 1},
-    {"n_tokens": 8},
-    {"depths": 1},
-)
-NAMES = {"repetitions": "timed repetitions", "n_tokens": "timed tokens", "depths": "timed depths"}
+# What weights are read from: its name, bytes of them that it holds, bytes a second.
+Place = tuple[str, float, float]
 
 
-def memory_bandwidth(n_threads: int = 0) -> float:
-    """Bytes a second that threads (by default one a core) read from memory together; the best of 3 tries.
+def with_roof(speeds: pd.DataFrame, model: Model, bandwidth: float) -> pd.DataFrame:
+    """Speeds by `llama.timing.measure_speed`, with ``roof`` (tokens a second) and ``utilisation`` of decode.
 
-    Each thread searches its own buffer for a byte that is not there, by the C library's ``memchr``, which
-    reads as fast as the processor can and lets Python's other threads run.
+    ``bandwidth``: bytes a second that all cores read from memory together.
     """
-    search = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memchr
-    search.argtypes, search.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
-    n_threads, seconds = n_threads or usable_cores(), []
-    buffers = [np.zeros(BUFFER_BYTES, np.uint8) for _ in range(n_threads)]
-    for buffer in buffers:
-        buffer[::4096] = 2  # touches each page, so that it is memory and not a promise
-    with ThreadPoolExecutor(n_threads) as pool:
-        for _ in range(3):
-            started = time.perf_counter()
-            list(pool.map(lambda buffer: search(buffer.ctypes.data, 1, BUFFER_BYTES), buffers))
-            seconds.append(time.perf_counter() - started)
-    return n_threads * BUFFER_BYTES / min(seconds)
-
-
-def disk_bandwidth(folder: str | Path) -> float | None:
-    """Bytes a second read from the disk under ``folder``, in pieces of 2 MiB of a temporary file.
-
-    None where the file cannot be kept out of the cache.
-    """
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        for seed in range(DISK_BYTES >> 22):
-            file.write(np.random.default_rng(seed).bytes(1 << 22))
-        file.flush()
-        os.fsync(file.fileno())
-        return random_read_speed(file.name)
-
-
-def speed_by_depth(
-    model: Model, depths: Iterable[int], n_tokens: int, repetitions: int, *, bandwidth: float, seed: int = 42
-) -> pd.DataFrame:
-    """Prefill and decode speed at several depths, beside the roof that the memory of this machine sets.
-
-    One row a phase and depth: ``phase``, ``depth``, ``n_threads``, ``repetitions``, ``tokens``, ``median``,
-    ``min``, ``max``, ``values`` (tokens a second); for decode ``roof`` (tokens a second) and ``utilisation``
-    (median / roof); ``other_cores`` and ``contended``. ``bandwidth``: bytes a second that all cores read
-    together. A depth whose tokens exceed ``n_ctx`` is a `ContextFullError`.
-    """
-    import pandas as pd
-
-    weights, rows = active_bytes(model.header).total, []
-    for depth in depths:
-        with watched_load() as load:
-            timed = measure_speed(model, depth, n_tokens, repetitions, seed)
-        types = model.settings.type_k, model.settings.type_v
-        roof = bandwidth / (weights + cache_bytes_read(model.header, depth + n_tokens // 2, *types))
-        busy = {"other_cores": load.other_cores, "contended": load.contended}
-        prefill, decode = (row | busy for row in timed)
-        rows += [prefill, decode | {"roof": roof, "utilisation": decode["median"] / roof}]
-    return pd.DataFrame(rows)
-
-
-def plan_speeds(depths: Sequence[int], pace: Pace, seconds: float) -> tuple[list[int], Fitted]:
-    """Depths to time and ``repetitions`` and ``n_tokens`` of each, cut to these seconds; depth 512 stays."""
-    order = sorted(depths, key=lambda depth: (depth != METRIC_DEPTH, depth))
-
-    def cost(plan: dict[str, int]) -> float:
-        timed = order[: plan["depths"]]
-        return (plan["repetitions"] + 0.3) * sum(pace.seconds(depth, plan["n_tokens"]) for depth in timed)
-
-    fitted = fit({"repetitions": 5, "n_tokens": 128, "depths": len(order)}, CUTS, cost, seconds, NAMES)
-    return sorted(order[: fitted.values["depths"]]), fitted
+    weights, types = active_bytes(model.header).total, (model.settings.type_k, model.settings.type_v)
+    middles = (speeds["depth"] + speeds["tokens"] // 2).tolist()  # of the timed tokens
+    read = [weights + cache_bytes_read(model.header, middle, *types) for middle in middles]
+    timed = speeds.assign(roof=[bandwidth / nbytes for nbytes in read])
+    timed["roof"] = timed["roof"].where(timed["phase"] == "decode")
+    return timed.assign(utilisation=timed["median"] / timed["roof"])
 
 
 def metric_row(speeds: pd.DataFrame) -> pd.Series:
     """The row of decode that gives ``cpu_tokens_per_sec``: depth 512, else the deepest that was timed."""
     decode = speeds[speeds["phase"] == "decode"].set_index("depth", drop=False)
     return decode.loc[METRIC_DEPTH if METRIC_DEPTH in decode.index else decode.index[-1]]
-
-
-def sentence(row: pd.Series) -> str:
-    """A row of decode in words."""
-    spread = f"({row['min']:,.1f} to {row['max']:,.1f}, n = {row['repetitions']})"
-    busy = ", contended" if row["contended"] else ""
-    return f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}{busy}"
-
-
-# What weights are read from: its name, bytes of them that it holds, bytes a second.
-Place = tuple[str, float, float]
 
 
 def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> tuple[float, dict[str, float]]:
@@ -148,7 +59,7 @@ def speed_bound(weights: ActiveBytes, places: Sequence[Place]) -> tuple[float, d
         seconds += read / bytes_per_sec
         shares[name] = read / weights.total
     if dense + routed > 1:
-        raise DfqsError(f"no place holds {(dense + routed) / GB:,.1f} GB of the weights", hint="add a disk")
+        raise DfqsError(f"no place holds {(dense + routed) / 1e9:,.1f} GB of the weights", hint="add a disk")
     return 1 / seconds, shares
 
 

@@ -28,7 +28,7 @@ from pydantic import SecretStr
 
 from dfqs_nb.core import child
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama.log import loaded_facts
+from dfqs_nb.llama.build import loaded_facts
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 from dfqs_nb.serve.client import Endpoint, connect
 from dfqs_nb.serve.wire import EndpointError

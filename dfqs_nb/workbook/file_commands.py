@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from dfqs_nb import ladder
 from dfqs_nb import merge as merging
+from dfqs_nb.core.bandwidth import disk_bandwidth, memory_bandwidth
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
 from dfqs_nb.core.machine import available_memory
@@ -278,13 +279,11 @@ def _runtime_rows(known: Any, n_ctx: int) -> int | None:
 
 def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, float]:
     """Bytes a second by device, as given or measured here; what is neither is left out."""
-    from dfqs_nb.scores import speed
-
     speeds = {name: 1e9 * value for name, value in given.items() if value}
-    speeds.setdefault(RAM, speed.memory_bandwidth())
+    speeds.setdefault(RAM, memory_bandwidth())
     if DISK not in speeds and placed.disk_token_bytes:
         outputs_dir().mkdir(parents=True, exist_ok=True)
-        measured = (outlook and outlook.disk.pieces) or speed.disk_bandwidth(outputs_dir())
+        measured = (outlook and outlook.disk.pieces) or disk_bandwidth(outputs_dir())
         speeds |= {DISK: measured} if measured else {}
     return speeds
 

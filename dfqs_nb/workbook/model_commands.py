@@ -183,8 +183,7 @@ def bench(
     The columns are those of llama-bench.
     Example: `dfqs-nb bench model.gguf --threads 4,8,16 --flash-attn 0,1`
     """
-    from dfqs_nb.llama import OpenSettings
-    from dfqs_nb.llama import bench as benches
+    from dfqs_nb.llama import timing
 
     if output and output.suffix not in (".csv", ".json", ".md"):
         raise DfqsError("its name says no format", where=output, hint="end it in .csv, .json or .md")
@@ -193,23 +192,21 @@ def bench(
         "n_threads": threads or sorted({*(2**k for k in range(cores.bit_length())), cores}),
         "n_batch": batch,
         "n_ubatch": ubatch,
-        "cache_type": cache_type.split(","),
+        "type_k": cache_type.split(","),
         "flash_attn": [bool(value) for value in flash_attn],
         "n_gpu_layers": gpu_layers,
     }
-    cases = benches.grid(OpenSettings(), axes, prompt, gen, depth)
-    say(f"{len(cases)} tests: one round, then up to {rounds - 1} more within {budget_minutes:g} minutes")
+    say(f"one round, then up to {rounds - 1} more within {budget_minutes:g} minutes")
     with watched_load() as load:
-        timed, refused = benches.run(model, cases, rounds, budget_minutes)
-    table = benches.table(timed)
-    shown = ["type_k" if name == "cache_type" else name for name in axes if name != "n_threads"]
-    varied = ["n_threads", *(name for name in shown if table[name].nunique() > 1)]
-    named = table.assign(test=[cases[number].name for number in table.index])
-    say_table(named[[*varied, "test", "avg_ts", "stddev_ts"]], ".1f")
+        timed, refused = timing.bench(model, axes, prompt, gen, depth, rounds, budget_minutes)
+    table = timing.bench_table(timed)
+    varied = ["n_threads", *(name for name in timing.PARAMETERS if table[name].nunique() > 1)]
+    shown = [name for name in dict.fromkeys(varied) if name != "type_v"]  # it is that of the keys
+    say_table(table[[*shown, "test", "avg_ts", "stddev_ts"]], ".1f")
     joules = table["joules_per_token"].min()
     say(f"energy: {joules:.2f} J a token at best" if joules == joules else "energy: not readable here")
-    busy = ["contended: other processes were busy, so the speeds are too low"] if load.contended else []
-    say(*benches.advice(timed), *busy, *(f"left out: {reason}" for reason in dict.fromkeys(refused)))
+    busy = ["contended: other programs were busy, so the speeds are too low"] if load.contended else []
+    say(*timing.advice(timed), *busy, *(f"left out: {reason}" for reason in dict.fromkeys(refused)))
     if output:
         made = {".csv": table.to_csv(index=False), ".json": table.to_json(orient="records", indent=2)}
         made[".md"] = markdown_table(table) + "\n"

@@ -37,8 +37,7 @@ from specimen import write_specimen
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.placement import EXPERTS
 from dfqs_nb.llama import OpenSettings
-from dfqs_nb.llama.build import default_params
-from dfqs_nb.llama.log import LOG
+from dfqs_nb.llama.build import LOG, default_params
 from dfqs_nb.llama.timing import measure_speed
 from dfqs_nb.routing import open_recorded
 from dfqs_nb.routing.recorded import Schedule, record
@@ -113,9 +112,9 @@ def measure(path: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]
             callback = recorded.model.llama.context_params.cb_eval
             recorded.model.llama.context_params.cb_eval = type(callback)()  # time it without the recorder
             recorded.reopen(recorded.model.settings)
-            prefill, decode = measure_speed(
-                recorded.model, options.prompt, options.decode, options.repetitions
-            )
+            depths = [options.prompt]
+            speeds = measure_speed(recorded.model, depths, options.decode, options.repetitions)
+            prefill, decode = speeds.to_dict("records")
             recorded.model.llama.context_params.cb_eval = callback
         first = sets if first is None else first
         differ = (sets != first).any(-1)

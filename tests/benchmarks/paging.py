@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import specimen
 
-from dfqs_nb.core.machine import available_memory, random_read_speed
+from dfqs_nb.core.bandwidth import block_folder, disk_bandwidth
+from dfqs_nb.core.machine import available_memory
 from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama import paging
@@ -101,7 +102,7 @@ def balloon(left_bytes: int) -> Iterator[None]:
 def read_ahead(model: Path, kib: int) -> Iterator[None]:
     """The disk's read-ahead, for a while."""
     with model.open("rb") as file:
-        folder = paging.block_folder(file.fileno())
+        folder = block_folder(file.fileno())
     assert folder is not None, "there is no block device under the model"
     place = folder / "queue/read_ahead_kb"
     before = place.read_text()
@@ -164,7 +165,7 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
         clock.append((time.perf_counter(), counters().read_bytes - begin))
         return clock[-1][0] - clock[-2][0], clock[-1][1] - clock[-2][1]
 
-    disk, digest = random_read_speed(job["model"]), hashlib.sha256()  # before weights are locked in memory
+    disk, digest = disk_bandwidth(job["model"]), hashlib.sha256()  # before weights are locked in memory
     stop()
     with open_model(job["model"], how, trial=False) as model:
         if "random" in job["parts"]:

@@ -60,8 +60,8 @@ def theirs(bench: Path, model: str, depth: int, tokens: int, threads: int) -> tu
 
 
 def ours(model: llama_model.Model, depth: int, tokens: int) -> tuple[float, float]:
-    prefill, decode = llama_timing.measure_speed(model, depth, tokens, repetitions=1)
-    return prefill["median"], decode["median"]
+    prefill, decode = llama_timing.measure_speed(model, [depth], tokens, repetitions=1)["median"]
+    return prefill, decode
 
 
 def main() -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb.core import child
+from dfqs_nb.llama.build import ERROR, LOG
 from dfqs_nb.llama.check import _GgufParams
 from dfqs_nb.llama.graph import ggml_function
-from dfqs_nb.llama.log import ERROR, LOG
 
 SUPPORT = str(Path(__file__).parent)
 

@@ -23,7 +23,7 @@ from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import flash_cache_table, kv_cache_bytes, published_shape
-from dfqs_nb.llama.check import dry_run
+from dfqs_nb.llama.build import dry_run
 from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
 

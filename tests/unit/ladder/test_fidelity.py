@@ -185,7 +185,7 @@ def test_the_head_says_what_was_recorded(record):
 
 def test_a_byte_token_stands_behind_the_token_of_the_same_text(original, monkeypatch):
     """SentencePiece has a token for each byte beside the real ones, and before them."""
-    monkeypatch.setattr(type(original), "n_vocab", 3)
+    monkeypatch.setattr(original, "n_vocab", 3)
     monkeypatch.setattr(original, "token_bytes", lambda token: [b".", b".", b"a"][token])
     header = {"tokenizer.ggml.token_type": [fidelity.BYTE, 1, 1]}
     monkeypatch.setattr(original, "header", header)

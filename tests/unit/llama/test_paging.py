@@ -20,6 +20,7 @@ import specimen
 from moe_models import VOCAB, write_model
 
 from dfqs_nb.core import machine
+from dfqs_nb.core.bandwidth import Disk
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import Memory
@@ -30,7 +31,7 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import diagnose, paging
-from dfqs_nb.llama.diagnosis import Disk, forecast
+from dfqs_nb.llama.diagnosis import forecast
 from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings
@@ -355,21 +356,3 @@ def test_what_a_system_does_not_count_is_not_measured(moe, monkeypatch):
     assert "not known" in diagnosis.sentence
     with open_model(moe, settings("off"), trial=False) as model:
         assert diagnose(model, n_tokens=1).rows["read"] == "not measured"
-
-
-@linux_only
-def test_the_disk_under_a_file_is_measured(tmp_path, monkeypatch):
-    path = tmp_path / "m"
-    path.write_bytes(os.urandom(1 << 20) * 32)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    asked, advise = set(), os.posix_fadvise
-    monkeypatch.setattr(
-        os, "posix_fadvise", lambda f, at, n, how: asked.add((at, how)) or advise(f, at, n, how)
-    )
-    disk = Disk.under(path, 64 << 10)
-    wanted = {at for at, how in asked if how == os.POSIX_FADV_WILLNEED}
-    assert len(wanted) >= 60, "pieces from many places"
-    assert disk.pieces is None or disk.pieces > 0
-    assert not disk.device or Path("/sys/class/block", disk.device).exists() and disk.read_ahead_bytes >= 0
-    assert Disk.under(path, 1 << 20).pieces is None, "too small a file"

@@ -25,7 +25,7 @@ QUESTION = 'What is "2 + 2"?\nSay it.'
 def render(source: str, question: str = QUESTION) -> str:
     chat_template = ChatTemplate(source, "<s>", "</s>", Path("m.gguf"))
     try:
-        return chat_template.render([{"role": "user", "content": question}])
+        return chat_template.render(question)
     finally:
         chat_template.close()
 
@@ -130,7 +130,7 @@ def test_a_template_that_never_ends_is_stopped_and_not_asked_again(source, monke
     )
     for _ in range(3):
         with no_hang(), pytest.raises(ModelError, match="exceeds its limit of"):
-            endless.render([{"role": "user", "content": QUESTION}])
+            endless.render(QUESTION)
     assert len(asked) == 1
 
 
@@ -159,14 +159,6 @@ def test_the_clock_of_a_template_stands_still():
 def test_a_template_that_draws_at_random_gives_the_same_prompt_in_every_run(source):
     source += "{{ messages[0].content }}"
     assert render(source) == render(source)
-
-
-@pytest.mark.parametrize("source", ["{{ cycler(1, 2) }}", "{{ '' ~ raise_exception }}", "{{ [joiner()] }}"])
-def test_an_address_in_memory_is_no_part_of_a_prompt(source):
-    with pytest.raises(ModelError, match="address in memory"):
-        render(source + "{{ messages[0].content }}")
-    question = "What does <f at 0x7fddf2cf0e50> mean?"
-    assert render("{{ messages[0].content }}", question) == question
 
 
 def test_a_lone_surrogate_in_a_question_is_no_traceback(nano, tmp_path):

@@ -24,7 +24,6 @@ from dfqs_nb.scores import (
     find_sandbox,
     likelihood,
     plan_questions,
-    speed,
 )
 from dfqs_nb.scores import run as runs
 from dfqs_nb.scores.grading import Results
@@ -151,14 +150,6 @@ def test_sets_share_the_time_and_what_is_missing_is_said(planned, monkeypatch, t
         f"only 1 of 164 questions of {SETS[1].name} answered; 1 was cut off",
         f"the set {SETS[2].name}",
     ]
-
-
-def test_the_depth_of_the_metric_is_the_last_to_go():
-    depths, fitted = speed.plan_speeds([128, 512, 896], PACE, math.inf)
-    assert depths == [128, 512, 896] and fitted.left_out == ()
-    depths, fitted = speed.plan_speeds([128, 512, 896], PACE, 0)
-    assert depths == [512] and fitted.values["repetitions"] == 1
-    assert "1 timed repetition, not 5" in fitted.left_out
 
 
 def test_choices_end_at_their_time_and_are_spread_over_the_families(model, tmp_path):

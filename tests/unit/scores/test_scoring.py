@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.llama.thinking import MARKS, answer_start, opens_thinking
+from dfqs_nb.llama.template import MARKS, answer_start, opens_thinking
 from dfqs_nb.scores import ItemSet, item_sets
 from dfqs_nb.scores import grading as scoring
 from dfqs_nb.scores.answers import code_in, normalised

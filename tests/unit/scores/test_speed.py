@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pandas as pd
 import pytest
 
@@ -11,7 +9,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.memory import FLASH, ActiveBytes, active_bytes, cache_bytes_read
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
-from dfqs_nb.llama.paging import block_folder
+from dfqs_nb.llama.timing import measure_speed
 from dfqs_nb.scores import figures, speed
 from dfqs_nb.scores.speed import speed_bound
 
@@ -56,29 +54,15 @@ def test_no_claim_of_the_card_exceeds_its_bound_and_paging_comes_near_the_card()
     assert claimed["claimed_low"].iloc[0] < slow < 3 * claimed["claimed_high"].iloc[0]
 
 
-def test_memory_bandwidth_is_that_of_memory():
-    assert 1e9 < speed.memory_bandwidth(1) < 500e9
-
-
-def test_disk_bandwidth_is_measured_where_there_is_a_disk(tmp_path):
-    bandwidth, folder = speed.disk_bandwidth(tmp_path), os.open(tmp_path, os.O_RDONLY)
-    disk = block_folder(folder)
-    os.close(folder)
-    assert list(tmp_path.iterdir()) == []
-    if disk is not None:
-        assert bandwidth is not None, "the file's pages stayed in the cache"
-    assert bandwidth is None or 1e6 < bandwidth < 100e9
-
-
-def test_speed_by_depth_has_a_roof(model):
-    table = speed.speed_by_depth(model, [64, 256], n_tokens=16, repetitions=2, bandwidth=1e12)
+def test_decode_has_a_roof_at_each_depth(model):
+    speeds = measure_speed(model, [64, 256], n_tokens=16, repetitions=2)
+    table = speed.with_roof(speeds, model, bandwidth=1e12)
     assert list(table["phase"]) == ["prefill", "decode"] * 2 and list(table["depth"]) == [64, 64, 256, 256]
     decode = table[table["phase"] == "decode"]
     read = active_bytes(model.header).total + cache_bytes_read(model.header, 64 + 8)
     assert decode["roof"].iloc[0] == pytest.approx(1e12 / read)
     assert (decode["utilisation"] < 1).all() and table["contended"].dtype == bool
-    with pytest.raises(llama_model.ContextFullError):
-        speed.speed_by_depth(model, [512], 16, 1, bandwidth=1e9)
+    assert table.loc[table["phase"] == "prefill", ["roof", "utilisation"]].isna().all(axis=None)
 
 
 def test_the_metric_and_the_figure_have_the_same_depth():

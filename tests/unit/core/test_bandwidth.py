@@ -1,0 +1,48 @@
+"""How fast memory and disk are read: plausible numbers, and none where nothing can be measured."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from dfqs_nb.core.bandwidth import PIECE_BYTES, Disk, block_folder, disk_bandwidth, memory_bandwidth
+
+
+def test_memory_bandwidth_is_that_of_memory():
+    assert 1e9 < memory_bandwidth(1) < 500e9
+
+
+def test_disk_bandwidth_is_measured_where_there_is_a_disk(tmp_path):
+    bandwidth, folder = disk_bandwidth(tmp_path), os.open(tmp_path, os.O_RDONLY)
+    disk = block_folder(folder)
+    os.close(folder)
+    assert list(tmp_path.iterdir()) == []
+    if disk is not None:
+        assert bandwidth is not None, "the file's pages stayed in the cache"
+    assert bandwidth is None or 1e6 < bandwidth < 100e9
+
+
+def test_a_small_file_tells_no_bandwidth(tmp_path):
+    (tmp_path / "m").write_bytes(bytes(PIECE_BYTES))
+    assert disk_bandwidth(tmp_path / "m") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the advice is for Linux")
+def test_the_disk_under_a_file_is_measured(tmp_path, monkeypatch):
+    path = tmp_path / "m"
+    path.write_bytes(os.urandom(1 << 20) * 32)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    asked, advise = set(), os.posix_fadvise
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda f, at, n, how: asked.add((at, how)) or advise(f, at, n, how)
+    )
+    disk = Disk.under(path, 64 << 10)
+    wanted = {at for at, how in asked if how == os.POSIX_FADV_WILLNEED}
+    assert len(wanted) >= 60, "pieces from many places"
+    assert disk.pieces is None or disk.pieces > 0
+    assert not disk.device or Path("/sys/class/block", disk.device).exists() and disk.read_ahead_bytes >= 0
+    assert Disk.under(path, 1 << 20).pieces is None, "too small a file"
