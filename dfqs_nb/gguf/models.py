@@ -283,6 +283,7 @@ def explained(address: str) -> Iterator[None]:
         else:
             if isinstance(error, LocalEntryNotFoundError):  # its cause says why the hub was of no help
                 cause = error.__cause__ or OfflineModeIsEnabled()
-            words = f"cannot be fetched ({one_line(cause)}); {NEXT}"
+            words = re.sub(r"https?://[^\s'\"]+", lambda url: shown(url[0]), one_line(cause))
+            words = f"cannot be fetched ({words.partition(' For more information')[0]}); {NEXT}"
             what, _, hint = CAUSES.get(type(cause).__name__, words).partition("; ")
         raise kind(what, where=shown(address), hint=hint) from error
