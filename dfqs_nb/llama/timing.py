@@ -139,8 +139,9 @@ def sentence(row: pd.Series, notebook: str, run: str) -> str:
     """A row of decode in words; where it was contended, with the command that measures this run again."""
     spread = f"({row['min']:,.1f} to {row['max']:,.1f}, n = {row['repetitions']})"
     text = f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}"
-    again = f"on a quiet machine type `dfqs-nb run {notebook} --run {quoted(run)}`"
-    return f"{text}, contended: other programs were busy, {again}" if row["contended"] else text
+    again = " ".join(["dfqs-nb run", notebook, "--run", quoted(run)])
+    busy = f", contended: other programs were busy, on a quiet machine type `{again}`"
+    return text + busy * bool(row["contended"])
 
 
 def plan_cost(
