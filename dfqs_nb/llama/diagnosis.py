@@ -61,11 +61,8 @@ class Diagnosis:
             rows[f"a token reads, {how}"] = f"{size(n)}{seconds}"
         known = "not known" if ahead is None else size(ahead)
         rows["the disk"] = f"{disk.device or 'no block device'}, read-ahead {known}"
-        for how, rate in (
-            ("in order", disk.in_order),
-            (f"in pieces of {size(self.slice_bytes)}", disk.pieces),
-        ):
-            rows[f"its speed {how}"] = f"{size(rate)}/s" if rate else NOT_MEASURED
+        speeds = {"in order": disk.in_order, f"in pieces of {size(self.slice_bytes)}": disk.pieces}
+        rows |= {f"its speed {how}": f"{size(n)}/s" if n else NOT_MEASURED for how, n in speeds.items()}
         if not self.seconds:
             return rows
         times = f", {self.read_bytes / self.helped:.1f} x what is needed" if self.helped else ""

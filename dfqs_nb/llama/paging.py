@@ -1,13 +1,8 @@
 """Help for a file larger than memory: read what a token needs before it is asked for, and nothing else.
 
-The kernel reads a whole window around each missing page (8 MB on some disks, for an expert's slice of
-1.6 MB), and evicts weights that every token needs to make room for it. Here
-
-- `Paging.loading` keeps llama.cpp from reading the whole file when it opens it;
-- the dense weights are locked into memory, within a budget;
-- each router's choice is read as soon as it is known (``POSIX_FADV_WILLNEED``).
-
-The same bytes arrive earlier, and no result changes. Numbers, and what did not pay: docs/paging.md.
+The kernel reads a whole window around each missing page, and evicts weights that every token needs to make
+room for it. Here the dense weights are locked into memory, and each router's choice is read as soon as it is
+known. No result changes. How it works, numbers, and what did not pay: docs/paging.md.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
 A template is code of the file's author. Jinja's sandbox keeps it from our files, and the child's limits on
 time, memory and length keep it from stopping this process. The child lives as long as its model is open: to
-start one takes longer than a prompt.
-
-llama-cpp-python's formatter renders it, with one difference: the prompt is the same in every run. The clock
-stands still at `CLOCK`, and random choices repeat.
+start one takes longer than a prompt. llama-cpp-python's formatter renders it, with one difference: the prompt
+is the same in every run. The clock stands still at `CLOCK`, and random choices repeat.
 """
 
 from __future__ import annotations
