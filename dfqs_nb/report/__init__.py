@@ -5,14 +5,11 @@ from typing import TYPE_CHECKING
 from dfqs_nb.core.doors import lazy
 
 if TYPE_CHECKING:  # every module of this stage needs pandas, which takes a second to import
-    from dfqs_nb.report.board import leaderboard
-    from dfqs_nb.report.compare import compare_reports
+    from dfqs_nb.report.compare import compare_reports, leaderboard
     from dfqs_nb.report.files import check_run, write_report
     from dfqs_nb.report.metrics import build_report
-    from dfqs_nb.report.reading import read_report
-    from dfqs_nb.report.stages import refusal_of_an_edit
-    from dfqs_nb.report.text import tables
-    from dfqs_nb.report.verdicts import verdict
+    from dfqs_nb.report.reading import read_report, refusal_of_an_edit
+    from dfqs_nb.report.text import tables, verdict
 
 __all__ = [
     "build_report",
@@ -31,10 +28,10 @@ __getattr__ = lazy(
     build_report="metrics",
     check_run="files",
     compare_reports="compare",
-    leaderboard="board",
+    leaderboard="compare",
     read_report="reading",
-    refusal_of_an_edit="stages",
+    refusal_of_an_edit="reading",
     tables="text",
-    verdict="verdicts",
+    verdict="text",
     write_report="files",
 )

@@ -1,13 +1,13 @@
-"""Two or more DFQS reports side by side, tested item by item; refused unless their conditions are equal.
+"""Reports side by side: two or more, tested item by item, and a folder of them, ranked.
 
-Conditions are what ``report.json`` hashes, ``system_info`` among them: kernels, and so answers, may differ by
-it. The rest of the machine decides only whether speeds may be compared. One difference can be accepted, by
-its name: a chat template belongs to a model's file.
+Reports are compared only under equal conditions: what ``report.json`` hashes, ``system_info`` among them,
+because kernels, and so answers, may differ by it. The rest of the machine decides only whether speeds may be
+compared. One difference can be accepted, by its name: a chat template belongs to a model's file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,74 +15,42 @@ from typing import Any
 import pandas as pd
 
 from dfqs_nb.context import paired
-from dfqs_nb.core.display import one_line
-from dfqs_nb.core.errors import ComparisonError
-from dfqs_nb.core.files import write_text
+from dfqs_nb.core.display import one_line, plain
+from dfqs_nb.core.errors import ComparisonError, DfqsError
+from dfqs_nb.core.files import write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, SPEED
-from dfqs_nb.report.reading import RETRIEVAL, RunItems, read_answers
+from dfqs_nb.report.metrics import METRICS
+from dfqs_nb.report.reading import BOUNDARY, CURVE, FILE, SCORES, SPEED, RunItems, read_answers
 from dfqs_nb.report.template import render, sentence
 from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import LEVEL, holm, sign_flip
 
+RETRIEVAL = "retrieval accuracy"  # over all planned lengths, in comparisons
 ACCEPTABLE = "chat_template_sha256"  # the one condition that is a property of a model's own file
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
 N_FLIPS, SEED = 20_000, 0  # of signs, where there are too many texts for all
 SAME_QUESTION = ["haystack", "length", "question", "expected"]  # its key, and the answer to it
-MEASURED = "metric model n value low high kind difference difference_low difference_high p p_holm reading"
-COLUMNS = MEASURED.split()
+COLUMNS = (
+    "metric model n value low high kind difference difference_low difference_high p p_holm reading".split()
+)
+NUMBERS = [name for name in METRICS if name != CURVE]
+BOARD_COLUMNS = ["tier", "conditions", "place", "run", "model", "size_bytes", *NUMBERS]
+BOARD_COLUMNS += [*(f"{name}_shown" for name in METRICS), "contended", "withheld", "report", "problem"]
 Row = dict[str, Any]
 
 
-def check_reports(runs: Sequence[RunItems], accept: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """Refuse reports that cannot stand side by side; return the accepted differences with all values.
-
-    Raises:
-        ComparisonError: too few, one twice, other tiers, or other conditions: every field that differs.
-    """
-    if len(runs) < 2:
-        raise ComparisonError(f"{len(runs)} report given", hint="give two or more")
-    if odd := [name for name in accept if name.split(".")[-1] != ACCEPTABLE]:
-        what = f"a difference in {', '.join(odd)} cannot be accepted"
-        raise ComparisonError(what, hint=f"only in {ACCEPTABLE}, which belongs to a model's file")
-    seen: dict[str, Path] = {}
-    for run in runs:
-        other = seen.setdefault(run.report["integrity"]["sha256"], run.path)
-        if other is not run.path:
-            what = f"the same report as {tilde(other)}"
-            raise ComparisonError(what, where=tilde(run.path), hint="give it once")
-    if len({run.report["tier"] for run in runs}) > 1:
-        each = ", ".join(f"{tilde(run.path)} is {run.report['tier']}" for run in runs)
-        raise ComparisonError(f"tiers never mix: {each}", hint="run both on one tier")
-    conditions = [run.report["conditions"] for run in runs]
-    differ = [differing_fields(conditions[0], other) for other in conditions]
-    names = {name: pair[0] for fields in differ for name, pair in fields.items()}  # the baseline's values
-    accepted = {name for name in names if any(f".{name}".endswith(f".{end}") for end in accept)}
-    refused = [
-        f"{tilde(run.path)}: "
-        + ", ".join(f"{name} ({a} and {b})" for name, (a, b) in fields.items() if name not in accepted)
-        for run, fields in zip(runs, differ, strict=True)
-        if {*fields} - accepted
-    ]
-    if refused:
-        only_templates = all(name.split(".")[-1] == ACCEPTABLE for name in {*names} - accepted)
-        way = f"; --accept {ACCEPTABLE} compares models across their own templates" if only_templates else ""
-        what = f"the conditions differ from those of {tilde(runs[0].path)} in " + " | ".join(refused)
-        raise ComparisonError(what, hint=f"run all again under the same conditions{way}")
-    own = {name: [fields.get(name, (0, names[name]))[1] for fields in differ] for name in accepted}
-    return dict(sorted(own.items()))
+# ---- two or more reports ----
 
 
 @dataclass(frozen=True)
 class ReportComparison:
     """Reports under equal conditions, the first one the baseline.
 
-    Attributes:
-        accepted: conditions that differ and were accepted, with each report's value.
-        table: one row a metric and model, columns `COLUMNS`; ``kind`` is ``difference`` (to the baseline) or
-            ``ratio``, with its 95 % interval (of speeds, what repetitions allow); ``p`` of McNemar's test of
-            scores and of the sign-flip test of retrieval; ``p_holm`` corrected over the table.
+    ``accepted`` has the conditions that differ and were accepted, with each report's value. ``table`` has a
+    row a metric and model, columns `COLUMNS`: ``kind`` is ``difference`` (to the baseline) or ``ratio``, with
+    its 95 % interval (of speeds, what repetitions allow); ``p`` is of McNemar's test of scores and of the
+    sign-flip test of retrieval, and ``p_holm`` is corrected over the table.
     """
 
     runs: tuple[RunItems, ...]
@@ -106,10 +74,14 @@ def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) 
     """Compare runs, by their folders or reports, with the first of them, item by item.
 
     ``accept=["chat_template_sha256"]`` compares models that have templates of their own. A ReportError or
-    ComparisonError says where reports, conditions or items do not fit (`check_reports`).
+    ComparisonError says where reports, conditions or items do not fit.
     """
-    runs = _labelled([read_answers(path) for path in paths])
-    accepted, first, table = check_reports(runs, accept), runs[0], list[Row]()
+    runs = [read_answers(path) for path in paths]
+    for own in (lambda it: it.report["run"], lambda it: tilde(it.path.parent)):  # until all names differ
+        labels = [run.label for run in runs]
+        longer = [replace(run, label=f"{run.label} ({one_line(own(run))})") for run in runs]
+        runs = [new if labels.count(run.label) > 1 else run for run, new in zip(runs, longer, strict=True)]
+    accepted, first, table = _accepted(runs, accept), runs[0], list[Row]()
     rows = [_row(metric, first, run) for metric in ROWS for run in runs[1:]]
     tested = [row for row in rows if "p" in row]
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):  # over the whole table
@@ -123,15 +95,32 @@ def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) 
     return ReportComparison(tuple(runs), accepted, pd.DataFrame(table, columns=COLUMNS))
 
 
-def _labelled(runs: Sequence[RunItems]) -> list[RunItems]:
-    """Names that tell the reports apart: the model's, then with the run's, then with the folder's."""
-    for add in (lambda run: run.report["run"], lambda run: tilde(run.path.parent)):
-        names = [run.label for run in runs]
-        runs = [
-            replace(run, label=f"{run.label} ({one_line(add(run))})") if names.count(run.label) > 1 else run
-            for run in runs
-        ]
-    return list(runs)
+def _accepted(runs: Sequence[RunItems], accept: Sequence[str]) -> dict[str, list[Any]]:
+    """The accepted differences with each report's value; a ComparisonError where reports do not fit."""
+    if len(runs) < 2:
+        raise ComparisonError(f"{len(runs)} report given", hint="give two or more")
+    if odd := [name for name in accept if name.split(".")[-1] != ACCEPTABLE]:
+        what = f"a difference in {', '.join(odd)} cannot be accepted"
+        raise ComparisonError(what, hint=f"only in {ACCEPTABLE}, which belongs to a model's file")
+    if len({run.report["tier"] for run in runs}) > 1:
+        each = ", ".join(f"{tilde(run.path)} is {run.report['tier']}" for run in runs)
+        raise ComparisonError(f"tiers never mix: {each}", hint="run both on one tier")
+    conditions = [run.report["conditions"] for run in runs]
+    differ = [differing_fields(conditions[0], other) for other in conditions]
+    names = {name: pair[0] for fields in differ for name, pair in fields.items()}  # the baseline's values
+    accepted = {name for name in names if any(f".{name}".endswith(f".{end}") for end in accept)}
+    refused = [
+        f"{tilde(run.path)}: "
+        + ", ".join(f"{name} ({a} and {b})" for name, (a, b) in fields.items() if name not in accepted)
+        for run, fields in zip(runs, differ, strict=True)
+        if {*fields} - accepted
+    ]
+    if refused:
+        only_templates = all(name.split(".")[-1] == ACCEPTABLE for name in {*names} - accepted)
+        way = f"; --accept {ACCEPTABLE} compares models across their own templates" if only_templates else ""
+        what = f"the conditions differ from those of {tilde(runs[0].path)} in " + " | ".join(refused)
+        raise ComparisonError(what, hint=f"run all again under the same conditions{way}")
+    return {name: [fields.get(name, (0, names[name]))[1] for fields in differ] for name in sorted(accepted)}
 
 
 def _row(metric: str, first: RunItems, run: RunItems) -> Row:
@@ -216,3 +205,101 @@ ROWS: dict[str, Callable[[str, RunItems, RunItems], Row]] = {
     BOUNDARY: _boundary,
     SPEED: _speed,
 }
+
+
+# ---- a folder of reports ----
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Reports of a folder, ranked: ``table`` has one row a report, columns `BOARD_COLUMNS`.
+
+    Sections have equal ``tier`` and ``conditions`` (12 digits of their SHA-256, the keys of ``conditions``).
+    Within one by reasoning score, then code score; equal scores share a ``place``, a withheld one has none.
+    ``contended``: the speed was taken on a busy machine. ``problem``: why a file does not count.
+    """
+
+    folder: Path
+    table: pd.DataFrame
+    conditions: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def n_problems(self) -> int:
+        """Files that are no reports that count."""
+        return int((self.table["problem"] != "").sum())
+
+    def __str__(self) -> str:
+        """The leaderboard as Markdown: a section for each tier and conditions, then what does not count."""
+        good, bad = (self.table[(self.table["problem"] == "") == counts] for counts in (True, False))
+        first: Any = self.conditions[good["conditions"].iloc[0]] if len(good) else {}
+        sections = [
+            (tier, own, differing_fields(first, self.conditions[own]), group.to_dict("records"))
+            for (tier, own), group in good.groupby(["tier", "conditions"], sort=False)
+        ]
+        problems = list(zip(bad["report"], bad["problem"], strict=True))
+        return render("leaderboard.md", sections=sections, bad=problems, metrics=list(METRICS))
+
+    def write(self) -> list[Path]:
+        """Write ``leaderboard.csv`` and ``leaderboard.md`` into the folder, each whole or not at all."""
+        rounded = self.table.map(lambda cell: float(f"{cell:.6g}") if isinstance(cell, float) else cell)
+        table = write_table(self.folder / "leaderboard.csv", rounded, index=False)
+        return [table, write_text(self.folder / "leaderboard.md", str(self))]
+
+
+def leaderboard(folder: str | Path) -> Leaderboard:
+    """Rank the reports under a folder; each is checked, and its scores are counted again from its answers.
+
+    Reports are ranked within equal tier and conditions, never across. What cannot be read or counted again
+    is listed with its reason, without a place. Hidden folders and linked ones are left out.
+    """
+    folder, rows = Path(folder), []
+    if not folder.is_dir():
+        raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
+    seen, conditions = dict[str, str](), dict[str, Mapping[str, Any]]()
+    for path in sorted(folder.rglob(FILE)):
+        within = path.relative_to(folder)
+        if any(part.startswith(".") for part in within.parts):
+            continue
+        name = plain(within.as_posix())
+        try:
+            report = read_answers(path).report
+            if (other := seen.setdefault(report["integrity"]["sha256"], name)) != name:
+                raise DfqsError(f"the same report as {other}")
+            row = _place(report)
+            conditions[row["conditions"]] = report["conditions"]
+        except DfqsError as error:
+            row = {"problem": plain(f"{error.what}; {error.hint}" if error.hint else error.what)}
+        rows.append({**row, "report": name})
+    return Leaderboard(folder, _placed(pd.DataFrame(rows, columns=BOARD_COLUMNS)), conditions)
+
+
+def _place(report: Mapping[str, Any]) -> Row:
+    details = report["details"]
+    held = [f"{name}: {detail['withheld']}" for name, detail in details.items() if detail["withheld"]]
+    return {
+        "tier": report["tier"],
+        "conditions": report["conditions_sha256"][:12],
+        "run": plain(report["run"]),
+        "model": plain(report["model"]["name"]),
+        "size_bytes": report["model"]["size_bytes"],
+        **{name: report["metrics"][name] for name in NUMBERS},
+        **{f"{name}_shown": sentence("cell", name, details[name]) for name in METRICS},
+        "contended": bool(details[SPEED].get("contended")),
+        "withheld": plain("; ".join(held)),
+        "problem": "",
+    }
+
+
+def _placed(table: pd.DataFrame) -> pd.DataFrame:
+    """Standard before nano, sections with most reports first, rows by score, problems last."""
+    table, section = table.assign(problem=table["problem"].fillna("")), ["tier", "conditions"]
+    good, bad = table[table["problem"] == ""].copy(), table[table["problem"] != ""].sort_values("report")
+    good[NUMBERS] = good[NUMBERS].astype(float)
+    good["nano"], good["size"] = good["tier"] == "nano", -good.groupby(section)["run"].transform("size")
+    order = ["nano", "size", "conditions", *SCORES, "run"]
+    ascending = [name not in SCORES for name in order]
+    good = good.sort_values(order, ascending=ascending, na_position="last", kind="stable")
+    row = good.groupby(section).cumcount() + 1.0
+    place = row.groupby([good[name] for name in (*section, *SCORES)], dropna=False).transform("min")
+    good["place"] = place.where(good["reasoning_score"].notna())
+    return pd.concat([good[BOARD_COLUMNS].astype(object), bad.astype(object)], ignore_index=True)

@@ -15,17 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dfqs_nb.core.errors import ModelError
+from dfqs_nb.gguf import memory
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import (
-    FLASH,
-    active_bytes,
-    card_compute,
-    kv_cache_bytes,
-    published_shape,
-    weights_bytes,
-)
-from dfqs_nb.gguf.models import registered
-from dfqs_nb.report.spec import GB, claims_spec, filled, requirements_spec
+from dfqs_nb.gguf.memory import card_compute, kv_cache_bytes
+from dfqs_nb.report.spec import GB, filled, spec_table
 
 if TYPE_CHECKING:
     from dfqs_nb.llama.settings import OpenSettings
@@ -33,7 +26,6 @@ if TYPE_CHECKING:
 FITS, DOES_NOT_FIT, NOT_KNOWN, AS_PLANNED = "fits", "does not fit", "not known", " as an H100 planned"
 CONTEXTS = (8192, 16384, 32768, 131072, 1048576)
 SINGLE = "deepseek-v4-flash-iq1_s-xl-single"  # in data/models.toml
-IQ1_S_BITS, Q8_0_BITS = 1.5625, 8.5  # a weight, scales included: 50 bytes for 256, 34 for 32
 SURE = {"upper bound": "at most", "rough": "roughly"}  # how sure a cache's size is
 NOTHING: Mapping[int, Any] = {}
 Compute = Mapping[int, Mapping[str, int]]  # compute buffer by context: bytes ``plain``, and with ``flash``
@@ -54,11 +46,6 @@ def planned_compute(path: str | Path, contexts: Iterable[int], settings: OpenSet
                 for name, flash in (("plain", False), ("flash", True))
             }
     return planned
-
-
-def iq1_s_experts_bytes() -> int:
-    """Bytes of the artifact's routed experts, if all of them are IQ1_S."""
-    return int(claims_spec()["published"]["routed_parameters"] * IQ1_S_BITS // 8)
 
 
 def within(header: GGUFHeader) -> list[int]:
@@ -84,15 +71,15 @@ def hardware_envelope(
         "model": header.path.stem,
         "source": "the header of the file",
         "assumptions": [],
-        "weights_bytes": weights_bytes(header),
-        "routed_bytes": active_bytes(header).routed_total,
+        "weights_bytes": memory.weights_bytes(header),
+        "routed_bytes": memory.active_bytes(header).routed_total,
         "file_bytes": header.end_offset - header.start,
     }
-    cache = [_cache_row(header, n_ctx, compute) for n_ctx in within(header)]
-    if note := kv_cache_bytes(header, CONTEXTS[0]).note:
-        sure = SURE[cache[0]["exactness"]]
+    if note := (cache := kv_cache_bytes(header, CONTEXTS[0])).note:
+        sure = SURE[cache.exactness]
         facts["assumptions"] = [f"The KV cache takes {sure} what the table shows: {note}."]
-    return _envelope(facts, cache, memory_bytes, flash_attn, is_artifact)
+    rows = [_cache_row(header, n_ctx, compute) for n_ctx in within(header)]
+    return _envelope(facts, rows, memory_bytes, flash_attn, is_artifact)
 
 
 def published_envelope(memory_bytes: int) -> dict[str, Any]:
@@ -101,32 +88,22 @@ def published_envelope(memory_bytes: int) -> dict[str, Any]:
     As `hardware_envelope`. Its split into experts and the rest is a range, from the assumptions that it
     states. Compute buffers: llama.cpp's plan for these shapes on a CPU and on an H100, and what GPUs logged.
     """
-    shape, spec, published = published_shape(), requirements_spec()["envelope"], claims_spec()["published"]
-    nbytes, experts, fewest = registered()[SINGLE].size_bytes, FLASH.routed_total, iq1_s_experts_bytes()
-    others = published["parameters"] - published["routed_parameters"]
-    rest, most_rest = nbytes - experts, nbytes - fewest
-    embedding = FLASH.weights - FLASH.dense - experts
-    most_token = round(others * Q8_0_BITS / 8) - embedding + FLASH.routed
-    sizes = {"experts": experts, "fewest": fewest, "rest": rest, "most_rest": most_rest, "others": others}
-    sizes |= {"token": FLASH.total, "most_token": most_token}
-    known = {name: value / GB for name, value in sizes.items()}
-    known |= {"bits": 8 * rest / others, "most_bits": 8 * most_rest / others}
+    shape, spec = memory.published_shape(), spec_table("requirements")["envelope"]
+    figures = spec_table("claims")["published"]["figures"]
     facts = {
         "model": f"{shape.path}-IQ1_S-XL",
         "source": "the published configuration and file size",
-        "assumptions": [filled(form, known) for form in spec["assumptions"]],
-        "weights_bytes": nbytes,
-        "routed_bytes": fewest,
-        "file_bytes": nbytes,
+        "assumptions": [filled(form, figures) for form in spec["assumptions"]],
+        "weights_bytes": figures["file_bytes"],
+        "routed_bytes": figures["fewest_bytes"],
+        "file_bytes": figures["file_bytes"],
     }
-    logged = spec["gpu_compute"]
-    cache = [_cache_row(shape, n_ctx, spec["published_compute"], logged) for n_ctx in CONTEXTS]
-    return _envelope(facts, cache, memory_bytes, flash_attn=False, is_artifact=True)
+    known = spec["published_compute"], spec["gpu_compute"]
+    rows = [_cache_row(shape, n_ctx, *known) for n_ctx in CONTEXTS]
+    return _envelope(facts, rows, memory_bytes, flash_attn=False, is_artifact=True)
 
 
-def _cache_row(
-    shape: GGUFHeader, n_ctx: int, compute: Compute, gpu: Mapping[int, int] = NOTHING
-) -> dict[str, Any]:
+def _cache_row(shape: GGUFHeader, n_ctx: int, compute: Compute, gpu: Any = NOTHING) -> dict[str, Any]:
     window, planned = kv_cache_bytes(shape, n_ctx), compute.get(n_ctx, {})
     return {
         "n_ctx": n_ctx,
@@ -145,7 +122,7 @@ def _envelope(
     facts: dict[str, Any], cache: list[dict[str, Any]], memory_bytes: int, flash_attn: bool, is_artifact: bool
 ) -> dict[str, Any]:
     """What fits where, beside the facts: a row for each context and limit."""
-    spec, limits = requirements_spec()["envelope"], [("RAM", "this machine", memory_bytes)]
+    spec, limits = spec_table("requirements")["envelope"], [("RAM", "this machine", memory_bytes)]
     for resource in ("RAM", "VRAM") if is_artifact else ():
         sizes = spec[resource.lower()]
         limits += [(resource, f"DFQS 1.0 {level}", sizes[level] * GB) for level in ("minimum", "recommended")]
@@ -171,11 +148,9 @@ def _fit(
     def judged(n_bytes: int, card: int | None) -> str:
         if n_bytes - unsure > limit:
             return DOES_NOT_FIT
-        if is_bounded:
-            return FITS if n_bytes <= limit else NOT_KNOWN
-        if card is None:
-            return NOT_KNOWN
-        return (FITS if n_bytes + card <= limit else DOES_NOT_FIT) + AS_PLANNED
+        if card is not None:
+            return (FITS if n_bytes + card <= limit else DOES_NOT_FIT) + AS_PLANNED
+        return FITS if is_bounded and n_bytes <= limit else NOT_KNOWN
 
     return {
         "resource": resource,
@@ -192,9 +167,12 @@ def _fit(
 
 
 def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """``cache`` by context, in GB or (of a small model) MB; ``fits``: a row a limit, a column a context."""
+    """``cache`` by context, in GB or (of a small model) MB; ``fits``: a row a limit, a column a context.
+
+    A limit has one row for everything in that memory, and one for the least.
+    """
     unit, scale = ("GB", GB) if envelope["file_bytes"] >= GB else ("MB", 10**6)
-    cache, names = pd.DataFrame(envelope["cache"]), dict(requirements_spec()["envelope"]["buffers"])
+    cache, names = pd.DataFrame(envelope["cache"]), dict(spec_table("requirements")["envelope"]["buffers"])
     if sure := SURE.get(envelope["cache"][0].get("exactness")):
         names["kv_bytes"] += f", {sure}"
     if (cache["kv_swa_full_bytes"] == cache["kv_bytes"]).all() and not sure:
@@ -202,20 +180,14 @@ def envelope_tables(envelope: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     sizes = {
         f"{new} ({unit})": cache[old].astype(float) / scale for old, new in names.items() if old in cache
     }
+    fits = pd.DataFrame(envelope["fits"]).assign(what="everything")
+    limits = (fits["limit_bytes"].astype(float) / GB).map(" ({:.4g} GB)".format, na_action="ignore")
+    fits["limit"] += limits.fillna("")
+    least = fits.assign(what=fits["least"], verdict=fits["least_verdict"])
+    rows = pd.concat([fits, least]).sort_values("resource", kind="stable")
+    index: Any = ["resource", "what", "limit"]
+    wide = rows.pivot_table(index=index, columns="n_ctx", values="verdict", aggfunc="first", sort=False)
     return {
         "cache": pd.DataFrame(sizes).set_index(cache["n_ctx"]).dropna(axis="columns", how="all"),
-        "fits": _fits_frame(pd.DataFrame(envelope["fits"])),
+        "fits": wide.rename(columns="{:,} tokens".format).rename_axis(columns=None),
     }
-
-
-def _fits_frame(fits: pd.DataFrame) -> pd.DataFrame:
-    """Verdicts with contexts as columns; a row for everything in that memory, and one for the least."""
-    columns = ["resource", "what", "limit", "n_ctx", "verdict"]
-    sizes = fits["limit_bytes"].astype(float) / GB
-    fits = fits.assign(limit=fits["limit"] + sizes.map(" ({:.4g} GB)".format, na_action="ignore").fillna(""))
-    least = fits.assign(what=fits["least"], verdict=fits["least_verdict"])
-    both = pd.concat([fits.assign(what="everything")[columns], least[columns]])
-    table = both.pivot_table(index=columns[:3], columns="n_ctx", values="verdict", aggfunc="first")
-    rows = both.drop_duplicates(columns[:3]).sort_values("resource", kind="stable")  # else as they were made
-    table = table.loc[list(map(tuple, rows[columns[:3]].to_numpy()))]
-    return table.rename(columns="{:,} tokens".format).rename_axis(columns=None)

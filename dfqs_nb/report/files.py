@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from dfqs_nb.core.display import plain
 from dfqs_nb.core.files import is_file, sha256_of_file, write_text
-from dfqs_nb.core.paths import tilde
+from dfqs_nb.core.paths import public_address, tilde
 from dfqs_nb.core.stage import UNSEALED, Stage, read_stage
-from dfqs_nb.report import claims, requirements
-from dfqs_nb.report.metrics import CURVE
-from dfqs_nb.report.reading import AGAIN, FILE, check_report, read_answers, read_report
-from dfqs_nb.report.stages import ReportError, stages_in
-from dfqs_nb.report.text import NANO, hub_forms, markdown, page
-from dfqs_nb.report.verdicts import verdict
+from dfqs_nb.report import claims, reading, requirements
+from dfqs_nb.report.metrics import METRICS
+from dfqs_nb.report.reading import AGAIN, CURVE, FILE, ReportError, check_report, read_answers, stages_in
+from dfqs_nb.report.template import sentence, words
+from dfqs_nb.report.text import texts, verdict
 
 SEALED = "dfqs_report"  # the stage of notebook 07
+HUB_SETS = {"standard-code": ("openai/openai_humaneval", "openai_humaneval")}  # that exist as data sets there
 
 
 def write_report(stage: Stage | str | Path, report: Mapping[str, Any] | None = None) -> list[Path]:
     """Write every file of a report into its run's folder, and seal them; their paths.
 
     The seal covers every file of the folder that no other stage covers, such as traces and ``summary.md``.
-
-    Args:
-        stage: the stage ``dfqs_report``, or the run's folder.
-        report: None seals again the files that are there.
+    ``stage``: the stage ``dfqs_report``, or the run's folder. Without a report the files that are there are
+    sealed again.
     """
     stage = stage if isinstance(stage, Stage) else Stage(Path(stage), SEALED)
     folder = stage.folder
     if report is None:
-        report = read_report(folder)
+        report = reading.read_report(folder)
         there = read_stage(folder, SEALED).get("files", {})
         written = [folder / name for name in there if (folder / name).is_file()]
     else:
         check_report(report, folder / FILE)
         written = [stage.json("report", report)]
-        texts = {"report.md": markdown(report, folder), "report.html": page(report, folder)}
-        for name, text in (texts | hub_forms(report)).items():
+        for name, text in (texts(report, folder) | hub_forms(report)).items():
             if text:
                 written.append(write_text(stage.path(name), text))
             else:  # one of an earlier report would state what this one withholds
@@ -49,7 +48,7 @@ def write_report(stage: Stage | str | Path, report: Mapping[str, Any] | None = N
             written.append(stage.table(name, pd.DataFrame(report[name], columns=list(columns))))
     for path in [*written, *uncovered(folder, {path.relative_to(folder).as_posix() for path in written})]:
         stage.add(path)
-    lines = [NANO] * (report["tier"] == "nano") + verdict(report).summary
+    lines = [words("nano")] * (report["tier"] == "nano") + verdict(report).summary
     return [*written, stage.finish(conditions=report["conditions"], tier=report["tier"], summary=lines)]
 
 
@@ -73,26 +72,63 @@ def check_run(folder: str | Path) -> list[str]:
     curve, counted again from the answers. A DfqsError names the first fault.
     """
     folder = Path(folder)
-    report = read_report(folder)
+    items = read_answers(folder)
+    report = items.report
+
+    def refuse(name: str, what: str) -> None:
+        raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
+
     if not is_file(folder / f"{SEALED}.json"):
-        raise ReportError("is missing", where=tilde(folder / f"{SEALED}.json"), hint=AGAIN)
+        refuse(f"{SEALED}.json", "is missing")
     stages = stages_in(folder, sealed=True) | {SEALED: read_stage(folder, SEALED, sealed=True)}
-    files = {name: stage["files"] for name, stage in stages.items()}
     for name, then in report["sources"].items():
         if not is_file(folder / name) or sha256_of_file(folder / name) != then:
-            what = "is missing, or was changed since the report was written"
-            raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
-    for name, text in (("report.md", markdown(report, folder)), ("report.html", page(report, folder))):
-        if (
-            not is_file(folder / name)
-            or (folder / name).read_text(errors="replace", encoding="utf-8") != text
-        ):
-            what = "is not what report.json gives: edited, or written by another version of the workbook"
-            raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
-    items = read_answers(folder)
+            refuse(name, "is missing, or was changed since the report was written")
+    for name, text in texts(report, folder).items():
+        file = folder / name
+        if not is_file(file) or file.read_text(errors="replace", encoding="utf-8") != text:
+            refuse(
+                name, "is not what report.json gives: edited, or written by another version of the workbook"
+            )
     again = [*items.scores, *([CURVE] if len(items.context) else [])]
     return [
         f"{FILE}: as it was written",
-        *(f"{name}.json: as it was written, with {len(own)} files" for name, own in files.items()),
+        *(f"{name}.json: as it was written, with {len(it['files'])} files" for name, it in stages.items()),
         f"counted again from the answers: {', '.join(again) or 'nothing, every metric is withheld'}",
     ]
+
+
+def hub_forms(report: Mapping[str, Any]) -> dict[str, str]:
+    """The files that the hub reads, by name; "" without metrics. The curve has no entry: both take numbers.
+
+    ``model-index.yml``: the block ``model-index`` for the front matter of a card.
+    ``.eval_results/dfqs.yaml``: the file of that name in a model's repository.
+    """
+    import huggingface_hub as hub
+    import yaml
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    index, entries, address = [], [], public_address()
+    for name, (_, _, kind, _) in METRICS.items():
+        detail = report["details"][name]
+        if detail["withheld"] or not kind:
+            continue
+        stated, questions = sentence("metric", name, detail), detail.get("set") or f"{report['tier']}-{name}"
+        value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
+        facts = {"conditions_sha256": report["conditions_sha256"], "n": detail["n"], "stated": stated}
+        facts |= {"contended": True} if detail.get("contended") else {}
+        about = {"dataset_type": f"dfqs-{questions}", "dataset_name": f"DFQS 1.0, {questions}"}
+        about |= {"task_type": "text-generation", "task_name": "Text generation", "metric_type": kind}
+        index.append(hub.EvalResult(metric_name=name, metric_value=value, dataset_args=facts, **about))
+        dataset, task = HUB_SETS.get(questions, (address.removeprefix("https://github.com/"), questions))
+        source = {"source_url": address, "source_name": "DFQS workbook", "date": report["created"]}
+        source |= {"dataset_id": dataset, "task_id": task, "notes": f"{name} {stated}"}
+        entries.append(hub.EvalResultEntry(value=value, **source))
+    model = plain(report["model"]["name"])
+    forms = {
+        "model-index.yml": {"model-index": eval_results_to_model_index(model, index)} if index else None,
+        ".eval_results/dfqs.yaml": hub.eval_result_entries_to_yaml(entries),
+    }
+    first = f"# {words('nano')}\n" if report["tier"] == "nano" else ""
+    dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
+    return {name: f"{first}{dump(value)}" if value else "" for name, value in forms.items()}

@@ -20,17 +20,18 @@ from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.gguf.facts import identity
 from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.report import envelope
+from dfqs_nb.report import envelope, reading
 from dfqs_nb.report.claims import check_claims, relation
+from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORE_ITEMS, SPEED, ReportError, Run, settings_of
 from dfqs_nb.report.requirements import check_requirements
-from dfqs_nb.report.stages import DRAWN_ON, ReportError, Run, not_run, read_run, settings_of, tier_of
-from dfqs_nb.report.template import FEW_TEXTS, sentence
-from dfqs_nb.stats import LEVEL
+from dfqs_nb.report.template import FEW_TEXTS
+from dfqs_nb.stats import LEVEL, wilson
 
-SCORES = ("reasoning_score", "code_score")
-CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
 WRITTEN_WITH = ("Python", *machine.PACKAGES)
 DIGITS = 10  # of every float in report.json: more than any measurement has
+# The files with one row an answer, from which scores and curve are counted again.
+ITEMS = {"reasoning": SCORE_ITEMS, "code": SCORE_ITEMS, "long_context": "long_context*.jsonl"}
+GUESSED_CHOICE = 1 / 4  # of notebook 06's multiple choice
 Detail = dict[str, Any]
 
 
@@ -38,13 +39,13 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     """The report on the run in ``folder``, as JSON takes it; nothing is written.
 
     A metric whose stage is missing or incomplete is withheld: null, with the reason in ``details``. The
-    artifact's statements and hardware table are part of its report, and of the reference model's as a
-    demonstration. ``ask_llama_cpp``: let it plan buffers, in child processes.
-    Raises a StageError or ReportError where the run cannot be trusted (see `read_run`), or its model is gone.
+    artifact's statements are part of its report, and of the reference model's as a demonstration.
+    ``ask_llama_cpp``: let it plan buffers, in child processes. A StageError or ReportError says that the run
+    cannot be trusted (see `read_run`), or that its model is gone.
     """
     folder = Path(folder)
-    run, name = read_run(folder), folder.resolve().name
-    header, drawn = _header(run), {stage: run[stage] for stage in DRAWN_ON if stage in run}
+    run, name = reading.read_run(folder), folder.resolve().name
+    header, drawn = _header(run), {stage: run[stage] for stage in reading.DRAWN_ON if stage in run}
     level, details = relation(header, run), details_of(run, name)
     metrics, known = {metric: detail["value"] for metric, detail in details.items()}, machine.describe()
     conditions = {
@@ -54,10 +55,11 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     }
     sources = {f"{stage}.json": sha256_of_file(folder / f"{stage}.json") for stage in drawn}
     sources |= {file: digest for stage in drawn.values() for file, digest in stage["files"].items()}
+    tiers = [stage["tier"] for stage in run.values() if stage.get("tier")]
     report = {
         "schema": "dfqs-report/1.0",
         "specification": "DFQS 1.0",
-        "tier": tier_of(run),
+        "tier": (tiers or ["nano" if level == "reference" else "standard"])[0],
         "run": name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": _model(run, header, level),
@@ -65,7 +67,10 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "details": details,
         "conditions": conditions,
         "conditions_sha256": canonical_sha256(_rounded(conditions)),  # as they will stand in the file
-        "items": _items(run),
+        "items": {
+            kind: [{"file": file, "sha256": sources[file]} for file in sources if fnmatch(file, form)]
+            for kind, form in ITEMS.items()
+        },
         "routing": run.get("routing", {}).get("verdict"),
         "conformance": check_requirements(run, header, metrics, name).to_dict("records"),
         "claims": [] if level == "another" else check_claims(run, header).to_dict("records"),
@@ -74,13 +79,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "versions": {key: str(known[key]) for key in WRITTEN_WITH} | {"dfqs-workbook": __version__},
         "sources": dict(sorted(sources.items())),
     }
-    return sealed(_rounded(report))
-
-
-def sealed(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report with the hash of its content."""
-    body = {key: value for key, value in report.items() if key != "integrity"}
-    return {**body, "integrity": {"sha256": canonical_sha256(body)}}
+    return reading.sealed(_rounded(report))
 
 
 def _rounded(value: Any) -> Any:
@@ -89,23 +88,19 @@ def _rounded(value: Any) -> Any:
     return json.loads(text, parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
 
 
-# ---- the five metrics, with what must stand beside each ----
-
-
 def details_of(run: Run, run_name: str = "RUN") -> dict[str, Detail]:
     """Each metric with all that stands beside it; one that cannot be given has the reason."""
     details = {}
     for name, (stage, unit, _, measured) in METRICS.items():
         empty = dict.fromkeys(("value", "low", "high", "guess_rate", "withheld"))
         empty |= {"n": 0, "level": LEVEL, "unit": unit, "source": f"{stage}.json"}
-        missing = {"withheld": not_run([stage], run_name)}
+        missing = {"withheld": reading.not_run([stage], run_name)}
         details[name] = empty | (measured(run[stage], name) if stage in run else missing)
-    details[SPEED].setdefault("contended", None)
-    generate = run.get("generate", {})
+    speed, generate = details[SPEED], run.get("generate", {})
+    speed.setdefault("contended", None)
     for row in generate.get("speed", []):
-        if row["phase"] == "decode" and details[SPEED]["withheld"]:
-            layers = settings_of(generate)["n_gpu_layers"]
-            details[SPEED]["notebook_03"] = _speed_of(row) | {"n_gpu_layers": layers}
+        if row["phase"] == "decode" and speed["withheld"]:
+            speed["notebook_03"] = _speed_of(row) | {"n_gpu_layers": settings_of(generate)["n_gpu_layers"]}
     return details
 
 
@@ -115,28 +110,35 @@ def _score(stage: Mapping[str, Any], name: str) -> Detail:
     own = f"{stage.get('tier')}-{kind}"
     names = (own, f"{own}-hard")  # what the nano tier asks, as its model knows nearly all of the first
     score = next((it for it in stage["scores"] if it["name"] == name and it["set"] in names), None)
+    chosen = _choices(stage["choices"]) if kind == "reasoning" and stage.get("choices") else {}
     if score is None:
         unsafe = kind == "code" and stage.get("sandbox") in (None, "", "none")
         why = ": without a sandbox no generated code is run" if unsafe else ""
-        return {"withheld": f"the set {own} was not answered{why}"}
-    detail = {key: value for key, value in score.items() if key not in ("name", "n_missing")}
+        return {"withheld": f"the set {own} was not answered{why}", **chosen}
+    detail = {key: value for key, value in score.items() if key not in ("name", "n_missing")} | chosen
     if score["value"] is None:
         detail |= {"low": None, "high": None}
         detail["withheld"] = f"{score['n_missing']} of {score['n']} items lack a result"
     return detail
 
 
+def _choices(families: list[Mapping[str, Any]]) -> dict[str, Detail]:
+    """The share of questions whose right choice was the likeliest, over the families of notebook 06."""
+    n = sum(row["n"] for row in families)
+    right = round(sum(row["n"] * row["acc"] for row in families))
+    low, high = map(float, wilson(right, n))
+    return {"choices": {"value": right / n, "low": low, "high": high, "n": n, "guess_rate": GUESSED_CHOICE}}
+
+
 def _curve(stage: Mapping[str, Any], name: str) -> Detail:
-    planned, value, guess = stage["curve"], stage.get(name), stage.get("guess", {})
+    planned, value = stage["curve"], stage.get(name)
     detail = {
         "lengths": [row["length"] for row in planned],
         "points": sorted(planned + stage.get("refined", []), key=lambda row: row["length"]),
         "tasks": stage.get("tasks", []),
-        "wrong": guess.get("wrong"),
-        "another_key": guess.get("another_key"),
     }
     if boundary := stage.get("boundary"):
-        detail |= {"n": sum(row["n"] for row in planned), "n_keys": guess.get("keys")}
+        detail |= {"n": sum(row["n"] for row in planned), "n_keys": stage.get("guess", {}).get("keys")}
         detail |= {key: boundary[key] for key in ("guess_rate", "n_haystacks")}
     if not value or any(number is None or not math.isfinite(number) for number in value):
         why = "the accuracy at short contexts is that of guessing, or no length was finished"
@@ -186,30 +188,6 @@ METRICS: dict[str, tuple[str, str, str, Callable[[Any, str], Detail]]] = {
 }
 
 
-def metric_sentence(name: str, detail: Mapping[str, Any]) -> str:
-    """A metric as people read it, with its interval and what qualifies it."""
-    points = _curve_points(detail) if name == CURVE and not detail["withheld"] else []
-    return sentence("metric", name, detail, points)
-
-
-def _curve_points(detail: Mapping[str, Any]) -> list[str]:
-    """Each planned length with its value, and the interval of its accuracy on the same scale."""
-    rows = {row["length"]: row for row in detail["points"]}
-    guess, lengths = detail["guess_rate"], detail["lengths"]
-    above = rows[lengths[0]]["accuracy"] - guess if lengths[0] in rows else 0.0
-    texts = []
-    for length, value in zip(lengths, detail["value"], strict=True):
-        text = f"{value:.2f} at {length:,}"
-        if length in rows and above > 0:
-            ends = (min(1.0, max(0.0, (rows[length][end] - guess) / above)) for end in ("low", "high"))
-            text += " [{:.2f} to {:.2f}]".format(*ends)
-        texts.append(text)
-    return texts
-
-
-# ---- what else a report holds ----
-
-
 def _header(run: Run) -> GGUFHeader:
     file, again = run["merge"]["model"], f"put it back, or run {NOTEBOOKS['merge']} again"
     path = Path(file.get("path", ""))
@@ -236,18 +214,8 @@ def _model(run: Run, header: GGUFHeader, level: str) -> dict[str, Any]:
         "bits_per_weight": facts["bits a weight"],
         "tensor_types": facts["tensor types"],
         "chat_template": bool(header.text("tokenizer.chat_template")),
+        "context_length": header.arch("context_length"),
         "relation_to_artifact": level,
-    }
-
-
-def _items(run: Run) -> dict[str, list[dict[str, str]]]:
-    """The files with one row an answer, from which scores and curve are counted again."""
-    stages = [run[name] for name in ("scores", "long_context") if name in run]
-    files = {name: digest for stage in stages for name, digest in stage["files"].items()}
-    named = {"reasoning": "score_items.csv", "code": "score_items.csv", "long_context": "long_context*.jsonl"}
-    return {
-        kind: [{"file": name, "sha256": digest} for name, digest in files.items() if fnmatch(name, form)]
-        for kind, form in named.items()
     }
 
 

@@ -1,11 +1,15 @@
-"""Read a report that anybody may have written: its schema, hashes and contradictions, and its answers.
+"""What the notebooks of a run left, and reports that anybody may have written: read, and checked.
 
-A report's hashes catch accidents. Its numbers are believed because they follow from the answers beside it.
+A stage is a dict, as its file has it; ``data/spec/stages.schema.json`` has the fields that a report reads. A
+field of another type is an error, so that a fault of the workbook never passes for "not tested". A report's
+hashes catch accidents. Its numbers are believed because they follow from the answers beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -16,21 +20,145 @@ import pandas as pd
 
 from dfqs_nb import context
 from dfqs_nb.context import Counts
-from dfqs_nb.core.display import cell, one_line
-from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file
+from dfqs_nb.core.display import cell, one_line, quoted
+from dfqs_nb.core.errors import DfqsError, StageError
+from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file, write_json
 from dfqs_nb.core.paths import data_dir, tilde
-from dfqs_nb.core.stage import NOTEBOOKS
-from dfqs_nb.report.metrics import BOUNDARY, CURVE, SCORES, sealed
-from dfqs_nb.report.stages import ReportError
+from dfqs_nb.core.stage import NOTEBOOKS, read_stage
+from dfqs_nb.gguf.models import registered
 from dfqs_nb.scores import SetRun
 
-FILE = "report.json"
+DRAWN_ON = ("merge", "header", "generate", "routing", "long_context", "scores")
+BESIDE = ("ladder", "serving")  # shown in the texts, and no part of the five metrics
+SCORES = ("reasoning_score", "code_score")
+CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
+FILE, JOURNAL, SCORE_ITEMS = "report.json", "long_context_items.jsonl", "score_items.csv"
 AGAIN = "write the report again: `dfqs-nb report RUN`"
-RETRIEVAL = "retrieval accuracy"  # over all planned lengths, in comparisons
 LONGEST_NAME = 80  # characters, in tables and figures
-JOURNAL, SCORE_ITEMS = "long_context_items.jsonl", "score_items.csv"
 RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
-COLUMNS = ("set", "id", "sample", "family", "guess", "grade", "correct")
+COLUMNS = {"set": str, "id": str, "sample": int, "family": str, "guess": float, "grade": str}
+Run = dict[str, Any]  # stages by name, in the order of the notebooks; without those that did not run
+
+
+class ReportError(DfqsError):
+    """A run, or a report, that cannot be trusted as it lies there."""
+
+
+def fault_in(value: Any, schema: str, part: str = "") -> str:
+    """Where a value does not follow a schema of ``data/spec/``, or a part of it, and why; "" if it does."""
+    from jsonschema import Draft202012Validator, exceptions
+
+    rules = read_json(data_dir() / "spec" / f"{schema}.schema.json")
+    rules |= {"$ref": f"#/$defs/{part}"} if part else {}
+    fault = exceptions.best_match(Draft202012Validator(rules).iter_errors(value))
+    return f"{fault.json_path}: {fault.message[:200]}" if fault else ""
+
+
+# ---- the stages of a run ----
+
+
+def read_run(folder: str | Path) -> Run:
+    """The stages of a run, each checked: its seal, the hashes of its files, its fields, its model, its tier.
+
+    Raises:
+        StageError, ReportError: a stage is damaged, edited, or of another model or tier; or there is no run.
+    """
+    folder = Path(folder)
+    run = stages_in(folder, sealed=True)
+    if "merge" not in run:
+        hint = f"run {NOTEBOOKS['merge']} first, with this folder's name as run_name"
+        raise ReportError("this folder has no run", where=tilde(folder), hint=hint)
+    drawn = {name: stage for name, stage in run.items() if name in DRAWN_ON}
+    own = sha256_of(run["merge"])
+    if other := next((name for name in drawn if sha256_of(drawn[name]) != own), ""):
+        what = (
+            f"is about another model ({sha256_of(drawn[other]) or 'unknown':.12}) than merge.json ({own:.12})"
+        )
+        hint = f"run {NOTEBOOKS[other]} again, or give each model a run_name of its own"
+        raise ReportError(what, where=tilde(folder / f"{other}.json"), hint=hint)
+    tiers = {name: stage["tier"] for name, stage in drawn.items() if stage.get("tier")}
+    if len({*tiers.values()}) > 1:
+        listed = ", ".join(f"{name} is {tier}" for name, tier in tiers.items())
+        what = f"its stages are of different tiers ({listed})"
+        raise ReportError(what, where=tilde(folder), hint="run notebooks 05 and 06 with the same tier")
+    return run
+
+
+def stages_in(folder: Path, *, sealed: bool = False) -> Run:
+    """The stages that a folder has, each with the fields of its schema; ``sealed``: check the seals, too.
+
+    A StageError or ReportError names one that is damaged.
+    """
+    there = [name for name in (*DRAWN_ON, *BESIDE) if (folder / f"{name}.json").exists()]
+    return checked({name: read_stage(folder, name, sealed=sealed) for name in there}, folder)
+
+
+def checked(run: Run, folder: Path = Path()) -> Run:
+    """Stages as they were written; a ReportError names a field that is missing or of another type."""
+    for name, stage in run.items():
+        if fault := fault_in(stage, "stages", name):
+            where, hint = tilde(folder / f"{name}.json"), f"run {NOTEBOOKS[name]} again"
+            raise ReportError(fault.removeprefix("$."), where=where, hint=hint)
+    return run
+
+
+def settings_of(stage: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The conditions under which a stage ran; None for one that it does not state."""
+    return defaultdict(lambda: None, stage.get("conditions", {}))
+
+
+def sha256_of(stage: Mapping[str, Any]) -> Any:
+    """SHA-256 of the model that a stage is about; None where it states none."""
+    return stage["model"]["sha256"] if stage.get("model") else settings_of(stage)["model"]
+
+
+def is_file_of(sha256: str | None, names: Sequence[str] = ()) -> bool:
+    """Whether a file is of a registered model, by SHA-256: of those named, else of one the workbook ships."""
+    known = registered().items()
+    models = [it for name, it in known if (name in names if names else it.source.startswith("data/"))]
+    hashes = {sha for it in models for sha in (it.merged_sha256, *(file.sha256 for file in it.files))}
+    return bool(sha256) and sha256 in hashes
+
+
+def rerun(stages: Sequence[str], run_name: str) -> str:
+    """The command that runs the notebooks of some stages, and the report after them, in that run.
+
+    >>> rerun(["scores"], "nano")
+    '`dfqs-nb run 06 07 --run nano`'
+    """
+    return f"`dfqs-nb run {' '.join(NOTEBOOKS[name][:2] for name in stages)} 07 --run {quoted(run_name)}`"
+
+
+def not_run(missing: Sequence[str], run_name: str) -> str:
+    """Which notebooks did not run, and the command that makes up for it.
+
+    >>> not_run(["generate", "scores"], "nano")
+    'notebooks 03 and 06 did not run; `dfqs-nb run 03 06 07 --run nano` makes up for it'
+    """
+    *first, last = (NOTEBOOKS[name][:2] for name in missing)
+    named = f"notebooks {', '.join(first)} and {last}" if first else f"notebook {last}"
+    return f"{named} did not run; {rerun(missing, run_name)} makes up for it"
+
+
+def refusal_of_an_edit(folder: str | Path) -> str:
+    """What `read_run` answers when a number in a copy of the run's last stage was edited; "" if nothing."""
+    name = [name for name in DRAWN_ON if (Path(folder) / f"{name}.json").exists()][-1]
+    with tempfile.TemporaryDirectory() as copy:
+        write_json(Path(copy, f"{name}.json"), {**read_stage(Path(folder), name), "edited": 0.99})
+        try:
+            read_stage(Path(copy), name, sealed=True)
+        except StageError as error:
+            return f"{name}.json {error.what}"
+    return ""
+
+
+# ---- a report ----
+
+
+def sealed(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with the hash of its content."""
+    body = {key: value for key, value in report.items() if key != "integrity"}
+    return {**body, "integrity": {"sha256": canonical_sha256(body)}}
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
@@ -49,11 +177,8 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 def check_report(report: Any, path: str | Path) -> None:
     """Check a report against the schema, its own hashes and itself; a ReportError names the first fault."""
-    import jsonschema
-
-    fault = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(report))
-    if fault is not None:
-        wrong = f"does not follow the schema at {fault.json_path}: {fault.message[:200]}"
+    if fault := fault_in(report, "report"):
+        wrong = f"does not follow the schema at {fault}"
     elif sealed(report)["integrity"] != report["integrity"]:
         wrong = "was edited after it was written"
     elif canonical_sha256(report["conditions"]) != report["conditions_sha256"]:
@@ -65,36 +190,20 @@ def check_report(report: Any, path: str | Path) -> None:
     raise ReportError(wrong, where=tilde(path), hint=AGAIN)
 
 
-def schema() -> Any:
-    """The published JSON Schema (draft 2020-12) of ``report.json``."""
-    return read_json(data_dir() / "spec" / "report.schema.json")
-
-
 def contradictions(report: Mapping[str, Any]) -> list[str]:
     """What two places of a report say differently, each in a clause; a schema cannot see it."""
-    details, wrong = report["details"], list[str]()
+    wrong = []
     for name, value in report["metrics"].items():
-        own, is_number = details[name], isinstance(value, int | float)
+        own = report["details"][name]
         low, high = (value if own[end] is None else own[end] for end in ("low", "high"))
         if value != own["value"]:
             wrong.append(f"{name} is {value} and {own['value']}")
-        elif is_number and own.get("status") != "floor" and not low - 1e-9 <= value <= high + 1e-9:
+        elif isinstance(value, list):
+            if len(value) != len(own["lengths"]):
+                wrong.append("the curve has another number of points than of lengths")
+        elif value is not None and own.get("status") != "floor" and not low - 1e-9 <= value <= high + 1e-9:
             wrong.append(f"{name} {value} lies outside its interval, {low} to {high}")
-    if wrong:
-        return wrong  # the schema types the metrics: their details are of the same types only where equal
-    curve, boundary = details[CURVE], details[BOUNDARY]
-    if curve["value"] is not None and len(curve["value"]) != len(curve["lengths"]):
-        wrong.append("the curve has another number of points than of lengths")
-    if boundary["value"] is not None and boundary["tokens"] != boundary["value"]:
-        wrong.append(f"the boundary is {boundary['value']} and {boundary['tokens']} tokens")
-    for name in SCORES:
-        total = sum(details[name].get("counts", {}).values())
-        if details[name]["value"] is not None and 0 < total < details[name]["n"]:
-            wrong.append(f"{name} counts {total} answers of {details[name]['n']}")
     return wrong
-
-
-# ---- the answers that its numbers follow from ----
 
 
 @dataclass(frozen=True)
@@ -156,18 +265,11 @@ def _scores(report: Mapping[str, Any], path: Path) -> dict[str, SetRun]:
 
 
 def _score_items(path: Path) -> pd.DataFrame:
-    types = {"correct": bool, "sample": int, "guess": float}
-    types |= dict.fromkeys(("set", "id", "family", "grade"), str)
     try:
-        items = pd.read_csv(path, keep_default_na=False, dtype=types)
+        items = pd.read_csv(path, keep_default_na=False, dtype=COLUMNS, usecols=list(COLUMNS))
     except (OSError, ValueError) as error:
         raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
-    if absent := [name for name in COLUMNS if name not in items]:
-        raise _refused(path, f"has no column {', '.join(absent)}")
-    wrong = items["grade"].isin(RIGHT) != items["correct"]
-    if wrong.any():
-        raise _refused(path, f"the grade of {items['id'][wrong].iloc[0]} contradicts its column correct")
-    return items
+    return items.assign(correct=items["grade"].isin(RIGHT))
 
 
 def _context(report: Mapping[str, Any], folder: Path) -> pd.DataFrame:

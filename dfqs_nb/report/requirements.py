@@ -15,8 +15,8 @@ import pandas as pd
 
 from dfqs_nb.gguf.facts import experts
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.report.spec import filled, requirements_spec
-from dfqs_nb.report.stages import Run, not_run, sets_of, settings_of, sha256_of
+from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORES, SPEED, Run, not_run, settings_of, sha256_of
+from dfqs_nb.report.spec import filled, spec_table
 from dfqs_nb.report.template import sentence
 
 MET, NOT_MET, NOT_TESTED, NOT_APPLICABLE = "met", "not met", "not tested", "not applicable"
@@ -26,16 +26,13 @@ LONG_FROM, LONG_TO = 8192, 65536  # the lengths that the paper names for the lon
 SHARED = "runtime system_info n_batch n_ubatch n_threads n_threads_batch n_gpu_layers seed flash_attn".split()
 SHARED += "type_k type_v use_mmap use_extra_bufts swa_full".split()
 # What the conditions of metrics are about: without one of each, there is nothing to judge.
-MEASURED = {
-    "the curve": ("context_stability_curve", "failure_boundary_tokens"),
-    "the scores and the speed": ("reasoning_score", "code_score", "cpu_tokens_per_sec"),
-}
+MEASURED = {"the curve": (CURVE, BOUNDARY), "the scores and the speed": (*SCORES, SPEED)}
 Judgement = tuple[str, str]  # a verdict, and the sentence that it rests on
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a check may look at. It calls `judged` with its verdict and the name of a sentence of evidence."""
+    """What a check may look at. It returns `judged`: a verdict, and the sentence that it rests on."""
 
     sentences: Mapping[str, str]
     run: Run
@@ -46,21 +43,25 @@ class Case:
         """The sentence of that name of this requirement, with its values."""
         generate = self.run.get("generate", {})
         known = {"file": self.run.get("merge", {}).get("model"), "at": settings_of(generate)}
-        known["answered"] = sentence("answered", generate)
-        return filled(self.sentences[name], {**known, **values})
+        return filled(self.sentences[name], {**known, "answered": sentence("answered", generate), **values})
 
     def judged(self, verdict: str | bool, name: str = "met", /, **values: Any) -> Judgement:
-        """A verdict (as a truth: met or not met), and the sentence that it rests on."""
+        """A verdict (as a truth: met or not met), and the sentence of that name."""
         met = (MET if verdict else NOT_MET) if isinstance(verdict, bool) else verdict
         return met, self.text(name, **values)
 
     def answers(self) -> Judgement:
         """Met where notebook 03's prompts were answered; open where its time ran out before."""
-        generate = self.run.get("generate", {})
-        is_late = any(answer.get("finish_reason") == "time" for answer in generate.get("answers", []))
-        if sentence("answered", generate):
+        answers = self.run.get("generate", {}).get("answers", [])
+        if any(answer["tokens"] > 0 for answer in answers):
             return self.judged(MET)
+        is_late = any(answer.get("finish_reason") == "time" for answer in answers)
         return self.judged(NOT_TESTED if is_late else NOT_MET, "silent")
+
+    @property
+    def declared(self) -> int | None:
+        """The context that the header declares, in tokens."""
+        return self.header.arch("context_length") if self.header is not None else None
 
 
 def check_requirements(
@@ -73,7 +74,7 @@ def check_requirements(
     """
     is_dense, rows = header is not None and not experts(header).moe_layers, []
     absent = [what for what, names in MEASURED.items() if all(metrics.get(name) is None for name in names)]
-    for row in requirements_spec()["requirements"]:
+    for row in spec_table("requirements")["requirements"]:
         case, check = Case(row["evidence"], run, header, metrics), CHECKS[row["check"]]
         _, *needs = signature(check).parameters
         missing = [name for name in needs if name not in run]
@@ -124,9 +125,9 @@ def routing(case: Case, routing: Any) -> Judgement:
 def metrics(case: Case, long_context: Any, scores: Any) -> Judgement:
     """Every metric is there. Its type is that of the specification, or it would be withheld."""
     values = case.metrics
-    if missing := [name for name in requirements_spec()["metrics"] if values.get(name) is None]:
+    if missing := [name for name in spec_table("requirements")["metrics"] if values.get(name) is None]:
         return case.judged(NOT_MET, "wrong", wrong="; ".join(f"{name} is withheld" for name in missing))
-    return case.judged(MET, n_points=len(values["context_stability_curve"]), **values)
+    return case.judged(MET, n_points=len(values[CURVE]), **values)
 
 
 def llama_cpp(case: Case, generate: Any) -> Judgement:
@@ -138,24 +139,18 @@ def llama_cpp(case: Case, generate: Any) -> Judgement:
 
 
 def long_context(case: Case, long_context: Any) -> Judgement:
-    """An analysis was made; how far it reached is stated."""
+    """An analysis from the lengths on that the paper names, or of the whole context that the model has."""
     if why := long_context.get("not_measured"):
         return case.judged(NOT_TESTED, "missing", why=why)
-    curve, boundary = long_context["curve"], long_context.get("boundary")
-    if not curve or boundary is None:
+    rows, boundary = [*long_context["curve"], *long_context.get("refined", [])], long_context.get("boundary")
+    if not long_context["curve"] or boundary is None:
         return case.judged(NOT_MET, "empty")
-    lengths, more = [row["length"] for row in curve], ""
-    longest = max(lengths)
-    name = "short" if longest < LONG_FROM else "part" if longest < LONG_TO else "covered"
-    ends = "censored" if boundary["right_censored"] else "crossed"
-    ends = "floor" if boundary["status"] == "floor" else ends
-    known = {"longest": longest, "least": min(lengths), "n": len(lengths), "boundary": boundary}
-    known |= {"start": LONG_FROM, "end": LONG_TO, "tier": long_context.get("tier") or "not stated"}
-    if added := long_context.get("refined"):
-        at = ", ".join(f"{row['length']:,}" for row in added)
-        more = case.text("added", at=at, answers=sum(row["n"] for row in added))
-    known |= {"answers": sum(row["n"] for row in curve), "reach": case.text(ends, **known), "more": more}
-    return case.judged(MET, extent=case.text(name, **known), **known)
+    lengths, reach = [row["length"] for row in rows], sentence("boundary", boundary)
+    known = {"start": LONG_FROM, "end": LONG_TO, "longest": max(lengths), "declared": case.declared}
+    known |= {"least": min(lengths), "n": len(lengths), "answers": sum(row["n"] for row in rows)}
+    is_long = max(lengths) >= min(LONG_FROM, case.declared or LONG_FROM)
+    verdict, name = (MET, "met") if is_long else (NOT_TESTED, "short")
+    return case.judged(verdict, name, reach=reach, **known)
 
 
 def gpu(case: Case, generate: Any) -> Judgement:
@@ -168,16 +163,10 @@ def gpu(case: Case, generate: Any) -> Judgement:
 
 def beyond_64k(case: Case) -> Judgement:
     """An option: what the header declares, and what was measured."""
-    declared = case.header.arch("context_length") if case.header is not None else None
     curve = case.run.get("long_context", {}).get("curve", [])
-    measured = max((row["length"] for row in curve), default=0)
-    seen = case.text("longest" if measured else "nothing", measured=measured)
-    if measured > LONG_TO:
-        return case.judged(MET, "measured", seen=seen)
-    if declared is None:
-        return case.judged(NOT_TESTED, "unknown", seen=seen)
-    verdict, name = (NOT_TESTED, "declared") if declared > LONG_TO else (NOT_MET, "less")
-    return case.judged(verdict, name, declared=declared, seen=seen)
+    longest = max((row["length"] for row in curve), default=0)
+    verdict = NOT_MET if 0 < (case.declared or 0) <= LONG_TO else NOT_TESTED
+    return case.judged(MET if longest > LONG_TO else verdict, declared=case.declared, longest=longest)
 
 
 def identical_conditions(case: Case, long_context: Any, scores: Any) -> Judgement:
@@ -241,18 +230,14 @@ def reproducible(case: Case, routing: Any, long_context: Any, scores: Any) -> Ju
     return case.judged(MET, seed=seeds.pop(), it=it)
 
 
+def sets_of(run: Run) -> list[Mapping[str, Any]]:
+    """The frozen sets that were asked, and how: the curve's, and every set that was scored."""
+    scored = run["scores"]["conditions"]
+    own = (scored.get(score["set"]) for score in run["scores"]["scores"])
+    return [run["long_context"]["conditions"], *(it if isinstance(it, dict) else {} for it in own)]
+
+
 CONDITIONS = (identical_conditions, cpu_baseline, runtime, prompt_sets, reproducible)
-CHECKS: dict[str, Callable[..., Judgement]] = {  # each is given the stages that its parameters name
-    check.__name__: check
-    for check in (
-        single_file,
-        cpu_only,
-        routing,
-        metrics,
-        llama_cpp,
-        long_context,
-        gpu,
-        beyond_64k,
-        *CONDITIONS,
-    )
-}
+PROPERTIES = (single_file, cpu_only, routing, metrics, llama_cpp, long_context, gpu, beyond_64k)
+# Each check is given the stages that its parameters name.
+CHECKS: dict[str, Callable[..., Judgement]] = {check.__name__: check for check in (*PROPERTIES, *CONDITIONS)}

@@ -20,12 +20,10 @@ CONTRADICTS_ITSELF = "contradicts itself"
 NOT_TESTABLE, NOT_CHECKABLE = "not testable here", "not checkable"
 CLAIM_VERDICTS = (CONFIRMED, IN_PART, CONTRADICTED, CONTRADICTS_ITSELF, NOT_TESTABLE, NOT_CHECKABLE)
 Claim = Mapping[str, Any]  # an entry of claims.toml with these fields where it has none of its own
-UNSTATED = {"fact": "stated", "test": "equals", "yes": CONFIRMED, "no": CONTRADICTED}
-UNSTATED |= dict.fromkeys(("unit", "verdict", "found", "evidence"), "")
-FIGURES = ("value", "tolerance", "limit")  # of a claim, None where it states none
-REQUIRED = {  # of an entry; a claim may have those above, too
-    "requirements": "id level text source how check notebook evidence".split(),
-    "claims": "id document section text source".split(),
+UNSTATED: Claim = {
+    **{"fact": "stated", "test": "equals", "yes": CONFIRMED, "no": CONTRADICTED},
+    **dict.fromkeys(("unit", "verdict", "found", "evidence"), ""),
+    **dict.fromkeys(("value", "tolerance", "limit")),
 }
 
 
@@ -83,50 +81,31 @@ def filled(form: str, values: Mapping[str, Any]) -> str:
     return spaced(_Words().vformat(form, (), values))
 
 
-def requirements_spec() -> dict[str, Any]:
-    """``requirements.toml``: the demands, the metrics with their types, the hardware envelope.
+def spec_table(name: str) -> dict[str, Any]:
+    """A table of ``data/spec/``; a RegistryError where it is missing, or is no TOML.
 
-    A RegistryError where the table is missing, or an entry has a field too many or too few.
+    ``requirements``: the demands, the metrics with their types, the hardware envelope. ``claims``: the
+    statements, each with a ``number`` in its document; facts, documents, links.
 
-    >>> requirements_spec()["envelope"]["ram"]["minimum"]
+    >>> spec_table("requirements")["envelope"]["ram"]["minimum"]
     80
     """
-    return _table("requirements")
-
-
-def claims_spec() -> dict[str, Any]:
-    """``claims.toml``: the statements, each with a ``number`` in its document; facts, documents, links.
-
-    Raises as `requirements_spec` does.
-    """
-    return _table("claims")
-
-
-def _table(name: str) -> dict[str, Any]:
     path = data_dir() / "spec" / f"{name}.toml"
     try:
-        return _parsed(name, path.read_text(encoding="utf-8"))
+        return _parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         hint = "restore it with `git checkout data/spec`, or set DFQS_DATA to a folder that has it"
         raise RegistryError(f"cannot be read ({error})", where=tilde(path), hint=hint) from error
 
 
 @lru_cache(maxsize=4)
-def _parsed(name: str, text: str) -> dict[str, Any]:
+def _parsed(text: str) -> dict[str, Any]:
     table = tomllib.loads(text)
-    known = {*REQUIRED[name], *((*UNSTATED, *FIGURES) if name == "claims" else ())}
-    for entry in table.get(name, []):
-        if wrong := ({*entry} - known) | ({*REQUIRED[name]} - {*entry}):
-            raise ValueError(f"{entry.get('id', 'an entry')}: unknown or missing {', '.join(sorted(wrong))}")
-    if name == "claims":
-        letters = {document: it["letter"] for document, it in table["documents"].items()}
-        counts = {letter: count(1) for letter in letters.values()}
-        for claim in table["claims"]:
-            letter = letters[claim["document"]]
-            figures = dict.fromkeys(FIGURES)
-            claim |= {**UNSTATED, **figures, **claim, "number": f"{letter}{next(counts[letter])}"}
-    else:
-        for key, rows in table["envelope"].items():
-            if isinstance(rows, dict) and all(map(str.isdigit, rows)):  # contexts, which TOML reads as text
-                table["envelope"][key] = {int(n_ctx): row for n_ctx, row in rows.items()}
+    counts = {name: count(1) for name in table.get("documents", {})}
+    for claim in table.get("claims", []):
+        number = f"{table['documents'][claim['document']]['letter']}{next(counts[claim['document']])}"
+        claim |= {**UNSTATED, **claim, "number": number}
+    for key, rows in table.get("envelope", {}).items():
+        if isinstance(rows, dict) and all(map(str.isdigit, rows)):  # contexts, which TOML reads as text
+            table["envelope"][key] = {int(n_ctx): row for n_ctx, row in rows.items()}
     return table

@@ -12,7 +12,8 @@ from markupsafe import Markup, escape
 from dfqs_nb.core import display
 from dfqs_nb.core.paths import public_address
 from dfqs_nb.core.stage import NOTEBOOKS
-from dfqs_nb.report.spec import CLAIM_VERDICTS, claims_spec
+from dfqs_nb.report.reading import rerun
+from dfqs_nb.report.spec import CLAIM_VERDICTS, spec_table
 
 FEW_TEXTS = 12  # below, a boundary is provisional
 FEW_QUESTIONS = 10  # a score of fewer is no cross
@@ -39,7 +40,7 @@ def _environment(kind: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals |= {"size": display.size, "sentence": sentence}
+    made.globals |= {"size": display.size, "sentence": sentence, "rerun": rerun}
     made.globals |= {"FEW_TEXTS": FEW_TEXTS, "FEW_QUESTIONS": FEW_QUESTIONS, "CLAIM_VERDICTS": CLAIM_VERDICTS}
     made.filters |= {
         "begun": lambda text: text[:1].upper() + text[1:],
@@ -64,6 +65,11 @@ def sentence(macro: str, *values: Any) -> str:
     return str(getattr(_environment("txt").get_template("sentences.txt").module, macro)(*values))
 
 
+def words(name: str) -> Any:
+    """A table of ``words.txt``, which the templates use too."""
+    return getattr(_environment("txt").get_template("words.txt").module, name)
+
+
 ALONE = r"(?![\w/#.-]| ?(?:PR )?#)"  # no issue of a repository
 LINKS = (
     (r"(?<![\w/.-])([\w.-]+/[\w.-]+?)(?: PR)? ?#(\d+)", r"https://github.com/\1/issues/\2"),
@@ -81,7 +87,7 @@ def linked(text: str, is_html: bool) -> Any:
     >>> str(linked("arXiv:2404.06654 <b>", is_html=False))
     '[arXiv:2404.06654](https://arxiv.org/abs/2404.06654) &lt;b>'
     """
-    spec, own = claims_spec(), f"{public_address()}/blob/main"
+    spec, own = spec_table("claims"), f"{public_address()}/blob/main"
     named = {it["called"]: it["address"] for it in spec["documents"].values()}
     named |= {f"notebook {file[:2]}": f"{own}/notebooks/{file}" for file in NOTEBOOKS.values()}
     named |= {"data/models.toml": f"{own}/data/models.toml", **spec["links"]}

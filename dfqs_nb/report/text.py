@@ -1,42 +1,126 @@
-"""A report as people read it: Markdown, one HTML page, two forms for the hub. The prose is in templates."""
+"""A report as people read it: its verdict, Markdown, and one HTML page. The prose is in the templates."""
 
 from __future__ import annotations
 
 import base64
 import re
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dfqs_nb.core import display
-from dfqs_nb.core.paths import public_address
+from dfqs_nb.core.display import plain
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.report import requirements
 from dfqs_nb.report.envelope import envelope_tables
-from dfqs_nb.report.metrics import CURVE, METRICS, SCORES, SPEED, metric_sentence
-from dfqs_nb.report.spec import claims_spec, link, spaced
-from dfqs_nb.report.stages import BESIDE, ReportError, stages_in
-from dfqs_nb.report.template import render
-from dfqs_nb.report.verdicts import verdict
+from dfqs_nb.report.reading import BESIDE, BOUNDARY, CURVE, SCORES, SPEED, ReportError, stages_in
+from dfqs_nb.report.requirements import MET, NOT_APPLICABLE, NOT_MET, NOT_TESTED
+from dfqs_nb.report.spec import link, spaced, spec_table
+from dfqs_nb.report.template import FEW_QUESTIONS, render, sentence, words
 
-SMALL = "Nano tier: made with the small prompt sets of the embedded reference model. "
-NANO = f"{SMALL}No measurement here is evidence about a real model."
-HUB_SETS = {"standard-code": ("openai/openai_humaneval", "openai_humaneval")}  # that exist as data sets there
-OF_MODEL = {"name": "file", "name_in_header": "name in its header", "sha256": "SHA-256"}
-OF_MODEL |= {"size_bytes": "size (bytes)", "relation_to_artifact": "relation to the artifact"}
-RELATIONS = {
-    "artifact": "it is the artifact",
-    "model": "the artifact's model in another quantization",
-    "reference": "none: it is the reference model, which the workbook carries",
+YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
+SYMBOLS = {YES: "✓", NO: "✗", PARTLY: "~", UNKNOWN: "?", NOT_APPLICABLE: "–"}
+MARKS = {MET: YES, NOT_MET: NO, NOT_TESTED: UNKNOWN, NOT_APPLICABLE: NOT_APPLICABLE}  # of a requirement
+# By the macro that answers it: the question, the section that has the evidence, and the demand that decides.
+QUESTIONS = {
+    "sound": ("Is the file sound?", "requirements", "single-file"),
+    "runs": ("Does it run here, and how fast?", "metrics", "cpu-constrained"),
+    "routing": ("Is routing deterministic?", "requirements", "routing-deterministic"),
+    "context": ("How far does the context carry?", "metrics", ""),
+    "scores": ("What does it score?", "metrics", ""),
+    "demands": ("Which demands of DFQS are met?", "requirements", ""),
 }
+
+
+@dataclass(frozen=True)
+class Line:
+    """One question: ``mark`` is one of `SYMBOLS`, and ``section`` of the report has the evidence."""
+
+    mark: str
+    question: str
+    answer: str
+    caveat: str
+    section: str
+
+    @property
+    def symbol(self) -> str:
+        """The mark as one character."""
+        return SYMBOLS[self.mark]
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """The lines of a report's verdict, in order."""
+
+    title: str
+    lines: tuple[Line, ...]
+
+    @property
+    def summary(self) -> list[str]:
+        """A sentence for each line."""
+        sentences = (f"{line.symbol} {line.question} {line.answer}. {line.caveat}" for line in self.lines)
+        return [plain(text.rstrip()) for text in sentences]
+
+    def __str__(self) -> str:
+        return "\n".join([self.title, *self.summary])
+
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        return render("verdict.md", verdict=self)
+
+
+def verdict(report: Mapping[str, Any]) -> Verdict:
+    """The verdict on a report that `read_report` or `build_report` gave."""
+    rows, details, lines = {row["id"]: row for row in report["conformance"]}, report["details"], []
+    marks = {"context": _carries(details[BOUNDARY]), "scores": _scores(details), "demands": _demands(rows)}
+    for name, (question, section, demand) in QUESTIONS.items():
+        row = rows.get(demand, {"verdict": NOT_TESTED, "evidence": "not judged in this report"})
+        mark = marks.get(name, MARKS[row["verdict"]])
+        if name == "runs" and mark == YES and details[SPEED].get("contended"):
+            mark = PARTLY
+        answer, _, caveat = sentence(name, report, row["evidence"], mark).partition("\n")
+        answer, caveat = (text[:1].upper() + text[1:] for text in (answer, caveat))
+        lines.append(Line(mark, question, answer, caveat, section))
+    name = plain(report["model"]["name"])
+    return Verdict(f"{name}, {report['specification']}, {report['tier']} tier", tuple(lines))
+
+
+def _carries(boundary: Mapping[str, Any]) -> str:
+    if boundary["withheld"]:
+        return UNKNOWN
+    held = boundary.get("right_censored") and not boundary.get("provisional")
+    return NO if boundary["status"] == "floor" else YES if held else PARTLY
+
+
+def _scores(details: Mapping[str, Any]) -> str:
+    """A tick means better than guessing; few questions give no cross."""
+    marks = set()
+    for score in (*(details[name] for name in SCORES), details["reasoning_score"].get("choices")):
+        if score is None:
+            continue
+        if score.get("withheld"):
+            marks.add(UNKNOWN)
+        elif score["low"] > score["guess_rate"]:
+            marks.add(YES)
+        else:
+            marks.add(NO if score["n"] >= FEW_QUESTIONS else UNKNOWN)
+    return marks.pop() if len(marks) == 1 else PARTLY if YES in marks else NO
+
+
+def _demands(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    binding = {row["verdict"] for row in rows.values() if row["level"] in ("SHALL", "MUST", "condition")}
+    binding -= {NOT_APPLICABLE}
+    if not binding:
+        return UNKNOWN
+    return NO if NOT_MET in binding else YES if binding == {MET} else PARTLY
 
 
 def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """What a report holds, as frames to show; what is about the artifact as ``artifact_...``."""
-    lines = [(name, metric_sentence(name, report["details"][name])) for name in report["metrics"]]
+    lines = [(name, sentence("metric", name, report["details"][name])) for name in report["metrics"]]
     columns = ["number", "document", "section", "claim", "found", "verdict", "evidence", "source"]
     stated = pd.DataFrame(report["claims"], columns=["id", *columns]).set_index("id")
     frames = {
@@ -51,105 +135,94 @@ def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     return frames
 
 
-def _pairs(facts: Mapping[str, Any], name: str) -> pd.DataFrame:
-    return pd.DataFrame(facts.items(), columns=[name, "value"], dtype=object)
+def texts(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The report for people: Markdown, for a model card too, and one HTML page.
+
+    The page opens anywhere: figures inside, no scripts, nothing fetched.
+    """
+    shown = view(report, folder)
+    return {name: render(name, **shown) for name in ("report.md", "report.html")}
 
 
 def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """All that the templates of a report show; they write numbers as `core.display.cell` does."""
     frames, details, beside = tables(report), report["details"], _beside(folder)
-    envelopes, curve, ran = report["hardware_envelope"], details[CURVE], report["machine"]
-    versions = report["versions"].items()
+    envelopes, ran, versions = report["hardware_envelope"], report["machine"], report["versions"].items()
     other = {f"{name}, of this report": value for name, value in versions if ran.get(name) != value}
     drawn = {
-        "context_curve": curve.get("points"),
+        "context_curve": details[CURVE].get("points"),
         "score_families": any(details[name]["value"] is not None for name in SCORES),
         "decode_roofline": details[SPEED]["value"],
     }
     values = {
         "report": report,
-        "created": f"{report['created'][:10]}, {report['created'][11:16]} UTC",
         "absent": {*BESIDE, "left_out"} - set(beside) | (set() if report["claims"] else {"claims"}),
-        "figure": lambda name: _figure(folder, name, report["sources"]),
+        "figure": lambda name: _figure(folder, name),
         "is_drawn": lambda name: f"{name}.png" in report["sources"] and bool(drawn.get(name, True)),
-        "nano": NANO if report["tier"] == "nano" else "",
         "verdict": verdict(report),
-        "demonstration": report["model"].get("relation_to_artifact") == "reference" and report["claims"],
         "metrics": frames["metrics"].reset_index(),
         "has_scores": drawn["score_families"],
-        "curve": _curve(curve),
-        "guesses": guesses(curve),
-        "added": [row for row in curve.get("points", []) if row["length"] not in curve.get("lengths", [])],
+        "curve": retrieval(details[CURVE]),
         "requirements": frames["requirements"].reset_index(),
         "claims": frames["claims"].reset_index(),
-        "documents": claims_spec()["documents"],
+        "documents": spec_table("claims")["documents"],
         "link": link,
         "envelopes": [_envelope(it) for it in (envelopes["model"], envelopes["artifact"]) if it],
         "paging": _paging(envelopes.get("paging") or {}),
         "beside": beside,
         "model": _model(report["model"]),
         "conditions": _pairs(pd.json_normalize(report["conditions"]).to_dict("records")[0], "condition"),
-        "machine": _pairs({**report["machine"], **other}, "where it ran"),
+        "machine": _pairs({**ran, **other}, "where it ran"),
     }
     body = render("report.md", occurs=lambda word, seen: False, **values)
-    return values | {"occurs": lambda word, seen: bool(re.search(seen or _forms(word), body))}
+
+    def occurs(term: str, seen: str) -> bool:
+        """Whether the report has a glossary's term, or one of several; capitals stand for themselves."""
+        forms = "|".join(rf"\b{re.escape(word)}(?:s|es)?\b" for word in term.split(", "))
+        return bool(re.search(seen or (forms if term.isupper() else f"(?i:{forms})"), body))
+
+    return values | {"occurs": occurs}
 
 
-def _forms(term: str) -> str:
-    """A pattern of the words of a glossary's term, which commas divide; capitals stand for themselves."""
-    words = "|".join(rf"\b{re.escape(word)}(?:s|es)?\b" for word in term.split(", "))
-    return words if term.isupper() else f"(?i:{words})"
+def _pairs(facts: Mapping[str, Any], name: str) -> pd.DataFrame:
+    return pd.DataFrame(facts.items(), columns=[name, "value"], dtype=object)
 
 
 def _model(model: Mapping[str, Any]) -> pd.DataFrame:
     """What the report says of its model, with names that people read."""
-    told = {**model, "relation_to_artifact": RELATIONS.get(model.get("relation_to_artifact", ""))}
-    facts = {OF_MODEL.get(key, key.replace("_", " ")): it for key, it in told.items() if it is not None}
+    names, relation = words("of_model"), words("relations").get(model.get("relation_to_artifact"))
+    told = {**model, "relation_to_artifact": relation}
+    facts = {names.get(key, key.replace("_", " ")): it for key, it in told.items() if it is not None}
     return _pairs(facts, "of the model")
 
 
 def _paging(rows: Mapping[str, str]) -> pd.DataFrame:
     """What a token was predicted to read from the disk, and did; nothing where memory holds the model."""
     is_read = any(value != "0 B" for name, value in rows.items() if name.startswith("a token reads"))
-    named = {name.replace("a token reads", "read from the disk for a token"): rows[name] for name in rows}
-    named = {name: spaced(value) for name, value in named.items()} if is_read else {}
+    where = "read from the disk for a token"
+    named = {name.replace("a token reads", where): spaced(rows[name]) for name in rows if is_read}
     return _pairs(named, "a token of decode, predicted and measured")
 
 
-def guesses(curve: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By task of retrieval: wrong answers, those of another key, guess rate, lengths and those above it.
+def retrieval(curve: Mapping[str, Any]) -> pd.DataFrame:
+    """Retrieval by task and length: every task that was asked, or the points of the curve.
 
-    The curve's rule: one of the keys where at least half of the wrong answers are another key's, else 0.
+    The guess rate of a task is by the curve's rule: one of the keys where at least half of its wrong answers
+    are another key's, else 0.
     """
-    tasks: dict[str, dict[str, Any]] = {}
-    for row in curve.get("tasks") or []:
-        counted = tasks.setdefault(row["task"], {"wrong": 0, "another_key": 0})
-        for name in counted:
-            counted[name] += row.get(name) or 0
-    for task, counted in tasks.items():
-        likely, keys = 2 * counted["another_key"] >= counted["wrong"], curve.get("n_keys") or 0
-        counted["guess_rate"] = 1 / keys if keys > 1 and likely else 0.0
-        lows = [row["low"] for row in curve["tasks"] if row["task"] == task]
-        counted |= {"lengths": len(lows), "above": sum(low > counted["guess_rate"] for low in lows)}
-    return tasks
-
-
-def _curve(detail: Mapping[str, Any]) -> pd.DataFrame:
-    """Retrieval by task and length: every task that was asked, or the points of the curve."""
-    rates, own = guesses(detail), {"guess_rate": detail["guess_rate"] or 0}
-    points = [{"task": "the curve's task", **row} for row in detail.get("points") or []]
-    rows = [
-        {
-            "task": row["task"],
-            "context (tokens)": row["length"],
-            "n": row["n"],
-            "right answers": f"{row['accuracy']:.2f}",
-            "95 % interval": f"{row['low']:.2f} to {row['high']:.2f}",
-            "guess rate": f"{rates.get(row['task'], own)['guess_rate']:.2f}",
-        }
-        for row in detail.get("tasks") or points
-    ]
-    return pd.DataFrame(rows)
+    tasks, keys, shown = curve.get("tasks") or [], curve.get("n_keys") or 0, []
+    for row in tasks or [{"task": "the curve's task", **row} for row in curve.get("points") or []]:
+        own = [it for it in tasks if it["task"] == row["task"]]
+        wrong, another = (sum(it.get(name) or 0 for it in own) for name in ("wrong", "another_key"))
+        guess = curve["guess_rate"] or 0.0
+        if tasks:
+            guess = 1 / keys if keys > 1 and 2 * another >= wrong else 0.0
+        cells = {"task": row["task"], "context (tokens)": row["length"], "n": row["n"]}
+        cells |= {"right answers": f"{row['accuracy']:.2f}"}
+        cells |= {"95 % interval": f"{row['low']:.2f} to {row['high']:.2f}", "guess rate": f"{guess:.2f}"}
+        cells |= {"another key's, of all wrong answers": f"{another} of {wrong}"} if wrong else {}
+        shown.append(cells)
+    return pd.DataFrame(shown).fillna("")
 
 
 def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,71 +238,16 @@ def _beside(folder: Path) -> dict[str, list[str]]:
     stages = stages_in(folder)
     lines = {name: stages[name].get("summary", []) for name in BESIDE if name in stages}
     lines["left_out"] = [
-        f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {sentence}"
+        f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {missing}"
         for name, stage in stages.items()
-        for sentence in stage.get("left_out") or ()
+        for missing in stage.get("left_out") or ()
     ]
     return {name: [spaced(str(line)) for line in own] for name, own in lines.items() if own}
 
 
-def markdown(report: Mapping[str, Any], folder: Path) -> str:
-    """The report for people, and for the text of a model card."""
-    return render("report.md", **view(report, folder))
-
-
-def page(report: Mapping[str, Any], folder: Path) -> str:
-    """The report as one HTML page that opens anywhere: figures inside, no scripts, nothing fetched."""
-    return render("report.html", **view(report, folder))
-
-
-def _figure(folder: Path, name: str, sources: Mapping[str, str]) -> str:
-    """A figure as the address of itself: as SVG, or as PNG where the run has no other."""
-    suffix, kind = ("svg", "svg+xml") if f"{name}.svg" in sources else ("png", "png")
-    file = folder / f"{name}.{suffix}"
+def _figure(folder: Path, name: str) -> str:
+    """A figure as the address of itself."""
+    file = folder / f"{name}.svg"
     if not file.is_file():
         raise ReportError("the figure is missing", where=file, hint="run its notebook again")
-    return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-
-
-# ---- the hub's two forms ----
-
-
-def hub_forms(report: Mapping[str, Any]) -> dict[str, str]:
-    """The files that the hub reads, by name; "" without metrics. The curve has no entry: both take numbers.
-
-    ``model-index.yml``: the block ``model-index`` for the front matter of a card.
-    ``.eval_results/dfqs.yaml``: the file of that name in a model's repository.
-    """
-    import huggingface_hub as hub
-    import yaml
-    from huggingface_hub.repocard_data import eval_results_to_model_index
-
-    index, entries, address = [], [], public_address()
-    for name, (_, _, kind, _) in METRICS.items():
-        detail = report["details"][name]
-        if detail["withheld"] or not kind:
-            continue
-        stated, questions = metric_sentence(name, detail), detail.get("set") or f"{report['tier']}-{name}"
-        value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
-        facts = {"conditions_sha256": report["conditions_sha256"], "n": detail["n"], "stated": stated}
-        about: dict[str, Any] = {
-            "dataset_type": f"dfqs-{questions}",
-            "dataset_name": f"DFQS 1.0, {questions}",
-        }
-        about |= {"task_type": "text-generation", "task_name": "Text generation", "metric_type": kind}
-        about |= {"dataset_args": facts | ({"contended": True} if detail.get("contended") else {})}
-        index.append(hub.EvalResult(metric_name=name, metric_value=value, **about))
-        dataset, task = HUB_SETS.get(questions, (address.removeprefix("https://github.com/"), questions))
-        source = {"source_url": address, "source_name": "DFQS workbook", "date": report["created"]}
-        notes = f"{name} {stated}"
-        entries.append(
-            hub.EvalResultEntry(dataset_id=dataset, task_id=task, value=value, notes=notes, **source)
-        )
-    model = display.plain(report["model"]["name"])
-    forms = {
-        "model-index.yml": {"model-index": eval_results_to_model_index(model, index)} if index else None,
-        ".eval_results/dfqs.yaml": hub.eval_result_entries_to_yaml(entries),
-    }
-    first = f"# {NANO}\n" if report["tier"] == "nano" else ""
-    dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
-    return {name: f"{first}{dump(value)}" if value else "" for name, value in forms.items()}
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}"

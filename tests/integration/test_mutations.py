@@ -36,7 +36,7 @@ from dfqs_nb.merge import copy as merge_copy
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.disk import journal_path, part_path
 from dfqs_nb.merge.verify import manifest_path
-from dfqs_nb.report.stages import DRAWN_ON, read_run
+from dfqs_nb.report.reading import DRAWN_ON, read_run
 from dfqs_nb.scores import Answerer, ItemSet, Options
 
 pytestmark = pytest.mark.slow

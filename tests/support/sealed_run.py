@@ -11,7 +11,7 @@ import pandas as pd
 
 from dfqs_nb.core.files import read_json
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.report.stages import DRAWN_ON, Run, checked
+from dfqs_nb.report.reading import DRAWN_ON, Run, checked
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "run"
 

@@ -9,13 +9,18 @@ import gguf_fixtures
 import pytest
 from sealed_run import run_of
 
+from dfqs_nb import scores
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.gguf import facts as header_facts
+from dfqs_nb.gguf import memory
 from dfqs_nb.gguf.broken import with_field
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.models import registered
+from dfqs_nb.merge import methods_table
 from dfqs_nb.report import claims
 from dfqs_nb.report.claims import check_claims, facts, relation
+from dfqs_nb.report.envelope import CONTEXTS
+from dfqs_nb.report.reading import Run, checked
 from dfqs_nb.report.spec import (
     CLAIM_VERDICTS,
     CONFIRMED,
@@ -24,11 +29,10 @@ from dfqs_nb.report.spec import (
     IN_PART,
     NOT_CHECKABLE,
     NOT_TESTABLE,
-    claims_spec,
     figure,
     link,
+    spec_table,
 )
-from dfqs_nb.report.stages import Run, checked
 from dfqs_nb.report.template import linked, sentence
 
 SINGLE = registered()["deepseek-v4-flash-iq1_s-xl-single"].files[0]
@@ -81,7 +85,9 @@ def own_table(artifact):
 
 def verdict_of(name: str, run: Run = NOTHING, header=None, **changes) -> str:
     """The verdict on one statement, with some of its fields changed."""
-    listed = [{**statement, **changes} for statement in claims_spec()["claims"] if statement["id"] == name]
+    listed = [
+        {**statement, **changes} for statement in spec_table("claims")["claims"] if statement["id"] == name
+    ]
     table = check_claims(run, header, claims=listed).set_index("id")
     return table.loc[name, "verdict"]
 
@@ -90,28 +96,28 @@ def verdict_of(name: str, run: Run = NOTHING, header=None, **changes) -> str:
 
 
 def test_every_statement_gets_one_numbered_row_with_a_verdict_evidence_and_a_public_source(nano_table):
-    assert list(nano_table.index) == [statement["id"] for statement in claims_spec()["claims"]]
+    assert list(nano_table.index) == [statement["id"] for statement in spec_table("claims")["claims"]]
     assert nano_table["number"].is_unique and nano_table["number"].str.fullmatch(r"[CDPSB]\d+").all()
     assert set(nano_table["verdict"]) <= set(CLAIM_VERDICTS)
     assert nano_table[["how", "found", "evidence", "source", "section"]].map(len).gt(1).all(axis=None)
-    assert set(nano_table["document"]) <= set(claims_spec()["documents"])
+    assert set(nano_table["document"]) <= set(spec_table("claims")["documents"])
 
 
 def test_the_two_documents_have_about_a_hundred_statements(nano_table):
     assert nano_table["document"].isin(["card", "DFQS 1.0"]).sum() >= 100
-    listed = claims_spec()["claims"]
+    listed = spec_table("claims")["claims"]
     assert len({statement["id"] for statement in listed}) == len(listed)
 
 
 def test_every_fact_and_every_test_is_used():
-    listed = claims_spec()["claims"]
-    assert {statement["fact"] for statement in listed} == set(claims_spec()["facts"])
+    listed = spec_table("claims")["claims"]
+    assert {statement["fact"] for statement in listed} == set(spec_table("claims")["facts"])
     assert {statement["test"] for statement in listed} == set(claims.TESTS)
 
 
 def test_every_fact_of_the_table_is_computed(artifact):
     known = facts(run_of(), artifact)
-    assert set(claims_spec()["facts"]) <= set(known)
+    assert set(spec_table("claims")["facts"]) <= set(known)
 
 
 def test_nothing_in_the_table_names_a_path_of_this_machine_or_an_unfilled_format(nano_table):
@@ -267,15 +273,11 @@ def test_how_far_the_context_carries_is_judged_as_far_as_it_was_measured(artifac
     assert verdict_of("long-context", own_run(long_context={"boundary": held}), artifact) == NOT_TESTABLE
 
 
-def test_n_gpu_layers_counts_the_output_layer_as_llama_cpp_does(own_table, nano_table, artifact):
+def test_n_gpu_layers_counts_the_output_layer_as_llama_cpp_does(own_table):
     """35 of its 44 are the output layer and the layers 9 to 42: `i_gpu_start` of src/llama-model.cpp."""
-    on_gpu = [t for t in artifact.tensors if (header_facts.layer_of(t.name) or 0) >= 9]
-    on_gpu += [t for t in artifact.tensors if t.name.startswith("output")]
-    shown = f"{sum(tensor.nbytes for tensor in on_gpu) / 1e9:.2f} GB"
     for name in ("offload-3090", "offload-usage"):
-        assert own_table.loc[name, "found"] == shown
+        assert own_table.loc[name, "found"] == "42.78 GB", "34 of 43 layers of experts in IQ1_S"
         assert "the last 34 of 43 layers" in own_table.loc[name, "evidence"]
-    assert nano_table.loc["offload-3090", "found"] == "42.78 GB", "34 of 43 layers of experts in IQ1_S"
 
 
 # ---- another model in the run: the public record, and no borrowed measurements ----
@@ -342,7 +344,7 @@ def test_a_figure_in_gb_that_only_gib_would_save_contradicts_the_documents_and_n
 
 
 def test_every_section_is_linked_to_its_document():
-    spec = claims_spec()
+    spec = spec_table("claims")
     documents = spec["documents"]
     assert {name for document in documents.values() for name in document.get("sections", {})} <= {
         claim["section"] for claim in spec["claims"]
@@ -421,7 +423,7 @@ def test_a_perfect_score_of_the_reference_model_changes_nothing(merged_reference
 
 def test_the_public_record_alone_gives_a_full_table():
     table = check_claims(NOTHING)
-    assert len(table) == len(claims_spec()["claims"])
+    assert len(table) == len(spec_table("claims")["claims"])
     assert "the artifact was not run" in set(table["evidence"])
 
 
@@ -434,10 +436,102 @@ def test_the_units_of_the_two_sizes(nano_table):
 
 
 def test_the_published_counts_are_those_of_the_published_shapes(artifact):
-    published, count = claims_spec()["published"], header_facts.parameters(artifact)
+    published, count = spec_table("claims")["published"], header_facts.parameters(artifact)
     stated = [published[f"{name}parameters"] for name in ("", "active_", "routed_")]
     assert [count.total, count.active, count.routed] == stated
-    assert published["all_tensors"] == len(artifact.tensors)
+    assert published["figures"]["all_tensors"] == len(artifact.tensors)
+
+
+def sizes() -> dict[str, float]:
+    """Bytes by name: of the published file, of what it needs beside it, and of what graphics cards showed."""
+    spec, card, shape = (
+        spec_table("requirements")["envelope"],
+        memory.published()["card_compute"],
+        memory.published_shape(),
+    )
+    nbytes, logs, record = SINGLE.size_bytes, spec["gpu_logs"], spec_table("claims")["published"]
+    fewest = int(record["routed_parameters"] * 1.5625 // 8)  # IQ1_S takes 50 bytes for 256 weights
+    known = {
+        "file": nbytes,
+        "two_files": 2 * nbytes,
+        "consuming": methods_table(nbytes, 0, {})["extra disk (bytes)"]["merge --consume, repair --in-place"],
+        "native": record["native_bytes"],
+        "weights": memory.FLASH.weights,
+        "token": memory.FLASH.total,
+        "experts": memory.FLASH.routed_total,
+        "fewest": fewest,
+        "rest": nbytes - memory.FLASH.routed_total,
+        "most_rest": nbytes - fewest,
+        "layers_35": fewest * 34 / shape.arch("block_count"),
+        "layers_43": memory.FLASH.routed_total,
+        "gpu_least": logs["least"],
+        "gpu_most": logs["most"],
+        "gpu_kv": memory.kv_cache_bytes(shape, logs["context"]).total,
+        "card_8192": card["all"]["8192"],
+        "card_plain": card["all_without_flash"]["8192"],
+        "card_experts": memory.card_compute(shape, logs["context"], "experts_in_memory"),
+    }
+    for n_ctx in CONTEXTS:
+        kv, compute = memory.kv_cache_bytes(shape, n_ctx).total, spec["published_compute"][n_ctx]
+        known |= {
+            f"kv_{n_ctx}": kv,
+            f"kv_{n_ctx}_full": memory.kv_cache_bytes(shape, n_ctx, swa_full=True).total,
+            f"compute_{n_ctx}": compute["plain"],
+            f"least_{n_ctx}": nbytes + kv,
+            f"need_{n_ctx}": nbytes + kv + compute["plain"],
+            f"flash_{n_ctx}": nbytes + kv + compute["flash"],
+            f"on_card_{n_ctx}": card["weights"] + kv + memory.card_compute(shape, n_ctx),
+        }
+    return known
+
+
+def test_each_figure_of_the_public_record_follows_from_what_was_published():
+    known, record, card = sizes(), spec_table("claims")["published"], memory.published()["card_compute"]
+    shards, shape = registered()["deepseek-v4-flash-iq1_s-xl"], memory.published_shape()
+    others = record["parameters"] - record["routed_parameters"]
+    bounds = dict(zip(("cpu", "3090", "2x3090", "h100"), scores.speed.card_table()["bound"], strict=False))
+    at_least, at_most = (
+        known[rest] + known[log] for rest, log in (("rest", "gpu_least"), ("most_rest", "gpu_most"))
+    )
+    wanted = {f"{name}_gb": nbytes / 1e9 for name, nbytes in known.items()}
+    wanted |= {f"{name}_gib": nbytes / 2**30 for name, nbytes in known.items()}
+    wanted |= {f"bound_{name}": bound for name, bound in bounds.items()}
+    wanted |= {
+        "file_bytes": known["file"],
+        "fewest_bytes": known["fewest"],
+        "needs_gb": [*(wanted[f"need_{n}_gb"] for n in CONTEXTS), wanted["flash_1048576_gb"]],
+        "offloaded_gb": [(part + known["gpu_kv"]) / 1e9 for part in (at_least, at_most)],
+        "planned_gb": [
+            (known[rest] + known["card_experts"] + known["gpu_kv"]) / 1e9 for rest in ("rest", "most_rest")
+        ],
+        **{
+            f"kv_{n}": [
+                memory.kv_cache_bytes(shape, n, type_k=kind, type_v=kind, swa_full=full).total / 1e9
+                for kind in memory.CACHE_TYPES
+                for full in (False, True)
+            ]
+            for n in (8192, 1048576)
+        },
+        "native_bits": 8 * record["native_bytes"] / record["parameters"],
+        "ratio": record["native_bytes"] / known["file"],
+        "saved": 100 * (1 - known["file"] / record["native_bytes"]),
+        "dram_share": 100 * 0.5 / bounds["cpu"],
+        "card_decode": card["decode_tokens_per_sec"],
+        "processor_decode": card["processor_decode_tokens_per_sec"],
+        "others_b": others / 1e9,
+        "rest_bits": 8 * known["rest"] / others,
+        "most_rest_bits": 8 * known["most_rest"] / others,
+        "shards_sum": " + ".join(f"{it.size_bytes:,}" for it in shards.files) + f" = {known['file']:,}",
+        "merged": shards.size_bytes != known["file"],
+        "loads": shards.size_bytes != known["file"],
+    }
+    read = ("family", "shown_tensors", "all_tensors")  # from a type's name, from an audit, from the shapes
+    for name, value in record["figures"].items():
+        if name not in read:
+            computed = (
+                wanted[name] if isinstance(value, str | bool) else pytest.approx(wanted[name], abs=1e-6)
+            )
+            assert value == computed, name
 
 
 def test_header_and_public_record_agree_about_the_cache(own_table, nano_table):
@@ -483,16 +577,6 @@ def test_header_and_public_record_agree_about_the_cache(own_table, nano_table):
 )
 def test_another_figure_gets_another_verdict(name, changes, verdict):
     assert verdict_of(name, **changes) == verdict
-
-
-def test_sizes_that_are_no_sum_of_the_shards_contradict_nothing(monkeypatch):
-    known = registered()
-    file = dataclasses.replace(SINGLE, size_bytes=SINGLE.size_bytes - 95_000)
-    name = "deepseek-v4-flash-iq1_s-xl-single"
-    other = known | {name: dataclasses.replace(known[name], files=(file,))}
-    monkeypatch.setattr(claims, "registered", lambda: other)
-    for statement in ("merged", "loads"):
-        assert verdict_of(statement) == NOT_TESTABLE
 
 
 def test_the_hash_of_the_file_at_hand_is_the_evidence_where_it_is_the_artifact(artifact):

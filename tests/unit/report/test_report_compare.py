@@ -18,9 +18,8 @@ from dfqs_nb import stats
 from dfqs_nb.core.errors import ComparisonError, DfqsError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.report import compare as report_compare
-from dfqs_nb.report.compare import compare_reports
-from dfqs_nb.report.reading import RETRIEVAL
-from dfqs_nb.report.stages import ReportError
+from dfqs_nb.report.compare import RETRIEVAL, compare_reports
+from dfqs_nb.report.reading import ReportError
 
 REFUSED = (ComparisonError, ReportError)
 LENGTHS = (64, 128, 256, 512, 1024)
@@ -152,17 +151,9 @@ def test_tiers_never_mix(tmp_path, pair):
         compare_reports([pair[0], other])
 
 
-def test_one_report_or_one_twice_is_refused(tmp_path, pair):
+def test_one_report_is_refused(pair):
     with pytest.raises(REFUSED, match="1 report given"):
         compare_reports(pair[:1])
-    with pytest.raises(REFUSED, match="the same report as"):
-        compare_reports([pair[0], pair[0] / "report.json"])
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in pair[0].iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(REFUSED, match="copy/report.json: the same report as .*one/report.json"):
-        compare_reports([pair[0], copy])
 
 
 def test_an_edited_report_is_refused(pair):
@@ -191,11 +182,6 @@ def test_missing_or_edited_items_are_refused(pair, name):
             "score_items.csv",
             {b"wrong,False": b"correct,True"},
             "its items give reasoning_score value 1, and the report states 0.85",
-        ),
-        (
-            "score_items.csv",
-            {b"False": b"True"},
-            "the grade of nano-reasoning/.* contradicts its column correct",
         ),
         (
             "long_context_items.jsonl",

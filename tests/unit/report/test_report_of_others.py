@@ -14,7 +14,7 @@ from dfqs_nb import report
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.report import text
-from dfqs_nb.report.spec import claims_spec
+from dfqs_nb.report.spec import spec_table
 from dfqs_nb.workbook import cli
 
 SHA256 = "a" * 64
@@ -87,7 +87,7 @@ def test_the_speed_of_notebook_03_stands_where_06_did_not_run(made, partial):
     assert line.answer.startswith("92.1 tokens/s on the CPU at depth 512 (median; lowest to highest of 5")
     assert "notebook 06 is withheld: notebook 06 did not run" in line.caveat
     assert made["metrics"]["cpu_tokens_per_sec"] is None
-    assert "notebook 03 timed 92.1 tokens/s" in text.markdown(made, partial)
+    assert "notebook 03 timed 92.1 tokens/s" in text.texts(made, partial)["report.md"]
 
 
 def test_without_notebook_03_too_no_speed_is_shown(tmp_path):
@@ -104,24 +104,24 @@ def test_a_base_model_and_cut_answers_are_said_in_the_verdict(made):
 
 
 def test_nothing_of_the_artifact_stands_in_the_report(made, partial):
-    address = claims_spec()["documents"]["DFQS 1.0"]["address"]
-    for written in (text.markdown(made, partial), text.page(made, partial)):
+    address = spec_table("claims")["documents"]["DFQS 1.0"]["address"]
+    for written in text.texts(made, partial).values():
         assert not OURS.findall(written.replace(address, "where the specification is"))
 
 
 def test_the_cache_of_sliding_windows_is_at_most_what_is_shown(made, partial):
-    content = text.markdown(made, partial)
+    content = text.texts(made, partial)["report.md"]
     assert "KV cache, at most (MB)" in content and "as if they kept the whole context" in content
 
 
 def test_the_model_has_its_own_name_and_licence(made, partial):
-    content = text.markdown(made, partial)
+    content = text.texts(made, partial)["report.md"]
     assert "| name in its header | Gemma 3 270M |" in content and "| licence | gemma |" in content
     assert "relation to" not in content and "| another |" not in content
 
 
 def test_the_glossary_has_exactly_the_words_that_the_report_uses(made, partial):
-    content = text.markdown(made, partial)
+    content = text.texts(made, partial)["report.md"]
     body, glossary = content.split("## Glossary")
     terms = set(re.findall(r"^- \*\*(.+?)\*\*:", glossary.split("## Appendix")[0], re.M))
     body += "".join(glossary.split("## Appendix")[1:])
@@ -136,7 +136,7 @@ def test_the_glossary_has_exactly_the_words_that_the_report_uses(made, partial):
 @pytest.mark.parametrize("without", [("scores", "long_context"), ("scores",), ("routing", "generate")])
 def test_the_raw_text_has_no_escapes_that_markdown_does_not_need(tmp_path, without):
     folder = run_of_gemma(tmp_path, without=without)
-    content = text.markdown(report.build_report(folder, ask_llama_cpp=False), folder)
+    content = text.texts(report.build_report(folder, ask_llama_cpp=False), folder)["report.md"]
     assert "\\`" not in content and "\\~" not in content
     assert "`dfqs-nb run" in content
 
@@ -152,9 +152,13 @@ def test_without_a_curve_neither_its_figure_nor_its_paragraphs_are_shown(tmp_pat
     facts = {name: own[name] for name in own if name not in ("stage", "conditions", "summary")}
     stage.finish(conditions=own["conditions"], summary=[], **facts)
     made = report.build_report(folder, ask_llama_cpp=False)
-    content = text.markdown(made, folder)
+    content = text.texts(made, folder)["report.md"]
     assert "context_curve.png" in made["sources"] and "context_curve.png" not in content
-    assert "isotonic" not in content and "NoLiMa" not in content and "<img" not in text.page(made, folder)
+    assert (
+        "isotonic" not in content
+        and "NoLiMa" not in content
+        and "<img" not in text.texts(made, folder)["report.html"]
+    )
     assert "withheld: 12 texts of 256 tokens: not measured" in str(report.verdict(made)).lower()
 
 
@@ -167,7 +171,7 @@ def test_each_command_that_makes_up_for_a_notebook_is_one_that_the_program_takes
 
 
 def test_no_sentence_is_senseless(made, partial):
-    content = text.markdown(made, partial)
+    content = text.texts(made, partial)["report.md"]
     assert not re.search(
         r"\bnan\b|\bNone\b|\bUndefined\b|\b0 of 0\b|\. \.|(?<!\.)\.\.(?!\.)|;\s*\.|\s\.\s", content
     )
