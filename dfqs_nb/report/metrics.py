@@ -25,13 +25,12 @@ from dfqs_nb.report.claims import check_claims, relation
 from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORE_ITEMS, SPEED, ReportError, Run, settings_of
 from dfqs_nb.report.requirements import check_requirements
 from dfqs_nb.report.template import FEW_TEXTS
-from dfqs_nb.stats import LEVEL, wilson
+from dfqs_nb.stats import LEVEL
 
 WRITTEN_WITH = ("Python", *machine.PACKAGES)
 DIGITS = 10  # of every float in report.json: more than any measurement has
 # The files with one row an answer, from which scores and curve are counted again.
 ITEMS = {"reasoning": SCORE_ITEMS, "code": SCORE_ITEMS, "long_context": "long_context*.jsonl"}
-GUESSED_CHOICE = 1 / 4  # of notebook 06's multiple choice
 Detail = dict[str, Any]
 
 
@@ -110,7 +109,10 @@ def _score(stage: Mapping[str, Any], name: str) -> Detail:
     own = f"{stage.get('tier')}-{kind}"
     names = (own, f"{own}-hard")  # what the nano tier asks, as its model knows nearly all of the first
     score = next((it for it in stage["scores"] if it["name"] == name and it["set"] in names), None)
-    chosen = _choices(stage["choices"]) if kind == "reasoning" and stage.get("choices") else {}
+    chosen = {}
+    if kind == "reasoning" and (it := stage.get("choices")):  # by likelihood: no answer is written
+        names = {"value": "acc", "low": "acc_low", "high": "acc_high", "n": "n", "guess_rate": "guess_rate"}
+        chosen = {"choices": {name: it[key] for name, key in names.items()}}
     if score is None:
         unsafe = kind == "code" and stage.get("sandbox") in (None, "", "none")
         why = ": without a sandbox no generated code is run" if unsafe else ""
@@ -120,14 +122,6 @@ def _score(stage: Mapping[str, Any], name: str) -> Detail:
         detail |= {"low": None, "high": None}
         detail["withheld"] = f"{score['n_missing']} of {score['n']} items lack a result"
     return detail
-
-
-def _choices(families: list[Mapping[str, Any]]) -> dict[str, Detail]:
-    """The share of questions whose right choice was the likeliest, over the families of notebook 06."""
-    n = sum(row["n"] for row in families)
-    right = round(sum(row["n"] * row["acc"] for row in families))
-    low, high = map(float, wilson(right, n))
-    return {"choices": {"value": right / n, "low": low, "high": high, "n": n, "guess_rate": GUESSED_CHOICE}}
 
 
 def _curve(stage: Mapping[str, Any], name: str) -> Detail:

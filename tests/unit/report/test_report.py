@@ -914,7 +914,9 @@ def test_multiple_choice_stands_in_the_verdict_and_counts_where_writing_fails(
     """A base model may write no answer in the form that is asked for, and still know it."""
     nothing = {"value": 0.01, "low": 0.0, "high": 0.05}
     scores = [score | nothing | {"guess_rate": 0.1} for score in recorded("scores")["scores"]]
-    choices = [{"family": "a", "n": 50, "acc": right}, {"family": "b", "n": 30, "acc": right}]
+    choices = {"set": "some-choices", "n": 80, "guess_rate": 0.25}
+    for name in ("acc", "acc_norm"):
+        choices |= {name: right, f"{name}_low": right - 0.1, f"{name}_high": right + 0.1}
     changed = {"scores": scores, "choices": choices}
     folder = make_run(tmp_path / "r", merged_reference, scores=changed)
     line = line_of(report.build_report(folder, ask_llama_cpp=False), "What does it score")
