@@ -111,8 +111,8 @@ def _score(stage: Mapping[str, Any], name: str) -> Detail:
     score = next((it for it in stage["scores"] if it["name"] == name and it["set"] in names), None)
     chosen = {}
     if kind == "reasoning" and (it := stage.get("choices")):  # by likelihood: no answer is written
-        names = {"value": "acc", "low": "acc_low", "high": "acc_high", "n": "n", "guess_rate": "guess_rate"}
-        chosen = {"choices": {name: it[key] for name, key in names.items()}}
+        keys = {"value": "acc", "low": "acc_low", "high": "acc_high", "n": "n", "guess_rate": "guess_rate"}
+        chosen = {"choices": {name: it[key] for name, key in keys.items()}}
     if score is None:
         unsafe = kind == "code" and stage.get("sandbox") in (None, "", "none")
         why = ": without a sandbox no generated code is run" if unsafe else ""
