@@ -77,9 +77,9 @@ def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) 
     ComparisonError says where reports, conditions or items do not fit.
     """
     runs = [read_answers(path) for path in paths]
-    for own in (lambda it: it.report["run"], lambda it: tilde(it.path.parent)):  # until all names differ
+    for add in (lambda it: it.report["run"], lambda it: tilde(it.path.parent)):  # until all names differ
         labels = [run.label for run in runs]
-        longer = [replace(run, label=f"{run.label} ({one_line(own(run))})") for run in runs]
+        longer = [replace(run, label=f"{run.label} ({one_line(add(run))})") for run in runs]
         runs = [new if labels.count(run.label) > 1 else run for run, new in zip(runs, longer, strict=True)]
     accepted, first, table = _accepted(runs, accept), runs[0], list[Row]()
     rows = [_row(metric, first, run) for metric in ROWS for run in runs[1:]]

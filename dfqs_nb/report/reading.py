@@ -126,7 +126,8 @@ def rerun(stages: Sequence[str], run_name: str) -> str:
     >>> rerun(["scores"], "nano")
     '`dfqs-nb run 06 07 --run nano`'
     """
-    return f"`dfqs-nb run {' '.join(NOTEBOOKS[name][:2] for name in stages)} 07 --run {quoted(run_name)}`"
+    numbers = [NOTEBOOKS[name][:2] for name in stages]
+    return f"`{' '.join(['dfqs-nb run', *numbers, '07 --run', quoted(run_name)])}`"
 
 
 def not_run(missing: Sequence[str], run_name: str) -> str:
