@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import gguf_fixtures
@@ -29,6 +30,7 @@ from dfqs_nb.report.spec import (
     IN_PART,
     NOT_CHECKABLE,
     NOT_TESTABLE,
+    UNSTATED,
     figure,
     link,
     spec_table,
@@ -107,6 +109,19 @@ def test_the_two_documents_have_about_a_hundred_statements(nano_table):
     assert nano_table["document"].isin(["card", "DFQS 1.0"]).sum() >= 100
     listed = spec_table("claims")["claims"]
     assert len({statement["id"] for statement in listed}) == len(listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "more"),
+    [
+        ("requirements", {"id", "level", "text", "source", "how", "check", "notebook", "evidence"}, set()),
+        ("claims", {"id", "document", "section", "text", "source"}, {*UNSTATED}),
+    ],
+)
+def test_no_entry_of_the_two_tables_has_a_field_too_many_or_too_few(name, needed, more):
+    raw = tomllib.loads((REPOSITORY / "data" / "spec" / f"{name}.toml").read_text(encoding="utf-8"))
+    for entry in raw[name]:
+        assert needed <= {*entry} <= needed | more, entry["id"]
 
 
 def test_every_fact_and_every_test_is_used():
