@@ -140,7 +140,7 @@ def sentence(row: pd.Series, notebook: str, run: str) -> str:
     spread = f"({row['min']:,.1f} to {row['max']:,.1f}, n = {row['repetitions']})"
     text = f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}"
     again = " ".join(["dfqs-nb run", notebook, "--run", quoted(run)])
-    busy = f", contended: other programs were busy, on a quiet machine type `{again}`"
+    busy = f", contended: other programs were busy. Repeat it on a quiet machine: `{again}`"
     return text + busy * bool(row["contended"])
 
 
