@@ -54,14 +54,11 @@ def crossing(lengths: Any, accuracy: Any, threshold: float) -> float:
 
 @dataclass(frozen=True)
 class Counts:
-    """Right answers and questions, by text (rows) and length in tokens (columns, ascending).
-
-    A text that was not asked at a length has no trials there.
-    """
+    """Right answers and questions, by text (rows) and length in tokens (columns, ascending)."""
 
     lengths: np.ndarray  # int (L,)
     successes: np.ndarray  # float (texts, L)
-    trials: np.ndarray
+    trials: np.ndarray  # 0 where a text was not asked
     planned: np.ndarray  # bool (L,); the other lengths were added where the accuracy crosses
     guess_rate: float = 0.0
     right: np.ndarray = field(init=False)  # of n answers at each length, (L,)
@@ -83,10 +80,9 @@ class Counts:
 
     @classmethod
     def of(cls, items: pd.DataFrame) -> Counts:
-        """Count answers by their ``haystack``, ``length``, ``planned``, ``correct`` and ``another_key``.
+        """Count answers; a length that was broken off (fewer than half of the shortest's texts) is left out.
 
-        A length that was broken off is left out: it has fewer than half of the shortest length's texts. The
-        guess rate is 1/K where at least half of the wrong answers are right for another of K keys, else 0.
+        The guess rate is 1/K where half of the wrong answers or more are right for another of K keys, else 0.
         """
         if items.empty:
             return cls(np.empty(0, int), np.empty((0, 0)), np.empty((0, 0)), np.empty(0, bool))
@@ -115,8 +111,8 @@ class Counts:
     def boundary(self, *, n_boot: int = N_BOOT, seed: int = 0) -> Boundary:
         """Where the non-increasing fit crosses ``g + 0.85 (a_0 - g)``.
 
-        The interval spans the measured lengths around the crossings of 93 % of the draws, of the fit, and of
-        the accuracies. With few texts it is wider (Hesterberg 2015, The American Statistician 69:371).
+        The interval spans the measured lengths around the crossings of the fit, of the accuracies, and of 93 %
+        of the draws (more for few texts: Hesterberg 2015, The American Statistician 69:371).
         """
         about: dict[str, Any] = {"a_0": self.a_0, "threshold": self.threshold, "guess_rate": self.guess_rate}
         about |= {"n_haystacks": self.n_texts, "n_items": int(self.n.sum())}
@@ -157,8 +153,7 @@ class Counts:
     def _change(self, a: int, b: int, level: float) -> tuple[float, float]:
         """Limits of the fall of accuracy from column ``a`` to ``b``: Newcombe's hybrid of Wilson's intervals.
 
-        Statistics in Medicine 17 (1998) 873-890, method 10. Counts are divided by how many times the variance
-        of a column exceeds that of independent answers.
+        Statistics in Medicine 17 (1998) 873, method 10. Counts are divided by their excess of variance.
         """
         spans = []
         for k in (a, b):
@@ -182,8 +177,7 @@ class Counts:
     def largest_fall(self) -> dict[str, float]:
         """The largest fall from a planned length to the next, per octave, as a share of the ability at a_0.
 
-        An effect size: it does not grow with n. ``start``, ``end`` (tokens), ``fall``, and its 95 % interval
-        ``low`` to ``high``, corrected for the number of steps; empty without a step or with a_0 at chance.
+        With its 95 % interval, corrected for the number of steps; empty without a step or with a_0 at chance.
         """
         steps, able = list(pairwise(np.flatnonzero(self.planned).tolist())), self.a_0 - self.guess_rate
         if not steps or able <= 0:
@@ -201,18 +195,16 @@ class Counts:
 
 @dataclass(frozen=True)
 class Boundary:
-    """The failure boundary in tokens of context.
-
-    ``cause``: what ends the usable context: ``quality``, or a failure of the runtime (``n_ctx``, ``oom``,
-    ``decode_error``, ``nan_logits``); ``budget`` where nothing was measured; else None.
-    """
+    """The failure boundary in tokens of context."""
 
     tokens: int  # the longest length measured, which it exceeds, where `right_censored`; 0 for a floor
     low: int | None  # the 95 % interval
     high: int | None  # None: open
     right_censored: bool
     status: str  # measured, right_censored, floor (a_0 is at chance), or not measured
-    cause: str | None
+    cause: (
+        str | None
+    )  # quality, n_ctx, oom, decode_error or nan_logits; budget: nothing was measured; or None
     a_0: float
     threshold: float
     guess_rate: float
@@ -269,12 +261,11 @@ def octaves(shortest: int, longest: int) -> list[int]:
 def search_lengths(
     measure: Callable[[int, bool], Counts | None], grid: Sequence[int], rounds: int = 1
 ) -> Counts | None:
-    """Measure the grid up to a clear failure, then halve the interval of the crossing ``rounds`` times.
+    """Measure the grid up to a clear failure, then halve ``rounds`` times the intervals of the crossings.
 
-    The intervals are those in which the fit, and the accuracies themselves, first cross. ``measure`` takes a
-    length and whether it is of the grid, and returns all counts so far, or None when it could not run: the
-    search ends. What comes next depends on the last counts, which are returned, alone: so a resumed search
-    repeats itself.
+    Those are of the fit and of the accuracies themselves. ``measure`` takes a length and whether it is of the
+    grid, and returns all counts so far, or None, which ends the search. What comes next depends on these
+    counts alone, so a resumed search repeats itself.
     """
     counts = None
     for length in grid:
@@ -305,8 +296,7 @@ def search_lengths(
 def paired(items: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, float]:
     """The ``difference`` in accuracy to a baseline, over the questions that both were asked.
 
-    With its 95 % interval ``low`` to ``high`` (bootstrap over texts), and the questions that one model alone
-    got right: ``only_this``, ``only_baseline``.
+    With its interval (bootstrap over texts), and what one alone got right: ``only_this``, ``only_baseline``.
     """
     keys, low, high = ["haystack", "length", "question"], -1.0, 1.0  # one text says nothing about others
     both = items[[*keys, "correct"]].merge(baseline[[*keys, "correct"]], on=keys, suffixes=("", "_baseline"))

@@ -58,11 +58,10 @@ class PrefillSpeed:
 
 
 def measure_prefill(model: Model, deepest: int, budget_seconds: float = inf) -> PrefillSpeed:
-    """Time chunks of 256 tokens, one after another, up to ``deepest`` or for 10 s.
+    """Time chunks of tokens, one after another, up to ``deepest`` or for 10 s, and draw a line through them.
 
-    Smaller chunks, for a shorter time, where one would take more than a fifteenth of the budget; the slowest
-    models are timed by their first tokens alone. A robust line through the chunks (Theil and Sen's) gives the
-    cost of a token and how it grows with depth; with fewer than three chunks it is taken not to grow.
+    The line is Theil and Sen's, which is robust. A large model is timed by smaller chunks, or by its first
+    tokens alone; with fewer than three chunks the cost is taken not to grow with depth.
     """
     from scipy.stats import theilslopes
 
@@ -126,10 +125,7 @@ def crew(model: Model, alone: bool = False) -> Iterator[list[Model]]:
 
 
 def side_by_side(workers: Sequence[Any], work: Callable[[Any, Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Do ``work(worker, item)`` for each item, by as many at once as there are workers; the results.
-
-    After an error or Ctrl-C no other item is begun.
-    """
+    """The results of ``work(worker, item)``; after an error or Ctrl-C no other item is begun."""
     if (n := len(workers)) == 1:  # in this thread, where Ctrl-C ends an item, too
         return [work(workers[0], item) for item in items]
     stopped = threading.Event()
@@ -149,15 +145,11 @@ def side_by_side(workers: Sequence[Any], work: Callable[[Any, Any], Any], items:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be measured.
-
-    ``n_haystacks``: texts for each length, and twice as many for the shortest, which a_0 comes from. 1: one
-    for the shortest, too; 0: nothing is asked, because the budget does not hold the least plan.
-    """
+    """What will be measured."""
 
     probe: Probe  # the prompt set; it fixes the number of keys
     grid: tuple[int, ...]  # lengths in tokens of context, ascending; the answer begins at about that depth
-    n_haystacks: int
+    n_haystacks: int  # texts for each length; 0: the budget does not hold the least plan
     question_tokens: int  # evaluated for a question
     reuse: bool  # ask every question of a text from its saved state
     rounds: int = 1  # see `search_lengths`
@@ -171,7 +163,7 @@ class Plan:
         return self.probe.needles + bool(self.probe.link)
 
     def n_texts(self, length: int) -> int:
-        """Texts asked about at a length."""
+        """Texts asked about at a length: twice as many at the shortest, which a_0 comes from, unless only one."""
         return self.n_haystacks * (2 if length == self.grid[0] and self.n_haystacks > 1 else 1)
 
     def text_seconds(self, length: int) -> float:
@@ -198,10 +190,9 @@ class Plan:
     def kept(self, stage: Stage, model_sha256: str, *, fresh: bool = False) -> Plan:
         """The plan cut until its budget holds it, or as an earlier run of the stage cut it.
 
-        The order: 6 and 4 texts a length, lengths down to four of them; then the other parts of notebook 05
-        lose their share; 2 texts, the other lengths, one text; then nothing is asked. Such a plan is made
-        anew each time, and names the command that measures something. The stage notes the cuts, and the
-        budget becomes the curve's own.
+        First 6 and 4 texts a length, and lengths down to four; then the other parts of notebook 05 lose their
+        share; then 2 texts, the other lengths, one text; at last nothing is asked, and the command is named
+        that measures something.
         """
         n, budget = len(self.grid), self.budget_seconds
         cuts = [{"texts": 6}, {"texts": 4}, *({"lengths": k} for k in range(n - 1, 3, -1)), {"others": 0}]
@@ -257,12 +248,11 @@ def make_plan(
     rounds: int = 1,
     budget_seconds: float = inf,
 ) -> Plan:
-    """Plan lengths ``shortest * 2^k`` to ``longest``, and measure the prefill speed of a model.
+    """Plan lengths ``shortest * 2^k`` to ``longest`` (0: what the context holds), and time a model's prefill.
 
-    ``prompt_set``: the name of a probe, or a tier. ``longest``: 0: all that the open model's context holds.
-    ``shortest``: by default 256 tokens, or 64 for a probe of a single key, doubled until it holds the keys.
-    A `PromptError`: there is no such probe, or the shortest length cannot hold its keys. A `DfqsError`:
-    ``longest`` is below it.
+    ``prompt_set``: a probe's name, or a tier. ``shortest``: by default 256 tokens, or 64 for a single key,
+    doubled until it holds the keys. A `PromptError`: there is no such probe, or ``shortest`` cannot hold its
+    keys; a `DfqsError`: ``longest`` is below it.
     """
     probe, speed, began = probe_of(prompt_set), None, time.monotonic()
     haystacks = Haystacks.of(model, probe, shortest)
@@ -298,8 +288,7 @@ def predict_failure(
 ) -> RuntimeFailure | None:
     """The first length whose memory (KV cache, its saved copy, compute buffer) exceeds what is free.
 
-    llama.cpp plans the buffer in a child process, because the file has not been tried yet. It allocates
-    nothing.
+    llama.cpp plans the buffer in a child process and allocates nothing: the file has not been tried yet.
     """
     available = available_memory().available_bytes if available_bytes is None else available_bytes
     shards, kept = open_shards(path), {name: getattr(settings, name) for name in MEMORY_SETTINGS}
@@ -318,9 +307,8 @@ def settings_for(
 ) -> tuple[OpenSettings, RuntimeFailure | None]:
     """Settings with room for the longest length that fits in memory, and the first that does not.
 
-    ``longest``: tokens; 0: the model's own limit (`NO_LIMIT` where the header states none), which also bounds
-    a longer one, and what the stage's budget holds at the prefill speed of notebook 03. A `PromptError` here,
-    before anything is loaded, says that there is no such prompt set.
+    ``longest``: tokens, at most the model's own limit; 0: that limit (or `NO_LIMIT`), and what the budget
+    holds at the prefill speed of notebook 03. A `PromptError`: there is no such prompt set.
     """
     probe_of(prompt_set)
     own, affordable = own_context(path), inf
