@@ -111,8 +111,8 @@ class Counts:
     def boundary(self, *, n_boot: int = N_BOOT, seed: int = 0) -> Boundary:
         """Where the non-increasing fit crosses ``g + 0.85 (a_0 - g)``.
 
-        The interval spans the measured lengths around the crossings of the fit, of the accuracies, and of 93 %
-        of the draws (more for few texts: Hesterberg 2015, The American Statistician 69:371).
+        The interval spans the measured lengths around the crossings of the fit, the accuracies, and 93 % of
+        the draws (more for few texts: Hesterberg 2015, The American Statistician 69:371).
         """
         about: dict[str, Any] = {"a_0": self.a_0, "threshold": self.threshold, "guess_rate": self.guess_rate}
         about |= {"n_haystacks": self.n_texts, "n_items": int(self.n.sum())}

@@ -163,7 +163,7 @@ class Plan:
         return self.probe.needles + bool(self.probe.link)
 
     def n_texts(self, length: int) -> int:
-        """Texts asked about at a length: twice as many at the shortest, which a_0 comes from, unless only one."""
+        """Texts asked about at a length: of several, twice as many at the shortest, which a_0 comes from."""
         return self.n_haystacks * (2 if length == self.grid[0] and self.n_haystacks > 1 else 1)
 
     def text_seconds(self, length: int) -> float:

@@ -5,7 +5,6 @@ A text comes out where there is nothing to draw, and says why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
-    """Accuracy of each family with its interval, and guessing beside it; ``table`` as `Results.families`."""
+    """Accuracy of each family with its interval, and guessing beside it; ``table`` as `family_table`."""
     if table.empty:
         return "No figure of families: no question was answered in the time."
     ax = new_axes(ax, 1.2 + 0.2 * len(table))
@@ -32,28 +31,15 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
     guessed = np.flatnonzero(table["guess_rate"] > 0)
     guess = table["guess_rate"].iloc[guessed]
     ax.plot(guess, guessed, "|", color=INK, markersize=13, markeredgewidth=1.5, label="guessing")
-    _name_rows(ax, [f"{row.family}, {row.length} (n = {row.n})" for row in table.itertuples()])
+    names = [f"{row.family}, {row.length} (n = {row.n})" for row in table.itertuples()]
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(-0.02, 1.02)
     share_axis(ax.xaxis, "right answers (95 % Wilson interval)")
     below = (0.0, -0.24 if len(table) < 14 else -0.12)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=below, ncols=len(sets) + 1)
     above = int(((table["low"] > table["guess_rate"]) & (table["correct"] > 0)).sum())
     set_title(ax, f"{above} of {len(table)} families are answered better than by guessing")
-    return ax
-
-
-def choice_margins(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The right choice's lead on the best wrong one, a row a family; ``table`` as `Answers.families`."""
-    ax = new_axes(ax, 1.0 + 0.2 * len(table))
-    rows, known = np.arange(len(table)), table["margin_low"].notna().all()
-    spread = [table["margin"] - table["margin_low"], table["margin_high"] - table["margin"]]
-    ax.errorbar(table["margin"], rows, xerr=spread, fmt="o", color=PALETTE[0], capsize=3)
-    ax.axvline(0, color=INK, linewidth=0.8, linestyle=":")
-    _name_rows(ax, [f"{row.family} (n = {row.n})" for row in table.itertuples()])
-    ax.set_xlabel("log-likelihood of the right choice minus the best wrong one (nats)")
-    above = int((table["margin_low" if known else "margin"] > 0).sum())
-    clearly = "clearly the likeliest" if known else "the likeliest, without intervals,"
-    set_title(ax, f"The right choice is {clearly} in {above} of {len(table)} families")
     return ax
 
 
@@ -89,11 +75,6 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
     busy = " (the machine was busy)" if decode["contended"].any() else ""
     set_title(ax, f"Decode at depth {row['depth']:,} reaches {row['utilisation']:.1%} of the roof{busy}")
     return ax
-
-
-def _name_rows(ax: Axes, names: Sequence[str]) -> None:
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set_ylim(len(names) - 0.4, -0.6)
 
 
 def _speed(value: float, _: float) -> str:

@@ -147,16 +147,8 @@ class Results:
         return table.assign(no_answer=no_answer)
 
     def families(self) -> pd.DataFrame:
-        """One row a family and length: counts, accuracy with Wilson's interval, guess rate, how it failed."""
-        items = self.items[self.items["grade"] != CUT]
-        items = items.assign(no_answer=items["grade"] == "no_answer")
-        groups = items.groupby(["set", "family", "length"], sort=False)
-        sums = {name: (name, "sum") for name in ("correct", "truncated", "no_answer")}
-        shares = {"accuracy": ("correct", "mean"), "guess_rate": ("guess", "mean")}
-        table = groups.agg(n=("id", "size"), **sums, **shares)
-        n_items = groups["id"].nunique()  # samples of one item are no evidence of their own
-        low, high = wilson(table["accuracy"] * n_items, n_items)
-        return table.assign(low=low, high=high).reset_index()
+        """See `family_table`."""
+        return family_table(self.items[self.items["grade"] != CUT])
 
     def failures(self, n: int) -> pd.DataFrame:
         """Failed items to read, ``n`` a set, spread over its families: what was asked, answered, expected."""
@@ -164,6 +156,16 @@ class Results:
         turn = failed.groupby(["set", "family"], sort=False).cumcount()
         chosen = failed.loc[turn.sort_values(kind="stable").index].groupby("set").head(n).sort_index()
         return chosen[["family", "prompt", "completion", "expected", "reason"]].reset_index(drop=True)
+
+
+def family_table(items: pd.DataFrame) -> pd.DataFrame:
+    """By set, family and length: ``n``, ``correct``, ``accuracy`` with Wilson's interval, ``guess_rate``."""
+    groups = items.groupby(["set", "family", "length"], sort=False)
+    shares = {"accuracy": ("correct", "mean"), "guess_rate": ("guess", "mean")}
+    table = groups.agg(n=("id", "size"), correct=("correct", "sum"), **shares)
+    n_items = groups["id"].nunique()  # samples of one item are no evidence of their own
+    low, high = wilson(table["accuracy"] * n_items, n_items)
+    return table.assign(low=low, high=high).reset_index()
 
 
 def compare_runs(a: SetRun, b: SetRun) -> SimpleNamespace:

@@ -68,8 +68,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Head:
-    """The first line of a set. Other fields in it have no effect."""
+class ItemSet:
+    """A set: what its first line states (other fields in it have no effect), and its questions."""
 
     set: Text
     kind: Literal["reasoning", "code", "choice"]  # answers are compared, run, or chosen by likelihood
@@ -85,15 +85,9 @@ class Head:
     licence: str = "not stated"
     source: str = "not stated"
     guess_rule: str = "not stated"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ItemSet(Head):
-    """A set. ``sha256`` is that of its file; ``n_whole`` is the number of items of the whole set."""
-
-    sha256: str
-    items: tuple[Item, ...] = field(repr=False)
-    n_whole: int
+    sha256: str = ""  # this and the next two: of the whole file, and never as the first line has it
+    items: tuple[Item, ...] = field(default=(), repr=False)
+    n_whole: int = 0  # items of the whole set
 
     @property
     def name(self) -> str:
@@ -168,13 +162,13 @@ def _read(path: Path) -> ItemSet:
         hint = "see data/prompts/ for the format"
         raise PromptError(f"line {number}: {_reason(error)}", where=paths.tilde(path), hint=hint) from None
     mode = head.mode or ("chat" if head.kind == "reasoning" else "complete")
-    facts = {"mode": mode, "sha256": hashlib.sha256(raw).hexdigest(), "n_whole": len(items)}
-    return ItemSet(**vars(head) | facts, items=tuple(items.values()))
+    facts: dict[str, Any] = {"sha256": hashlib.sha256(raw).hexdigest(), "items": tuple(items.values())}
+    return replace(head, mode=mode, n_whole=len(items), **facts)
 
 
-def _head(line: bytes) -> Head:
+def _head(line: bytes) -> ItemSet:
     """The first line, if the set's name can name files."""
-    head: Head = _reader(Head).validate_json(line.removeprefix(b"\xef\xbb\xbf"), strict=True)
+    head: ItemSet = _reader(ItemSet).validate_json(line.removeprefix(b"\xef\xbb\xbf"), strict=True)
     if not re.fullmatch(r"(?=.*\S)[\w. -]{1,50}", head.set):
         rule = "use up to 50 letters, digits, '-', '_' and '.'"
         raise ValueError(f"set: {head.set!r:.60} names files: {rule}")
@@ -185,7 +179,7 @@ def _head(line: bytes) -> Head:
     return head
 
 
-def _fault(head: Head, item: Item) -> str:
+def _fault(head: ItemSet, item: Item) -> str:
     """What an item lacks for its kind of set; empty if nothing."""
     for name in NEEDED[head.kind]:
         if not getattr(item, name):

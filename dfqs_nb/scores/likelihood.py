@@ -24,8 +24,9 @@ from scipy.special import log_softmax
 from dfqs_nb.core import display, errors, journal
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model, SavedState
+from dfqs_nb.scores.grading import family_table
 from dfqs_nb.scores.item_sets import Item, ItemSet
-from dfqs_nb.stats import mean_interval, wilson
+from dfqs_nb.stats import wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,9 +65,9 @@ def choices_of(questions: ItemSet) -> ItemSet:
 class Answers:
     """A set, answered by likelihood.
 
-    ``items`` has a row a question: ``id``, ``family``, ``gold``, ``log_likelihoods`` (nats, one a choice),
-    ``greedy`` (whether greedy decoding gives a choice), ``acc`` and ``acc_norm`` (0 or 1), ``margin`` (nats
-    between the right choice and the best wrong one), ``guess``. ``left_out``: by a budget.
+    ``items`` has a row a question: ``id``, ``family``, ``length``, ``guess``, ``log_likelihoods`` (nats) and
+    ``greedy`` (whether greedy decoding gives it) of each choice, ``acc`` and ``acc_norm`` (0 or 1).
+    ``left_out``: by a budget.
     """
 
     questions: ItemSet
@@ -88,14 +89,8 @@ class Answers:
         return score | {"sentence": sentence}
 
     def families(self) -> pd.DataFrame:
-        """A row a family: ``n``, ``acc``, ``acc_norm``, ``margin`` and its 95 % interval (nats)."""
-        groups = self.items.groupby("family", sort=False)
-        table = groups[[*METRICS, "margin"]].mean()
-        table.insert(0, "n", groups.size())
-        table[["margin_low", "margin_high"]] = [
-            mean_interval(it.to_numpy(float)) for _, it in groups["margin"]
-        ]
-        return table.reset_index()
+        """By family, how often the likeliest choice is right; see `grading.family_table`."""
+        return family_table(self.items.assign(set=self.questions.name, correct=self.items["acc"]))
 
     def as_lm_eval(self) -> dict[str, Any]:
         """In the layout of lm-evaluation-harness: ``results``, ``n-shot``, ``config``, ``samples``."""
@@ -157,10 +152,10 @@ def answer(
     answered, rows = tuple(item for item in questions.items if item.id in kept), []
     for item in answered:
         values, sizes = np.array(kept[item.id]["log_likelihoods"]), [len(choice) for choice in item.choices]
-        margin = float(values[item.gold] - np.delete(values, item.gold).max())
-        row = {"id": item.id, "family": item.family, "gold": item.gold, **kept[item.id], "margin": margin}
-        row |= {"acc": int(values.argmax() == item.gold), "guess": 1 / len(values)}
-        rows.append(row | {"acc_norm": int((values / sizes).argmax() == item.gold)})
+        row = {"id": item.id, "family": item.family, "length": item.length, "guess": 1 / len(values)}
+        right = {"acc": int(values.argmax() == item.gold)}
+        right["acc_norm"] = int((values / sizes).argmax() == item.gold)
+        rows.append(row | kept[item.id] | right)
     n, most = len(rows), len(questions.items)
     left_out = (f"only {n} of {most} questions of {questions.name} answered",) if n < most else ()
     questions = replace(questions, items=answered)

@@ -20,7 +20,7 @@ from dfqs_nb.core.files import read_json
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.llama.model import ContextFullError, open_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.scores import ItemSet, likelihood
+from dfqs_nb.scores import ItemSet, figures, likelihood
 from dfqs_nb.scores.likelihood import choices_of
 from dfqs_nb.stats import clopper_pearson, wilson
 
@@ -141,7 +141,11 @@ def test_acc_norm_divides_by_the_length_of_a_choice(model, own, tmp_path):
             value / len(choice) for value, choice in zip(row.log_likelihoods, item["choices"], strict=True)
         ]
         assert row.acc_norm == int(np.argmax(per_letter) == item["gold"])
-    assert set(answers.families()["family"]) == {"all", "odd"}
+    table = answers.families().set_index("family")
+    assert table["n"].to_dict() == {"all": 2, "odd": 1} and (table["low"] <= table["accuracy"]).all()
+    assert table.loc["odd", "guess_rate"] == 1 / 2 and table["correct"].sum() == answers.items["acc"].sum()
+    title = figures.score_families(answers.families()).get_title(loc="left")
+    assert title.endswith("of 2 families are answered better than by guessing")
 
 
 def test_the_stage_file_gets_both_accuracies_with_intervals_and_the_guess_rate(model, own, tmp_path):

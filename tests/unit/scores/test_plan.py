@@ -160,11 +160,3 @@ def test_choices_end_at_their_time_and_are_spread_over_the_families(model, tmp_p
     many = replace(plan, options=Options(limit=12)).choose(tmp_path, math.inf)
     assert len(many.items) == 12 and not many.left_out, "a cap is no cut"
     assert many.items["family"].nunique() == min(12, whole.row()["families"])
-
-
-def test_a_figure_of_margins_says_in_how_many_families_the_right_choice_is_likeliest():
-    table = pd.DataFrame({"family": ["a", "b"], "n": 8, "margin": [2.0, 0.5]})
-    table = table.assign(margin_low=[1.0, -0.5], margin_high=[3.0, 1.5])
-    assert "in 1 of 2 families" in figures.choice_margins(table).get_title(loc="left")
-    title = figures.choice_margins(table.assign(margin_low=math.nan)).get_title(loc="left")
-    assert "without intervals, in 2 of 2 families" in title
