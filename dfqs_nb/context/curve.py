@@ -221,7 +221,7 @@ def measure(
     ``predicted``: the length above the plan's that memory does not hold (`predict_failure`). ``alone``:
     leave the other cores to others.
     """
-    haystacks = Haystacks.of(model, plan.probe, plan.grid[0])
+    haystacks = Haystacks(model, plan.probe, plan.grid[0])
     conditions = {**model.conditions(), "model_sha256": model_sha256, **plan.conditions()}
     journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh, whole=_is_whole)
     run, meter = Run(plan, journal, predicted, not plan.n_haystacks), Meter(plan.budget_seconds)
@@ -294,7 +294,7 @@ def _ask(
         row: dict[str, Any] = {"haystack": case.haystack, "length": case.length, "planned": planned}
         row |= {"task": question.task, "question": question.name, "depth": round(question.depth, 4)}
         row |= {"expected": question.expected, "answer": answer, "correct": question.is_right(answer)}
-        row |= {"another_key": question.is_another(answer), "n_needles": case.n_needles}
+        row |= {"another_key": question.is_another(answer), "n_needles": len(case.questions)}
         row |= {"n_prompt": len(case.body + question.prompt), "n_evaluated": n_evaluated}
         journal.add(f"{text}/{question.name}", **row, seconds=round(time.perf_counter() - started, 4))
         bar.update()

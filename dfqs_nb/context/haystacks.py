@@ -8,7 +8,7 @@ So accuracy changes with the length alone, not with the number of distractors.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice, product
@@ -102,7 +102,6 @@ class Case:
     length: int
     body: tuple[int, ...] = field(repr=False)
     questions: tuple[Question, ...]
-    n_needles: int
 
 
 # What is asked in the place of an open `Model`, such as a server. It has a model's `tokenize`, `with_bos`,
@@ -146,22 +145,13 @@ class _Fact(NamedTuple):
 
 
 class Haystacks:
-    """All texts of a probe for one model; a `PromptError`: ``shortest`` tokens cannot hold the keys.
+    """All texts of a probe for one model; a `PromptError`: ``shortest`` tokens cannot hold the keys."""
 
-    ``tokenize`` gives the token ids of a text; with ``special=False`` control tokens have no meaning in it.
-    ``head``: tokens before the sentences. ``after``: text between a question and its answer.
-    """
-
-    def __init__(
-        self,
-        probe: Probe,
-        tokenize: Callable[..., Sequence[int]],
-        head: Sequence[int],
-        after: str,
-        shortest: int | None = None,
-    ) -> None:
-        self.probe, self._tokenize, self._head = probe, lru_cache(maxsize=8192)(tokenize), tuple(head)
-        self._after = tuple(tokenize(after))
+    def __init__(self, model: Model | StandIn, probe: Probe, shortest: int | None = None) -> None:
+        before, after = around(model) if isinstance(model, Model) else model.around
+        head = model.with_bos([*model.tokenize(before), *model.tokenize(probe.intro, special=False)])
+        self.probe, self._head, self._after = probe, tuple(head), tuple(model.tokenize(after))
+        self._tokenize = lru_cache(maxsize=8192)(model.tokenize)
         words = {"key": " ".join(max(part, key=len) for part in probe.keys), "code": "0" * probe.code_digits}
         # evaluated for the longest question and its answer
         self.question_tokens = len(self._tail(words)) + self._size(probe.answer.format(**words))
@@ -172,13 +162,6 @@ class Haystacks:
         if shortest is not None and shortest < self.least_tokens:
             what = f"{shortest} tokens cannot hold the keys of {probe.name}"
             raise PromptError(what, hint=f"use lengths from {self.least_tokens} tokens on")
-
-    @classmethod
-    def of(cls, model: Model | StandIn, probe: Probe, shortest: int | None = None) -> Haystacks:
-        """For this model, in its chat template, or as plain text where it has none."""
-        before, after = around(model) if isinstance(model, Model) else model.around
-        head = model.with_bos([*model.tokenize(before), *model.tokenize(probe.intro, special=False)])
-        return cls(probe, model.tokenize, head, after, shortest)
 
     def case(self, number: int, length: int) -> Case:
         """The text of this number at this length, with a question about each key."""
@@ -202,7 +185,7 @@ class Haystacks:
             others, prompt = tuple(sorted(answers - {expected})), self._tail(fact.words)
             about = depth, prompt, expected, others, probe.whole_answer, most
             questions.append(Question(name, probe.tasks[0], *about))
-        return Case(number, length, self._head + tuple(tokens), tuple(questions), probe.needles)
+        return Case(number, length, self._head + tuple(tokens), tuple(questions))
 
     def _facts(self, number: int, draw: random.Random) -> list[_Fact]:
         """The keys of a text in strata of depth."""

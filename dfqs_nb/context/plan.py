@@ -251,7 +251,7 @@ def make_plan(
     keys; a `DfqsError`: ``longest`` is below it.
     """
     probe, speed, began = probe_of(prompt_set), None, time.monotonic()
-    haystacks = Haystacks.of(model, probe, shortest)
+    haystacks = Haystacks(model, probe, shortest)
     if not shortest:
         shortest = 256 if probe.needles > 1 else 64
         while shortest < haystacks.least_tokens:

@@ -83,10 +83,8 @@ class Text:
     """A text with its question, as tokens, and what an answer must hold."""
 
     task: str
-    length: int
-    number: int
     tokens: tuple[int, ...] = field(repr=False)
-    expected: tuple[str, ...] = ()
+    expected: tuple[str, ...]
     guess: float = 0.0
     max_tokens: int = ANSWER_TOKENS
 
@@ -124,7 +122,7 @@ class Writer:
             low, high = high, 2 * high
         longer = bisect_right(range(low + 1, high), length - spare, key=lambda n: len(written(n)[0]))
         tokens, drawn = written(low + longer)
-        return Text(task, length, number, tuple(tokens), drawn.expected, drawn.guess, spare)
+        return Text(task, tuple(tokens), drawn.expected, drawn.guess, spare)
 
     def _keys(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
         keys, codes = self.probe.key_names(draw, task.keys), self.probe.codes(draw, task.keys * task.values)

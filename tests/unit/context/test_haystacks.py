@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,9 +30,13 @@ def words(text: str, special: bool = True) -> list[int]:
     return [sum(ord(c) * 31**i for i, c in enumerate(word)) % 2**31 for word in text.split()]
 
 
+# Words in the place of a model; a text begins with the tokens 1 and 2.
+READER = SimpleNamespace(tokenize=words, with_bos=lambda tokens: [1, 2, *tokens], around=("", "answer:"))
+
+
 @pytest.fixture
 def many_keys() -> Haystacks:
-    return Haystacks(probe_of("standard"), words, (1, 2), "answer:", 256)
+    return Haystacks(READER, probe_of("standard"), 256)
 
 
 # ---- prompt sets ----
@@ -87,7 +92,7 @@ def test_a_broken_set_names_its_field(tmp_path, monkeypatch, change, message):
 
 @pytest.mark.parametrize(("name", "lengths"), [("long-context-nano", (64, 300, 512)), ("nano", (300, 512))])
 def test_pieces_are_tokenized_as_the_whole_text_would_be(nano, name, lengths):
-    haystacks = Haystacks.of(nano, probe_of(name), lengths[0])
+    haystacks = Haystacks(nano, probe_of(name), lengths[0])
     for number, length in itertools.product(range(5), lengths):
         case = haystacks.case(number, length)
         for question in case.questions:
@@ -100,7 +105,7 @@ def test_pieces_are_tokenized_as_the_whole_text_would_be(nano, name, lengths):
 
 def test_the_wording_is_the_reference_models_own(nano):
     probe = probe_of("long-context-nano")
-    case = Haystacks.of(nano, probe, 64).case(0, 64)
+    case = Haystacks(nano, probe, 64).case(0, 64)
     text = nano.llama.detokenize(list(case.body + case.questions[0].prompt), special=True).decode()
     code = case.questions[0].expected.removeprefix("The pass key is ").rstrip(".")
     assert f"The pass key is {code}. Remember it. {code} is the pass key." in text
@@ -111,7 +116,7 @@ def test_the_number_of_keys_is_the_same_at_every_length(many_keys):
     text = [w for w in "The code of the".split()]
     for number, length in itertools.product(range(10), LENGTHS):
         case = many_keys.case(number, length)
-        assert case.n_needles == len(case.questions) == len({q.name for q in case.questions}) == 6
+        assert len(case.questions) == len({q.name for q in case.questions}) == 6
         for question in case.questions:
             codes = {other.expected for other in case.questions}
             assert question.task == "retrieve" and {question.expected, *question.others} == codes
@@ -129,7 +134,7 @@ def test_depths_are_spread_over_the_whole_text(many_keys):
 
 
 def test_the_depths_of_a_single_key_are_stratified_over_texts(nano):
-    haystacks = Haystacks.of(nano, probe_of("long-context-nano"), 64)
+    haystacks = Haystacks(nano, probe_of("long-context-nano"), 64)
     depths = [haystacks.case(t, 512).questions[0].depth for t in range(20)]
     assert np.histogram(depths, 5, (0, 1))[0].min() >= 3, (
         "four are drawn in each; whole sentences shift them a little"
@@ -139,7 +144,7 @@ def test_the_depths_of_a_single_key_are_stratified_over_texts(nano):
 def test_texts_are_fresh_for_each_length_and_the_same_for_every_tokenizer(many_keys, nano):
     keys = {length: {q.name for q in many_keys.case(3, length).questions} for length in LENGTHS}
     assert all(keys[a] != keys[b] for a, b in itertools.combinations(LENGTHS, 2))
-    other = Haystacks.of(nano, probe_of("standard"), 256)
+    other = Haystacks(nano, probe_of("standard"), 256)
     assert [(q.name, q.expected) for q in other.case(3, 512).questions] == [
         (q.name, q.expected) for q in many_keys.case(3, 512).questions
     ]
@@ -148,7 +153,7 @@ def test_texts_are_fresh_for_each_length_and_the_same_for_every_tokenizer(many_k
 @pytest.mark.parametrize("shortest", [32, 100, 120])
 def test_a_length_that_cannot_hold_the_keys_is_refused(shortest):
     with pytest.raises(PromptError, match="cannot hold the keys.*use lengths from"):
-        Haystacks(probe_of("standard"), words, (1, 2), "", shortest)
+        Haystacks(READER, probe_of("standard"), shortest)
 
 
 # ---- judging ----
