@@ -91,13 +91,19 @@ class Run:
         return item_frame(self.journal.rows())
 
     @property
+    def retrieval(self) -> pd.DataFrame:
+        """The answers that the curve is made of: those of the probe's first task."""
+        items = self.items
+        return items[items["task"] == self.plan.probe.tasks[0]]
+
+    @property
     def evaluated_tokens(self) -> int:
         """Tokens evaluated for the curve, the check of reuse included."""
         return sum(row["n_evaluated"] for row in self.journal.rows())
 
     def counts(self) -> Counts:
         """Counts of the curve's answers."""
-        return Counts.of(self.items)
+        return Counts.of(self.retrieval)
 
     def boundary(self) -> Boundary:
         """The smaller of the quality boundary and the first runtime failure."""
@@ -115,8 +121,8 @@ class Run:
         """
         counts, boundary, tasks, plan = self.counts(), self.boundary(), task_table(self.items), self.plan
         curve, measured, lines = counts.curve(), boundary.status != "not measured", [boundary.sentence]
-        planned = curve[curve["planned"]]
-        guess: dict[str, Any] = {name: int(tasks[name].sum()) for name in ("wrong", "another_key")}
+        planned, first = curve[curve["planned"]], tasks[tasks["task"] == plan.probe.tasks[0]]
+        guess: dict[str, Any] = {name: int(first[name].sum()) for name in ("wrong", "another_key")}
         guess |= {"rate": counts.guess_rate, "keys": plan.probe.needles}
         if measured:
             of = f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}"
@@ -233,7 +239,7 @@ def measure(
         now, cost = length, plan.text_seconds(length)
 
         def ask(asker: Asker | StandIn, number: int) -> bool:
-            case = haystacks.case(number, length)
+            case = haystacks.case(number, length, links=planned)
             missing = [q for q in case.questions if f"{length}/{number}/{q.name}" not in journal]
             if missing and not meter.holds(cost):
                 return False
@@ -244,11 +250,11 @@ def measure(
 
         run.budget_hit = not all(side_by_side(askers, ask, range(plan.n_texts(length))))
         done.add(length)
-        items = run.items
+        items = run.retrieval
         return None if run.budget_hit else Counts.of(items[items["length"].isin(done)])
 
     models = crew(model, alone) if isinstance(model, Model) else nullcontext()
-    total = plan.probe.needles * sum(map(plan.n_texts, plan.grid))
+    total = plan.n_questions * sum(map(plan.n_texts, plan.grid))
     with models as copies, tqdm(total=total, unit="question", desc="long context") as bar:
         try:
             if plan.n_haystacks:
@@ -294,7 +300,7 @@ def _ask(
         row: dict[str, Any] = {"haystack": case.haystack, "length": case.length, "planned": planned}
         row |= {"task": question.task, "question": question.name, "depth": round(question.depth, 4)}
         row |= {"expected": question.expected, "answer": answer, "correct": question.is_right(answer)}
-        row |= {"another_key": question.is_another(answer), "n_needles": len(case.questions)}
+        row |= {"another_key": question.is_another(answer), "n_needles": case.n_needles}
         row |= {"n_prompt": len(case.body + question.prompt), "n_evaluated": n_evaluated}
         journal.add(f"{text}/{question.name}", **row, seconds=round(time.perf_counter() - started, 4))
         bar.update()

@@ -31,8 +31,8 @@ class Probe(PromptSet):
     """The wording of a long-context probe: templates with ``{key}``, ``{code}``, ``{name}`` and other slots.
 
     ``needles`` is K, the keys in a text of any length. ``keys``: two lists of words that make their names, or
-    none for a single key. ``joint`` stands between text and question. Without ``whole_answer``, an answer
-    need only begin with the right one.
+    none for a single key. ``link``: the two-hop task, in which a name of ``guards`` leads to a key. ``joint``
+    stands between text and question. Without ``whole_answer``, an answer need only begin with the right one.
     """
 
     seed: int
@@ -45,8 +45,12 @@ class Probe(PromptSet):
     question: str
     answer_prefix: str
     answer: str
+    link: str = ""
+    link_question: str = ""
+    link_answer_prefix: str = ""
     code_digits: int
     keys: tuple[tuple[str, ...], ...]
+    guards: tuple[str, ...] = ()
     needles: int
     whole_answer: bool
 
@@ -102,6 +106,7 @@ class Case:
     length: int
     body: tuple[int, ...] = field(repr=False)
     questions: tuple[Question, ...]
+    n_needles: int
 
 
 # What is asked in the place of an open `Model`, such as a server. It has a model's `tokenize`, `with_bos`,
@@ -137,11 +142,12 @@ def sentences(probe: Probe, draw: random.Random) -> Iterator[str]:
 
 
 class _Fact(NamedTuple):
-    """A sentence to be found: where it should begin (0 to 1), and the words in it."""
+    """A sentence to be found: where it should begin (0 to 1), the words in it, and whether it is a link."""
 
     target: float
     words: dict[str, str]
     text: str
+    link: bool = False
 
 
 class Haystacks:
@@ -153,9 +159,12 @@ class Haystacks:
         self.probe, self._head, self._after = probe, tuple(head), tuple(model.tokenize(after))
         self._tokenize = lru_cache(maxsize=8192)(model.tokenize)
         words = {"key": " ".join(max(part, key=len) for part in probe.keys), "code": "0" * probe.code_digits}
+        words["name"] = max(probe.guards, key=len, default="")  # the longest
+        tails = [self._tail(link, words) for link in ((False, True) if probe.link else (False,))]
         # evaluated for the longest question and its answer
-        self.question_tokens = len(self._tail(words)) + self._size(probe.answer.format(**words))
+        self.question_tokens = max(map(len, tails)) + self._size(probe.answer.format(**words))
         facts = probe.needles * self._size(probe.needle.format(**words))
+        facts += self._size(probe.link.format(**words)) if probe.link else 0
         beside = 12 * probe.needles if probe.needles > 1 else 0
         # of the shortest context that holds every fact, and sentences beside them
         self.least_tokens = len(self._head) + self.question_tokens + facts + beside
@@ -163,8 +172,8 @@ class Haystacks:
             what = f"{shortest} tokens cannot hold the keys of {probe.name}"
             raise PromptError(what, hint=f"use lengths from {self.least_tokens} tokens on")
 
-    def case(self, number: int, length: int) -> Case:
-        """The text of this number at this length, with a question about each key."""
+    def case(self, number: int, length: int, links: bool = True) -> Case:
+        """The text of this number at this length, with its questions; ``links``: the two-hop one too."""
         probe, draw = self.probe, random.Random(f"{self.probe.seed}:{self.probe.name}:{length}:{number}")
         facts = self._facts(number, draw)
         # at the very beginning, without the blank before it, a sentence may take more tokens
@@ -179,22 +188,28 @@ class Haystacks:
         tokens, starts = self._laid_out(facts, filler, room)
         answers, questions = {probe.answer.format(**fact.words) for fact in facts}, []
         for fact in facts:
-            expected, name = probe.answer.format(**fact.words), fact.words["key"] or "key"
+            if fact.link and not links:
+                continue
+            expected, key = probe.answer.format(**fact.words), fact.words["key"]
+            name = f"{key}/guard" if fact.link else key or "key"
             depth, most = starts[fact.text] / max(1, len(tokens)), self._size(expected)
             most += ANSWER_SPARE if probe.whole_answer else 1
-            others, prompt = tuple(sorted(answers - {expected})), self._tail(fact.words)
+            others, prompt = tuple(sorted(answers - {expected})), self._tail(fact.link, fact.words)
             about = depth, prompt, expected, others, probe.whole_answer, most
-            questions.append(Question(name, probe.tasks[0], *about))
-        return Case(number, length, self._head + tuple(tokens), tuple(questions))
+            questions.append(Question(name, probe.tasks[fact.link], *about))
+        return Case(number, length, self._head + tuple(tokens), tuple(questions), probe.needles)
 
     def _facts(self, number: int, draw: random.Random) -> list[_Fact]:
-        """The keys of a text in strata of depth."""
+        """The keys of a text in strata of depth, and the link of its two-hop question."""
         probe, n_strata = self.probe, max(self.probe.needles, N_STRATA)
         codes, facts = probe.codes(draw, probe.needles), []
         for i, (key, code) in enumerate(zip(probe.key_names(draw, probe.needles), codes, strict=True)):
             words, stratum = {"key": key, "code": code}, (number * probe.needles + i) % n_strata
             target = (stratum + draw.random()) / n_strata
             facts.append(_Fact(target, words, probe.needle.format(**words)))
+        if probe.link:
+            words = {**draw.choice(facts).words, "name": draw.choice(probe.guards)}
+            facts.append(_Fact(draw.random(), words, probe.link.format(**words), link=True))
         return sorted(facts, key=lambda fact: fact.target)
 
     def _laid_out(
@@ -217,7 +232,9 @@ class Haystacks:
     def _size(self, text: str) -> int:
         return len(self._plain(" " + text))
 
-    def _tail(self, words: dict[str, str]) -> tuple[int, ...]:
+    def _tail(self, link: bool, words: dict[str, str]) -> tuple[int, ...]:
         """Tokens of a question, and of what its answer begins with."""
-        question = self._plain(self.probe.joint + self.probe.question.format(**words))
-        return (*question, *self._after, *self._plain(self.probe.answer_prefix.format(**words)))
+        probe = self.probe
+        question = probe.joint + (probe.link_question if link else probe.question).format(**words)
+        prefix = (probe.link_answer_prefix if link else probe.answer_prefix).format(**words)
+        return (*self._plain(question), *self._after, *self._plain(prefix))

@@ -30,8 +30,7 @@ from dfqs_nb.llama.settings import OpenSettings, own_context, threads_for
 CURVE_SHARE = 0.6  # of the budget that the curve takes while notebook 05's other parts have a share
 ALONE_SHARE = 0.9  # that it takes at most; the rest is for tables, figures and files
 CHECK_TOKENS = 64  # of the text that the check of reuse reads, where only one text is asked about
-# Answers under another one are not comparable.
-PROTOCOL = "fixed keys and no other facts, fresh texts for each length"
+PROTOCOL = "fixed keys, fresh texts for each length"  # answers under another one are not comparable
 PROBE_SHARE, MOST_SECONDS = 1 / 15, 30.0  # that a chunk of the probe takes: of the budget, and in all
 CHUNKS, WARM_UP = (256, 32), 8  # tokens
 SPARE_TOKENS = 64  # of context, for the answer
@@ -158,6 +157,11 @@ class Plan:
     speed: PrefillSpeed | None = None  # which costs are made of; None, and costs NaN, for a stand-in
     left_out: tuple[str, ...] = ()  # what the budget took away
 
+    @property
+    def n_questions(self) -> int:
+        """Questions about a text of a planned length; the two-hop one is asked at these only."""
+        return self.probe.needles + bool(self.probe.link)
+
     def n_texts(self, length: int) -> int:
         """Texts asked about at a length: of several, twice as many at the shortest, which a_0 comes from."""
         return self.n_haystacks * (2 if length == self.grid[0] and self.n_haystacks > 1 else 1)
@@ -166,7 +170,7 @@ class Plan:
         """Seconds that a text of this length takes with its questions."""
         if self.speed is None:
             return nan
-        n, text = self.probe.needles, self.speed.seconds(length)
+        n, text = self.n_questions, self.speed.seconds(length)
         more = (n - 1) * self.question_tokens * (self.speed.base + self.speed.by_depth * length)
         return text + more if self.reuse else n * text
 

@@ -395,7 +395,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         | {"items": run.items.to_dict("records"), "model": run.model}
         for run in runs
     ]
-    items, boundary = curve.items.to_dict("records"), curve.boundary().as_dict()
+    items, boundary = curve.retrieval.to_dict("records"), curve.boundary().as_dict()
     return {"sets": sets, "items": items, "boundary": boundary}
 
 

@@ -96,6 +96,7 @@ def test_long_plans_cost_twice_the_longest_length_and_their_questions(nano):
         tokens = sum(plan.n_texts(length) * plan.text_seconds(length) for length in plan.grid)
         assert 2 < tokens / (longest * plan.n_haystacks) <= most, longest
     assert plan.n_texts(256) == 24 and plan.n_texts(512) == 12
+    assert plan.n_questions == 7
 
 
 def test_cost_of_a_million_tokens_is_known_before_it_starts(nano):
@@ -167,7 +168,7 @@ def test_every_evaluated_token_is_accounted_for(nano, tmp_path, monkeypatch):
     if run.reuse.allowed:
         held = sum(row["n_evaluated"] for row in run.journal.rows() if row["id"].endswith("/held"))
         assert held <= 4 * 256 + 2 * 512, "a text is evaluated once"
-    assert run.items.groupby("task").size().to_dict() == {"retrieve": 36}
+    assert run.items.groupby("task").size().to_dict() == {"retrieve": 36, "two hops": 6}
     assert (run.items["n_needles"] == 6).all()
 
 
@@ -277,7 +278,7 @@ def test_the_stage_file_holds_planned_lengths_and_refinements_apart(tmp_path, na
     assert len(content["context_stability_curve"]) == 2
     assert all(row["length"] not in (256, 512) for row in content["refined"])
     assert content["boundary"]["provisional"] and "provisional" in content["summary"][0]
-    assert {row["task"] for row in content["tasks"]} == {"retrieve"}
+    assert {row["task"] for row in content["tasks"]} == {"retrieve", "two hops"}
     assert content["guess"]["keys"] == 6 and curves.JOURNAL in content["files"]
     assert content["conditions"]["protocol"] and content["largest_fall"]["high"] <= 1.5
 
