@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -231,12 +231,12 @@ def measure(
     conditions = {**model.conditions(), "model_sha256": model_sha256, **plan.conditions()}
     journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh, whole=_is_whole)
     run, meter = Run(plan, journal, predicted, not plan.n_haystacks), Meter(plan.budget_seconds)
-    askers, now, done = list[Any](), plan.grid[0], set[int]()
+    askers, allowed, now, done = list[Any](), False, plan.grid[0], set[int]()
 
     def measured(length: int, planned: bool) -> Counts | None:
         """Ask about all texts of a length; the counts of all lengths so far, or None to end the search."""
         nonlocal now
-        now, cost = length, plan.text_seconds(length)
+        now, cost = length, replace(plan, reuse=allowed).text_seconds(length)
 
         def ask(asker: Asker | StandIn, number: int) -> bool:
             case = haystacks.case(number, length, links=planned)
