@@ -170,7 +170,7 @@ def test_the_stage_file_gets_both_accuracies_with_intervals_and_the_guess_rate(m
 def test_a_base_model_gets_a_blank_between_its_answer_mark_and_a_choice(model, monkeypatch):
     questions = choices_of(ItemSet.load("nano-reasoning"))
     for has_template, ending in ((True, ""), (False, "Answer: ")):
-        monkeypatch.setattr(type(model), "has_template", property(lambda _, has=has_template: has))
+        monkeypatch.setattr(model, "has_template", has_template)
         context, choices = likelihood.encode(model, questions, questions.items[0])
         text = b"".join(map(model.token_bytes, [*context, *choices[0]])).decode()
         assert text.endswith(ending + questions.items[0].choices[0]) and ("Answer:" in text) != has_template
