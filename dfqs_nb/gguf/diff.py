@@ -22,7 +22,7 @@ def compare(a: Outline, b: Outline, *, data: bool = False) -> tuple[dict[str, li
     ``data``: also hash every tensor that both have with equal type and shape. This reads a remote model as a
     whole, without storing it.
     """
-    headers = a.shards.as_one, b.shards.as_one
+    headers = a.as_one, b.as_one
     stated = [{t.name: f"{t.type} {' x '.join(map(str, t.shape))}" for t in it.tensors} for it in headers]
     left, right = stated
     both = [name for name in left if name in right]
@@ -42,7 +42,7 @@ def compare(a: Outline, b: Outline, *, data: bool = False) -> tuple[dict[str, li
                 hint = f"{first} `dfqs-nb repair {file} --in-place`"
                 what = "the bytes of glued shards are not compared"
                 raise DfqsError(what, where=shown(model.model), hint=hint)
-        hashes, others = (tensor_hashes(it.shards.headers, alike, opened=it.open) for it in (a, b))
+        hashes, others = (tensor_hashes(it.headers, alike, opened=it.open) for it in (a, b))
         lines["other bytes"] = sorted(name for name in alike if hashes[name] != others[name])
     lines = {kind: rows for kind, rows in lines.items() if rows}
     scope = f"{len(fields):,} metadata fields and {len(left | right):,} tensors"

@@ -272,7 +272,8 @@ def explained(address: str) -> Iterator[None]:
         yield
     except (ImportError, *network) as error:
         kind: type[DfqsError] = RegistryError
-        cause, number = error, getattr(error, "errno", None)
+        cause: BaseException = error
+        number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
             kind = SpaceError if number == errno.ENOSPC else OutputError
             what, hint = f"the hub's cache cannot be written ({os.strerror(number)})", OTHER_DISK

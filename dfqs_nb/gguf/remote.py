@@ -32,19 +32,13 @@ RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
 @dataclass(frozen=True)
-class Outline:
-    """The headers of a whole model, wherever its files are."""
+class Outline(ShardSet):
+    """The headers of a whole model, wherever its files are; llama.cpp plans a model from them."""
 
-    model: str
-    shards: ShardSet
+    model: str  # as it was named
     glued: bool  # the shards lie in one file, which no runtime loads before `dfqs-nb repair`
     places: Mapping[Path, str]  # the addresses whose headers were copied to these paths; none for files here
     fetched_bytes: int
-
-    @property
-    def path(self) -> Path:
-        """The file to name to llama.cpp, which plans it without its data."""
-        return self.shards.paths[0]
 
     def open(self, path: Path) -> Any:
         """A shard's bytes for reading in a ``with`` block, here or remote."""
@@ -66,7 +60,7 @@ def outline(model: str | Path) -> Iterator[Outline]:
         try:
             headers = list(headers_inside(path))
             if len(headers) == 1:
-                yield Outline(str(model), open_shards(path), False, places, fetched)
+                yield Outline(open_shards(path).headers, str(model), False, places, fetched)
                 return
             laid_out = []  # each as a sparse file that llama.cpp's loader can plan
             for number, header in enumerate(check_set(headers, glued=True).headers, 1):
@@ -74,8 +68,7 @@ def outline(model: str | Path) -> Iterator[Outline]:
                 with laid_out[-1].open("wb") as file:
                     file.write(header.raw)
                     file.truncate(header.end_offset - header.start)
-            shards = ShardSet(tuple(map(read_header, laid_out)))
-            yield Outline(str(model), shards, True, places, fetched)
+            yield Outline(tuple(map(read_header, laid_out)), str(model), True, places, fetched)
         except DfqsError as error:
             copies = [folder, *(place.parent for place in places)]
             if not any(Path(error.where or "").is_relative_to(copy) for copy in copies):

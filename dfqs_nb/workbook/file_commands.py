@@ -70,9 +70,9 @@ def _outlook(path: Path) -> dict[str, Any]:
 
     try:
         with remote.outline(path) as model:
-            verdict = loader_verdict(model.path).explain(model.shards.as_one)
+            verdict = loader_verdict(model.paths[0]).explain(model.as_one)
             verdict += ", once it is repaired" if model.glued else ""
-            needs = memory.estimate(model.shards.as_one, OUTLOOK_N_CTX)
+            needs = memory.estimate(model.as_one, OUTLOOK_N_CTX)
             fits = memory.check_fits(needs) or "fits, weights and all"
     except ShardError as error:
         return {"the whole set": error.what}
@@ -218,19 +218,19 @@ def plan(
     machines = [text for text in ram.split(",") if text.strip()]
     ram_bytes = placement.size_of(machines[0]) if machines else available_memory().available_bytes
     with remote.outline(model) as known:
-        header, far = known.shards.as_one, bool(known.places)
-        reads, about = read_profile(profile, known.shards.headers) if profile else ({}, "")
+        header, far = known.as_one, bool(known.places)
+        reads, about = read_profile(profile, known.headers) if profile else ({}, "")
         shape = placement.Model(header, reads)
         if shape.n_context and context > shape.n_context:
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
             raise DfqsError(what, where=models.shown(model), hint=f"give --context {shape.n_context} or less")
-        say(f"{models.shown(model)}: {size(known.shards.nbytes)}, {header.architecture}")
+        say(f"{models.shown(model)}: {size(known.nbytes)}, {header.architecture}")
         compute = _runtime_rows(known, context)
         placed = placement.place(shape, context, ram_bytes, cards, compute_bytes=compute)
         outlook = None
         if placed.disk_token_bytes and not (far or known.glued or cards):
             room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
-            outlook = forecast(known.shards.headers, room, helped=placed.disk_token_bytes)
+            outlook = forecast(known.headers, room, helped=placed.disk_token_bytes)
         speeds = _speeds(placed, outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
         say(f"\n{placement.table(placed).to_string()}\n")
         if note := memory.kv_cache_bytes(header, context).note:
@@ -244,12 +244,12 @@ def plan(
             source = CARD_BUFFERS if placed.devices[0].compute_bytes is not None else "unknown for this model"
             say(f"a card's compute buffer: {source}; 1 GiB of each card is left beside it, or for it")
             say("there, llama-server also places without these flags (--fit), and plans that buffer")
-        name = known.path.name if far else tilde(known.path)
+        name = known.paths[0].name if far else tilde(known.paths[0])
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
             name = next(iter(known.places)).name if far else model
         words = ["llama-server", "-m", name, "-c", str(context), *placed.flags, "-np", "1"]
         say(f"\n{shlex.join(words)}")
-        if not machines and known.shards.nbytes > ram_bytes:
+        if not machines and known.nbytes > ram_bytes:
             machines = MACHINES
         if len(machines) > 1 and not cards:
             table = placement.machines_table(shape, context, machines, speeds, compute_bytes=compute)
@@ -266,12 +266,12 @@ def _runtime_rows(known: Any, n_ctx: int) -> int | None:
         say(f"  its shards are glued together: {when}dfqs-nb repair makes one model of them")
     if known.places:
         say(f"  read over the network: {known.fetched_bytes:,} bytes of headers")
-    verdict = loader_verdict(known.path)
-    say(f"  {verdict.explain(known.shards.as_one)}")
+    verdict = loader_verdict(known.paths[0])
+    say(f"  {verdict.explain(known.as_one)}")
     if not verdict.accepted:
         return None
     try:
-        return plan_memory(known.path, [OpenSettings(n_ctx=n_ctx)])[0]["compute_bytes"]
+        return plan_memory(known.paths[0], [OpenSettings(n_ctx=n_ctx)])[0]["compute_bytes"]
     except ModelError as error:
         say(f"  its compute buffer is not known: {error.what}")
         return None

@@ -33,7 +33,7 @@ def test_each_kind_of_difference_is_named(tmp_path, merged_reference):
         file.write(bytes([byte[0] ^ 1]))
     with outline(merged_reference) as a, outline(changed) as b:
         differences, _ = compare(a, b, data=True)
-        last = a.shards.tensors[-1].name
+        last = a.tensors[-1].name
     assert differences == {
         "metadata": ["deepseek4.expert_used_count: UINT32 2 | UINT32 3"],
         "other bytes": [last],
@@ -49,7 +49,7 @@ def test_a_remote_model_is_compared_without_being_stored(merged_reference, tmp_p
         address = f"{server.endpoint}/a/b/resolve/main/{NANO[0].name}"
         with outline(address) as far, outline(merged_reference) as here:
             assert compare(far, here, data=True)[0] == {}
-            copies = sum(path.stat().st_blocks * 512 for path in far.shards.paths)
+            copies = sum(path.stat().st_blocks * 512 for path in far.paths)
     assert copies < sum(path.stat().st_size for path in NANO), "only headers lie on the disk"
 
 

@@ -113,7 +113,7 @@ def test_a_model_is_outlined_wherever_it_is(server, real):
     glued = str(real["glued.gguf"])
     for model in (glued, address(server, "glued.gguf"), address(server, "flash-00001-of-00002.gguf")):
         with remote.outline(model) as outline:
-            assert len(outline.shards.tensors) == REAL_TENSORS and outline.path.is_file()
+            assert len(outline.tensors) == REAL_TENSORS and outline.paths[0].is_file()
             assert outline.glued == ("glued" in model)
             assert bool(outline.places) == bool(outline.fetched_bytes) == (model != glued)
 

@@ -61,7 +61,7 @@ def test_a_concatenation_is_one_and_has_every_tensor(tmp_path, narrow):
     whole = specimen.write_specimen(tmp_path / "whole.gguf", TINY, progress=False)
     assert str(diagnose(path).kind) == "raw concatenation"
     with outline(path) as glued:
-        assert [t.name for t in glued.shards.tensors] == [t.name for t in read_header(whole).tensors]
+        assert [t.name for t in glued.tensors] == [t.name for t in read_header(whole).tensors]
 
 
 def test_weights_are_finite_and_tables_name_different_experts():
