@@ -251,15 +251,16 @@ def card_compute(header: GGUFHeader, n_ctx: int, experts: str = "all") -> int | 
     As it was planned on a card (``card_compute`` in the data), at the next longer context that was planned.
     ``experts``: ``all`` on the card, or ``experts_in_memory`` of some layers. None where nobody planned it.
     """
-    known, keys = published()["card_compute"], published()["keys"]
-    for name, value in keys.items() if header.architecture == "deepseek4" else ():
-        wanted = value if isinstance(value, list) else [value]
-        if header.counts(name)[: len(wanted)] != wanted:
-            return None
-    routed = (tensor.nbytes for tensor in header.tensors if "_exps." in tensor.name)
-    if header.architecture != "deepseek4" or max(routed, default=0) > known["largest_expert_tensor"]:
+    known = published()
+    keys = {name: value if isinstance(value, list) else [value] for name, value in known["keys"].items()}
+    if header.architecture != "deepseek4":
         return None
-    return next((nbytes for n, nbytes in known[experts].items() if int(n) >= n_ctx), None)
+    if any(header.counts(name)[: len(values)] != values for name, values in keys.items()):
+        return None
+    planned, routed = known["card_compute"], (t.nbytes for t in header.tensors if "_exps." in t.name)
+    if max(routed, default=0) > planned["largest_expert_tensor"]:
+        return None
+    return next((nbytes for n, nbytes in planned[experts].items() if int(n) >= n_ctx), None)
 
 
 def flash_cache_table(lengths: Sequence[int]) -> pd.DataFrame:
