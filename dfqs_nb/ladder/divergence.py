@@ -105,12 +105,13 @@ def feed(model: Model | RecordedModel, piece: Sequence[int], step: int = 0) -> I
     Yields where a step (of at most ``n_batch`` tokens) begins, and the logits after each of its tokens: a
     view float32 ``(step, n_vocab)`` that the next step overwrites.
     """
-    recorded = model if isinstance(model, RecordedModel) else RecordedModel(model, None)
-    bos, n_batch = recorded.model.bos, recorded.model.settings.n_batch
+    opened = model.model if isinstance(model, RecordedModel) else model
+    bos, n_batch = opened.bos, opened.settings.n_batch
     piece, step = [bos, *piece[1:]] if bos >= 0 else list(piece), min(step or n_batch, n_batch)
-    recorded.model.clear()  # what is recorded goes on
+    opened.clear()  # what is recorded goes on
     for at in range(0, len(piece), step):
-        yield at, recorded.feed(piece[at : at + step])
+        part = piece[at : at + step]
+        yield at, model.feed(part) if isinstance(model, RecordedModel) else next(model.logits(part))
 
 
 def log_probs(logits: Array) -> Array:

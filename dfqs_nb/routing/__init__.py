@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from dfqs_nb.core.doors import lazy
 from dfqs_nb.routing.recorded import RecordedModel, open_recorded
-from dfqs_nb.routing.trace import Trace, load_trace
-from dfqs_nb.routing.verdict import Determinism, differences, expert_counts, overlaps
+from dfqs_nb.routing.trace import Trace, differences, load_trace, overlaps
 
 if TYPE_CHECKING:
     from dfqs_nb.routing import figures
     from dfqs_nb.routing.experiment import run_experiment
 
-__all__ = ["Determinism", "RecordedModel", "Trace", "differences", "expert_counts", "figures", "load_trace"]
-__all__ += ["open_recorded", "overlaps", "run_experiment"]
+__all__ = ["RecordedModel", "Trace", "differences", "figures", "load_trace", "open_recorded", "overlaps"]
+__all__ += ["run_experiment"]
 
 __getattr__ = lazy(__name__, figures="figures", run_experiment="experiment")

@@ -14,28 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def load_rates(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Texts and logits that change beside others, one row a load; ``table`` of `verdict.load_table`."""
-    table = table[table["n_others"] > 0].sort_values("n_others", kind="stable", ignore_index=True)
-    ax = new_axes(ax, 1.4 + 0.3 * len(table))
-    rows = np.arange(len(table))
-    share = table["n_texts_differ"] / table["n_texts"]
-    ax.hlines(rows, share, table["texts_bound"], color=PALETTE[5], linewidth=1, alpha=0.6)
-    label = "greedy answers that change"
-    ax.plot(share, rows, "o", color=PALETTE[5], label="texts with another expert set (to 95 % bound)")
-    ax.plot(1 - table["texts_equal"], rows, "s", mfc="none", color=PALETTE[0], label=label)
-    ax.plot(1 - table["logits_equal"], rows, "|", color=INK, markersize=9, label="tokens whose logits move")
-    ax.set_yticks(rows, [f"{row.load} (n = {row.n_texts})" for row in table.itertuples()], fontsize=8)
-    ax.invert_yaxis()
-    ax.set_xlim(left=-0.01)
-    share_axis(ax.xaxis, "share that differs from the same text alone (n: texts)")
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
-    changed, moved = int((table["n_differ"] > 0).sum()), (table["logits_equal"] < 1).any()
-    what = f"{changed} of {len(table)} loads change an expert choice"
-    set_title(ax, f"{what}; {'logits move' if moved else 'no logit moves'}")
-    return ax
-
-
 def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = None) -> Axes:
     """Share of different expert sets, of ``n_tokens`` a tile; of `Experiment.agreement`."""
     ax = new_axes(ax, 1.2 + 0.24 * len(agreement))
@@ -85,16 +63,12 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
     return ax
 
 
-def usage_by_domain(
-    usage: pd.DataFrame, most: int = 64, layer: int | None = None, domain: str = "", ax: Axes | None = None
-) -> Axes:
+def usage_by_domain(usage: pd.DataFrame, most: int = 64, ax: Axes | None = None) -> Axes:
     """Which domains use which experts (`Profile.usage`): a row a domain, a column an expert.
 
-    The ``most`` specialized first, or the most used in ``domain``; of one ``layer``, or of all.
+    The ``most`` specialized experts of all layers.
     """
-    rows = usage if layer is None else usage[usage["layer"] == layer]
-    order = domain or "specialization"
-    top = rows[rows["share"] > 0].sort_values(order, ascending=False, kind="stable").head(most)
+    top = usage[usage["share"] > 0].nlargest(most, "specialization")
     domains = [name for name in usage if name not in ("layer", "expert", "share", "specialization")]
     values = top[domains].to_numpy(float).T
     split = values / values.sum(axis=0)
@@ -105,8 +79,7 @@ def usage_by_domain(
     step = -(-len(names) // 32)
     ax.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
     ax.tick_params(length=0)
-    first = f"the most used in {domain} first" if domain else "the most specialized first"
-    ax.set_xlabel(f"layer.expert: {len(top)} of {len(rows)}, {first}")
+    ax.set_xlabel(f"layer.expert: {len(top)} of {len(usage)}, the most specialized first")
     ax.figure.colorbar(image, ax=ax, label="share of the expert's use", pad=0.01)
     best, index = top.iloc[0], int(split[:, 0].argmax())
     where = f"Expert {int(best['expert'])} of layer {int(best['layer'])}"
@@ -132,23 +105,4 @@ def coverage_curves(coverage: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.legend(frameon=False, fontsize=8)
     n = int((coverage["all"] < 0.9).sum()) + 1
     set_title(ax, f"90 % of the gate mass needs {n} of {len(coverage)} experts")
-    return ax
-
-
-def placement_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Reads of experts served from fast memory, by budget; ``table`` of `profile.placement`."""
-    ax = new_axes(ax)
-    places, width = np.arange(len(table)), 0.38
-    hottest, label = table["experts_hit_rate"], "hottest experts (page cache), on texts that did not choose"
-    error = np.abs(table[["low", "high"]].to_numpy().T - hottest.to_numpy())
-    ax.bar(places - width / 2, table["hit_rate"], width, color=PALETTE[0], label="whole layers (llama.cpp)")
-    ax.bar(places + width / 2, hottest, width, yerr=error, capsize=3, color=PALETTE[5], label=label)
-    ax.set_xticks(places, [f"{budget:.0%}" for budget in table["budget"]])
-    ax.set_xlabel("fast memory, as a share of the routed experts' bytes (bars: 95 % interval over texts)")
-    ax.set_ylim(0, 1)
-    share_axis(ax.yaxis, "expert reads served")
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
-    half = table.iloc[int((table["budget"] - 0.5).abs().argmin())]
-    share, hit = half["budget"], half["experts_hit_rate"]
-    set_title(ax, f"{share:.0%} of the bytes serve {hit:.0%} of the reads if the hottest experts are kept")
     return ax

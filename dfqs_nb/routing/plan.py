@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -15,18 +15,17 @@ from pydantic import BaseModel
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.recorded import Schedule
 
 N_SEQUENCES = 8  # of the largest load
-N_SAME = 4  # texts that run beside copies of themselves
 SUFFIXES = (".txt", ".md", ".py", ".c", ".cpp", ".js", ".java", ".rs", ".go", ".sql", ".tex")
 MAX_CHARACTERS = 1 << 16  # read of each text of a folder
-EXTRA_BUFFERS = "repacked weights (extra buffers)"
 REPEATS = {"fresh": "fresh process", "main": "same process again"}  # by the process of a repetition
 IDENTICAL = "identical"  # the kind of a condition that repeats its reference exactly
+WEIGHTS = "quantization"  # the kind of a condition with another file of the model
 LOAD_TOKENS, LOAD_PREFILL, LOAD_OUTPUT = 80, 64, 8  # of each text under load, and of its answer
 PROFILE_TOKENS = 2048  # of each text, at most
 SCALES = (1.0, 0.5, 0.25, 0.125)  # of every length, tried in this order
+LEFT_OUT = "left out: it does not fit into budget_minutes"
 
 
 class Text(BaseModel):
@@ -64,30 +63,27 @@ class Condition:
     """One way to run the long text, or one load of short texts."""
 
     name: str
-    # what differs: identical, threads, batch, phase, state, attention, cache, context, buffers or weights; or
-    # reference, alone, load or profile
-    kind: str
+    kind: str  # the setting that differs, WEIGHTS, or IDENTICAL; or reference, alone, load or profile
     against: str  # the name of the run to compare with; empty: a reference, or the profile
     settings: OpenSettings
-    schedule: Schedule = Schedule()
-    model: str = ""  # another file
+    n_prefill: int | None = None  # tokens evaluated in batches, the others one by one; None: all
     process: str = "main"  # conditions of one process share one load of the weights
+    model: str = ""  # another file
     texts: tuple[int, ...] = ()  # of a load: text numbers, by the sequence that evaluates them
     arrivals: tuple[int, ...] = ()  # the step in which each comes; without them each is evaluated alone
-    n_sequences: int = 1  # that the context is made for
     unified: bool = False  # they share one KV cache
+    scale: float = 1.0  # of every length
 
     @property
     def load(self) -> str:
-        """The load for people, without the number of its batch or text."""
-        return re.sub(r", (batch|text) \d+$", "", self.name)
+        """The load for people, without the number of its batch."""
+        return re.sub(r", batch \d+$", "", self.name)
 
     def scaled(self, scale: float) -> Condition:
-        """The condition with its schedule and arrivals at this scale."""
-        cut, arrivals = self.schedule.prefill, tuple(round(step * scale) for step in self.arrivals)
-        return replace(
-            self, schedule=replace(self.schedule, prefill=cut and round(cut * scale)), arrivals=arrivals
-        )
+        """The condition with texts, prefill and arrivals at this scale."""
+        n_prefill = self.n_prefill and round(self.n_prefill * scale)
+        arrivals = tuple(round(step * scale) for step in self.arrivals)
+        return replace(self, n_prefill=n_prefill, arrivals=arrivals, scale=scale)
 
 
 def conditions(
@@ -97,17 +93,17 @@ def conditions(
 
     Thread counts are 1, 2, 4, ... up to ``max_threads``; ``others`` are quantizations of the model by name.
     """
-    half = n_tokens // 2
-    references = {"prefill": Schedule(), "decode": Schedule(half)}
-    planned = [Condition(name, "reference", "", settings, how) for name, how in references.items()]
-    for process, words in REPEATS.items():
-        for name, how in references.items():
-            again = Condition(f"{name}, {words}", IDENTICAL, name, settings, how, process=process)
-            planned.append(again)
-    planned += [*loads(settings, n_texts), *_changes(settings, half, max_threads)]
+    prefill = Condition("prefill", "reference", "", settings)
+    decode = replace(prefill, name="decode", n_prefill=n_tokens // 2)
+    planned: list[Condition] = []
+    for base in (prefill, decode):
+        again = replace(base, kind=IDENTICAL, against=base.name)
+        repeats = (replace(again, name=f"{base.name}, {words}", process=it) for it, words in REPEATS.items())
+        planned += [base, *repeats]
+    planned += [*loads(settings, n_texts), *_changes(prefill, decode, max_threads)]
+    weights = replace(prefill, kind=WEIGHTS, against="prefill")
     for name, path in others.items():
-        other = Condition(f"weights: {name}", "weights", "prefill", settings, model=str(path), process=name)
-        planned.append(other)
+        planned.append(replace(weights, name=f"weights: {name}", process=name, model=str(path)))
     return planned
 
 
@@ -119,8 +115,7 @@ def loads(settings: OpenSettings, n_texts: int, seed: int = 0) -> Iterator[Condi
     draw, each = np.random.default_rng(seed), -(-(LOAD_TOKENS + LOAD_OUTPUT) // 256) * 256
     n_batch = max(settings.n_batch, N_SEQUENCES * LOAD_PREFILL)  # all are prefilled at once
     room = replace(settings, n_ctx=each * N_SEQUENCES, n_batch=n_batch)
-    alone = Condition("alone", "alone", "", room, Schedule(LOAD_PREFILL), n_sequences=N_SEQUENCES)
-    alone = replace(alone, texts=tuple(range(n_texts)))
+    alone = Condition("alone", "alone", "", room, LOAD_PREFILL, texts=tuple(range(n_texts)))
     compared = replace(alone, kind="load", against="alone")
     one_cache = replace(compared, name="alone, one cache", unified=True)
     yield alone
@@ -130,12 +125,8 @@ def loads(settings: OpenSettings, n_texts: int, seed: int = 0) -> Iterator[Condi
     yield Condition("profile", "profile", "", replace(settings, n_ctx=PROFILE_TOKENS))
     for n_others in (1, 3):
         yield from _batches(draw, alone, n_others)
-    yield from _same_text(draw, alone)
     yield one_cache
     yield from _batches(draw, one_cache, 7)
-    yield from _same_text(draw, one_cache)
-    single = replace(settings, n_ctx=each)
-    yield replace(compared, name="alone, a context for one", settings=single, n_sequences=1)
 
 
 def _batches(draw: np.random.Generator, alone: Condition, n_others: int) -> Iterator[Condition]:
@@ -143,101 +134,78 @@ def _batches(draw: np.random.Generator, alone: Condition, n_others: int) -> Iter
     company, size = draw.permutation(len(alone.texts)).tolist(), n_others + 1
     company += company[: -len(company) % size]
     steps = np.linspace(0, LOAD_TOKENS - LOAD_PREFILL - 1, size).astype(int)
+    others, cache = (
+        f"{n_others} other{'s' * (n_others > 1)}",
+        "one cache" if alone.unified else "a cache each",
+    )
     for number, start in enumerate(range(0, len(company), size), start=1):
-        texts, late = company[start : start + size], draw.permutation(steps).tolist()
-        yield _beside(alone, "together", f"batch {number}", texts, [0] * size)
-        yield _beside(alone, "mixed", f"batch {number}", texts, late)
+        batch = replace(alone, kind="load", against=alone.name, texts=tuple(company[start : start + size]))
+        for how, arrivals in (("together", [0] * size), ("mixed", draw.permutation(steps).tolist())):
+            name = f"{others}, {how}, {cache}, batch {number}"
+            yield replace(batch, name=name, arrivals=tuple(arrivals))
 
 
-def _same_text(draw: np.random.Generator, alone: Condition) -> Iterator[Condition]:
-    """Some texts beside copies of themselves."""
-    for text in sorted(draw.permutation(len(alone.texts))[:N_SAME].tolist()):
-        arrivals = draw.integers(0, 4, N_SEQUENCES).tolist()
-        yield _beside(alone, "same text", f"text {text + 1}", [text] * N_SEQUENCES, arrivals)
-
-
-def _beside(alone: Condition, kind: str, number: str, texts: list[int], arrivals: list[int]) -> Condition:
-    """The texts in one batch, to compare with the run in which each is alone."""
-    others, cache = len(texts) - 1, "one cache" if alone.unified else "a cache each"
-    name = f"{others} other{'s' if others > 1 else ''}, {kind}, {cache}, {number}"
-    run = replace(alone, name=name, kind="load", against=alone.name)
-    return replace(run, texts=tuple(texts), arrivals=tuple(arrivals))
-
-
-def _changes(settings: OpenSettings, half: int, max_threads: int) -> Iterator[Condition]:
-    """The long text with one setting changed at a time."""
-    whole, decode, flash = Schedule(), Schedule(half), {"flash_attn": True}
-    two_calls, restored = Schedule(half, decode=False), Schedule(half, decode=False, restore=True)
-    quantized, f32 = {**flash, "type_k": "q8_0", "type_v": "q8_0"}, {"type_k": "f32", "type_v": "f32"}
-    changes: list[tuple[str, str, str, Schedule, dict[str, Any]]] = [
-        ("prefill in two calls", "batch", "prefill", two_calls, {}),
-        ("saved state restored", "state", "prefill in two calls", restored, {}),
-        ("all by decode", "phase", "prefill", Schedule(0), {}),
-        *((f"n_batch {n}", "batch", "prefill", whole, {"n_batch": n, "n_ubatch": n}) for n in (1, 7, 64)),
-        ("n_ubatch 7 in n_batch 512", "batch", "prefill", whole, {"n_ubatch": 7}),
-        ("n_ctx doubled", "context", "prefill", whole, {"n_ctx": 2 * settings.n_ctx}),
-        ("flash attention, prefill", "attention", "prefill", whole, flash),
-        ("KV cache f32", "cache", "prefill", whole, f32),
-        ("KV cache q8_0", "cache", "flash attention, prefill", whole, quantized),
-        ("flash attention, decode", "attention", "decode", decode, flash),
-        (EXTRA_BUFFERS, "buffers", "prefill", whole, {"use_extra_bufts": True}),
+def _changes(prefill: Condition, decode: Condition, max_threads: int) -> Iterator[Condition]:
+    """The long text with one setting changed at a time; the kind names the setting."""
+    made, flash = {"prefill": prefill, "decode": decode}, {"flash_attn": True}
+    yield replace(prefill, name="all by decode", kind="prefill length", against="prefill", n_prefill=0)
+    changes: list[tuple[str, str, dict[str, Any]]] = [
+        *((f"n_batch {n}", "prefill", {"n_batch": n, "n_ubatch": n}) for n in (1, 7, 64)),
+        ("n_ctx doubled", "prefill", {"n_ctx": 2 * prefill.settings.n_ctx}),
+        ("flash attention, prefill", "prefill", flash),
+        ("KV cache f32", "prefill", {"type_k": "f32", "type_v": "f32"}),
+        ("KV cache q8_0", "flash attention, prefill", {"type_k": "q8_0", "type_v": "q8_0"}),
+        ("flash attention, decode", "decode", flash),
+        ("repacked weights (extra buffers)", "prefill", {"use_extra_bufts": True}),
     ]
-    counts = {max_threads, *(2**i for i in range(max_threads.bit_length()))} - {settings.n_threads or 1}
-    for n in sorted(counts):
-        threads, label = {"n_threads": n, "n_threads_batch": n}, f"{n} thread{'s' if n > 1 else ''}"
-        both, against = {**threads, **flash}, "flash attention, decode"
-        changes += [
-            (f"{label}, prefill", "threads", "prefill", whole, threads),
-            (f"{label}, decode", "threads", "decode", decode, threads),
-            (f"{label}, decode, flash attention", "threads", against, decode, both),
-        ]
-    for name, kind, against, schedule, changed in changes:
-        process = "extra buffers" if name == EXTRA_BUFFERS else "main"
-        yield Condition(name, kind, against, replace(settings, **changed), schedule, process=process)
+    counts = {max_threads, *(2**i for i in range(max_threads.bit_length()))} - {prefill.settings.n_threads}
+    for n in sorted(filter(None, counts)):
+        threads, label = {"n_threads": n, "n_threads_batch": n}, f"{n} thread{'s' * (n > 1)}"
+        changes += [(f"{label}, {name}", name, threads) for name in ("prefill", "decode")]
+        changes.append((f"{label}, decode, flash attention", "flash attention, decode", threads))
+    for name, against, changed in changes:
+        base, process = made[against], "extra buffers" if "use_extra_bufts" in changed else "main"
+        how = {"kind": " and ".join(changed), "against": against, "process": process}
+        made[name] = replace(base, name=name, settings=replace(base.settings, **changed), **how)
+        yield made[name]
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What runs cost, as measured on this machine."""
+def seconds(planned: Iterable[Condition], costs: Mapping[str, float]) -> float:
+    """What these conditions take; each process loads the model once, and answers are not scaled.
 
-    load_seconds: float
-    prefill_seconds: float  # a token
-    decode_seconds: float
-    n_tokens: int  # of the text
-    n_output: int  # of its answer
-    n_profile: int  # of all texts of the profile
-
-    def seconds(self, planned: Sequence[Condition], scale: float = 1.0) -> float:
-        """What these conditions take; each process loads the model once, and answers are not scaled."""
-        total = self.load_seconds * len({each.process for each in planned})
-        for each in planned:
-            n, n_output = self.n_tokens, self.n_output
-            if each.texts:
-                n, n_output = LOAD_TOKENS, LOAD_OUTPUT
-            elif each.kind == "profile":
-                n, n_output = self.n_profile, 0
-            first = each.schedule.prefill
-            n_prefill = n if first is None or not each.schedule.decode else first
-            text = scale * (n_prefill * self.prefill_seconds + (n - n_prefill) * self.decode_seconds)
-            total += max(1, len(each.texts)) * (text + n_output * self.decode_seconds)
-        return total
+    ``costs``: seconds to ``load``, and of a token in ``prefill`` and ``decode``; tokens of the long ``text``, of
+    its ``answer``, and of all texts of the ``profile``.
+    """
+    total, processes = 0.0, set()
+    for each in planned:
+        processes.add(each.process)
+        n, n_output = (LOAD_TOKENS, LOAD_OUTPUT) if each.texts else (costs["text"], costs["answer"])
+        if each.kind == "profile":
+            n, n_output = costs["profile"], 0
+        n, first = n * each.scale, each.n_prefill
+        n_prefill = n if first is None else first
+        text = n_prefill * costs["prefill"] + (n - n_prefill + n_output) * costs["decode"]
+        total += max(1, len(each.texts)) * text
+    return total + costs["load"] * len(processes)
 
 
-def fit(planned: Sequence[Condition], costs: Costs, budget_seconds: float) -> tuple[float, list[str]]:
+def fit(
+    planned: Sequence[Condition], costs: Mapping[str, float], budget_seconds: float
+) -> tuple[float, list[str]]:
     """How much of every length, and which conditions, fit into the budget.
 
     The lengths are halved, at most three times, until what comes before the profile fits. Then conditions are
-    taken in the order of the plan, each with those that it is compared with. The first is always taken.
+    taken in the order of the plan, if they fit and what they are compared with was taken. A reference that
+    nothing is compared with is left out again, but the first is always taken.
     """
     judging = list(takewhile(lambda each: each.kind != "profile", planned))
-    scale = next((scale for scale in SCALES if costs.seconds(judging, scale) <= budget_seconds), SCALES[-1])
-    by_name, kept = {each.name: each for each in planned}, list(planned[:1])
-    for each in planned:
-        if each.kind in ("reference", "alone"):
-            continue  # worth its time only with a run that is compared with it
-        added = [each]
-        while (needed := by_name.get(added[-1].against)) and needed not in kept:
-            added.append(needed)
-        if costs.seconds([*kept, *added], scale) <= budget_seconds:
-            kept += added
-    return scale, [each.name for each in planned if each in kept]
+    for scale in SCALES:
+        if seconds((each.scaled(scale) for each in judging), costs) <= budget_seconds:
+            break
+    kept = {planned[0].name: planned[0].scaled(scale)}
+    for each in (each.scaled(scale) for each in planned[1:]):
+        if each.against in {"", *kept} and seconds([*kept.values(), each], costs) <= budget_seconds:
+            kept[each.name] = each
+    idle = {name for name, each in kept.items() if each.kind in ("reference", "alone")}
+    idle -= {planned[0].name, *(each.against for each in kept.values())}
+    return scale, [name for name in kept if name not in idle]

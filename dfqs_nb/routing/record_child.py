@@ -6,18 +6,18 @@ A module of its own, because ``python -m`` wants one that the package has not im
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
-from dfqs_nb.routing.plan import LOAD_OUTPUT, LOAD_TOKENS, PROFILE_TOKENS, Condition
-from dfqs_nb.routing.recorded import RecordedModel, Together, open_recorded, record, record_together
+from dfqs_nb.routing.plan import LOAD_OUTPUT, LOAD_TOKENS, N_SEQUENCES, PROFILE_TOKENS, Condition
+from dfqs_nb.routing.recorded import RecordedModel, Together, open_recorded, record
 from dfqs_nb.routing.trace import Trace, joined
 
 PROBE_TOKENS = 8
@@ -35,8 +35,8 @@ class Recording:
         """Record a run in a context of its own, and write its trace; without a ``file``, measure the speed.
 
         Args:
-            job: ``path``, ``condition`` (scaled), ``file``, ``about`` (what the trace's conditions get:
-                ``condition``, ``key`` and ``scale``), ``passage``, ``n_tokens``, ``texts`` and ``n_output``.
+            job: ``path``, ``condition``, ``file`` (of the trace), ``passage``, ``n_tokens``, ``texts`` and
+                ``n_output``.
         """
         started, condition = time.monotonic(), TypeAdapter(Condition).validate_python(job["condition"])
         if self._opened is None:
@@ -44,21 +44,25 @@ class Recording:
             opening = open_recorded(job["path"], condition.settings, trial=False)
             recorded = self._stack.enter_context(opening)
             self._opened = recorded, *_tokens(recorded.model, job)
-        loaded = time.monotonic() - started
         recorded, tokens, lines = self._opened
         if not job["file"]:
             child.tell(stage="while measuring its speed")
-            lengths = len(tokens), job["n_output"], sum(map(len, lines))
-            return {"costs": [loaded, *_speeds(recorded, tokens), *lengths]}
+            clock = [started, time.monotonic()]
+            for part in (tokens[:PROBE_TOKENS], tokens[:1], tokens[:1]):
+                recorded.feed(part)
+                clock.append(time.monotonic())
+            load, prefill, _, decode = np.diff(clock).tolist()
+            lengths = {"text": len(tokens), "answer": job["n_output"], "profile": sum(map(len, lines))}
+            return {"load": load, "prefill": prefill / PROBE_TOKENS, "decode": decode, **lengths}
         child.tell(stage=f"while evaluating {condition.name!r}")
-        recorded.reopen(condition.settings, n_sequences=condition.n_sequences, unified=condition.unified)
-        recorded.required().keep_scores = condition.name == "prefill" or condition.kind == "weights"
-        scale = job["about"]["scale"]
+        n_sequences = N_SEQUENCES if condition.texts else 1
+        recorded.reopen(condition.settings, n_sequences=n_sequences, unified=condition.unified)
+        about = {"condition": condition.name, "scale": condition.scale}
         if condition.texts or condition.kind == "profile":
-            trace = _short_texts(recorded, condition, lines, job)
+            trace = _short_texts(recorded, condition, lines, job["texts"], about)
         else:
-            tokens = tokens[:1] + tokens[len(tokens) + 1 - round(len(tokens) * scale) :]
-            trace = record(recorded, tokens, condition.schedule, n_output=job["n_output"], **job["about"])
+            tokens = tokens[:1] + tokens[len(tokens) + 1 - round(len(tokens) * condition.scale) :]
+            trace = record(recorded, tokens, condition.n_prefill, n_output=job["n_output"], **about)
         trace.save(job["file"])
         return {}
 
@@ -81,34 +85,35 @@ def _tokens(model: Model, job: dict[str, Any]) -> tuple[list[int], list[list[int
     return tokens, [[*bos, *line][:PROFILE_TOKENS] for line in lines]
 
 
-def _speeds(recorded: RecordedModel, tokens: Sequence[int]) -> tuple[float, float]:
-    """Seconds of a token in prefill, and in decode."""
-    clock = [time.monotonic()]
-    for part in (tokens[:PROBE_TOKENS], tokens[:1], tokens[:1]):
-        recorded.feed(part)
-        clock.append(time.monotonic())
-    return (clock[1] - clock[0]) / PROBE_TOKENS, clock[3] - clock[2]
-
-
 def _short_texts(
-    recorded: RecordedModel, condition: Condition, lines: Sequence[list[int]], job: dict[str, Any]
+    recorded: RecordedModel,
+    condition: Condition,
+    lines: list[list[int]],
+    texts: list[dict[str, str]],
+    about: dict[str, Any],
 ) -> Trace:
     """The trace of all texts of the profile, or of one load, one after another."""
-    numbers, scale = condition.texts or range(len(lines)), job["about"]["scale"]
+    numbers = condition.texts or range(len(lines))
     if condition.texts:
-        n = max(2, round(LOAD_TOKENS * scale))
+        n = max(2, round(LOAD_TOKENS * condition.scale))
         # a text that is too short begins again
         lines = [(lines[i] * (n // len(lines[i]) + 1))[:n] for i in numbers]
-        batches, order = ([lines], condition.arrivals) if condition.arrivals else ([[x] for x in lines], [0])
-        together, first = Together(recorded), condition.schedule.prefill or 1
-        parts = [record_together(together, batch, order, first, LOAD_OUTPUT) for batch in batches]
+        batches = [lines] if condition.arrivals else [[line] for line in lines]
+        together, order, first = (
+            Together(recorded),
+            condition.arrivals or [0],
+            condition.n_prefill or 1,
+        )
+        parts = [together.record(batch, order, first, LOAD_OUTPUT) for batch in batches]
     else:
-        lines = [line[: max(1, round(len(line) * scale))] for line in lines]
+        lines = [line[: max(1, round(len(line) * condition.scale))] for line in lines]
         parts = [record(recorded, line, logits=False) for line in lines]
-    texts = [job["texts"][number] for number in numbers]
-    named = {"sequences": [text["name"] for text in texts], "domains": [text["domain"] for text in texts]}
+    named = {
+        "sequences": [texts[i]["name"] for i in numbers],
+        "domains": [texts[i]["domain"] for i in numbers],
+    }
     load = condition.load if condition.arrivals else "alone"
-    return joined(parts, **job["about"], **named, lengths=list(map(len, lines)), load=load)
+    return joined(parts, **about, **named, lengths=list(map(len, lines)), load=load)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,15 @@ from dfqs_nb.routing.trace import Trace
 
 @dataclass
 class RecordedModel:
-    """An open model with a recorder, or without one (to compare speeds)."""
+    """An open model, and the recorder that llama.cpp calls while it computes."""
 
     model: Model
-    recorder: Recorder | None
-
-    def required(self) -> Recorder:
-        """Its recorder, or a `RoutingError` if the model was opened without one."""
-        if self.recorder is None:
-            raise RoutingError("this model was opened without a recorder", hint="use open_recorded")
-        return self.recorder
+    recorder: Recorder
 
     def clear(self) -> None:
         """Empty the context, and forget what was recorded."""
         self.model.clear()
-        if self.recorder is not None:
-            self.recorder.reset()
+        self.recorder.reset()
 
     def reopen(self, settings: OpenSettings, *, n_sequences: int = 1, unified: bool = False) -> None:
         """Make another context on the loaded weights, or a `ModelError` where llama.cpp refuses the settings.
@@ -59,17 +52,14 @@ class RecordedModel:
         model.n_past, model.settings = 0, settings
         if (watch := Watch.behind(params.cb_eval)) is not None:  # the recorder's, or the paging help's
             watch.forget_graph()
-        if self.recorder is not None:
-            self.recorder.reset()
+        self.recorder.reset()
 
-    def feed(self, tokens: Sequence[int], *, listen: bool = True) -> np.ndarray:
+    def feed(self, tokens: Sequence[int]) -> np.ndarray:
         """Evaluate at most ``n_batch`` tokens; the logits after each, float32 ``(n, n_vocab)``, a view.
 
         We ask for the logits of every token, because llama.cpp routes only those through its last layer.
         Errors: those of `Model.logits`, and a `RoutingError` where a layer's routing was not seen.
         """
-        if not listen or self.recorder is None:
-            return next(self.model.logits(tokens))
         self.recorder.begin(len(tokens))
         rows = next(self.model.logits(tokens))
         self.recorder.end()
@@ -85,7 +75,7 @@ class RecordedModel:
             "header_sha256": hashlib.sha256(header.raw).hexdigest(),
         }
         about = {"model": identity, **self.model.conditions(), **conditions}
-        arrays = {"tokens": np.asarray(tokens, np.int32), **self.required().arrays()}
+        arrays = {"tokens": np.asarray(tokens, np.int32), **self.recorder.arrays()}
         return Trace(**arrays, conditions=about)
 
 
@@ -102,57 +92,44 @@ def open_recorded(
         yield RecordedModel(model, recorder)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How a run evaluates its tokens, in two parts."""
+def calls(n_tokens: int, n_prefill: int | None, n_batch: int) -> list[range]:
+    """Index ranges of the calls: the first ``n_prefill`` tokens (None: all) in batches, the others one by one.
 
-    prefill: int | None = None  # tokens of the first part, in batches of n_batch; all by default
-    decode: bool = True  # the others one by one, or in batches again
-    restore: bool = False  # between the parts, save the state, clear the context, and put the state back
-
-    def parts(self, n_tokens: int, n_batch: int) -> tuple[list[range], list[range]]:
-        """Index ranges of the calls before and after the break.
-
-        >>> Schedule(prefill=5).parts(7, 4)
-        ([range(0, 4), range(4, 5)], [range(5, 6), range(6, 7)])
-        """
-        cut = n_tokens if self.prefill is None else min(self.prefill, n_tokens)
-        step = 1 if self.decode else n_batch
-        first = [range(i, min(i + n_batch, cut)) for i in range(0, cut, n_batch)]
-        return first, [range(i, min(i + step, n_tokens)) for i in range(cut, n_tokens, step)]
+    >>> calls(7, 5, 4)
+    [range(0, 4), range(4, 5), range(5, 6), range(6, 7)]
+    """
+    cut = n_tokens if n_prefill is None else min(n_prefill, n_tokens)
+    batches = [range(at, min(at + n_batch, cut)) for at in range(0, cut, n_batch)]
+    return batches + [range(at, at + 1) for at in range(cut, n_tokens)]
 
 
 def record(
     recorded: RecordedModel,
     tokens: Sequence[int],
-    schedule: Schedule | None = None,
+    n_prefill: int | None = None,
     *,
     logits: bool = True,
     n_output: int = 0,
     **conditions: Any,
 ) -> Trace:
-    """Evaluate these tokens from a cleared context and return what the routers chose.
+    """Evaluate these tokens from a cleared context, as `calls` says, and return what the routers chose.
 
     With ``logits``, each token's digest and a sample of its logits are kept. Then it goes on greedily for up
     to ``n_output`` tokens. ``conditions`` are kept in the trace. Errors: those of `RecordedModel.feed`.
     """
-    schedule, model, token = schedule or Schedule(), recorded.model, -1
+    model, token, output = recorded.model, -1, list[int]()
     recorded.clear()
-    for number, calls in enumerate(schedule.parts(len(tokens), model.settings.n_batch)):
-        if number == 1 and schedule.restore:
-            model.restore(model.save())
-        for call in calls:
-            rows = recorded.feed(tokens[call.start : call.stop])
-            token = int(rows[-1].argmax())
-            if logits:
-                recorded.required().keep_logits(rows)
-    output = list[int]()
+    for call in calls(len(tokens), n_prefill, model.settings.n_batch):
+        rows = recorded.feed(tokens[call.start : call.stop])
+        token = int(rows[-1].argmax())
+        if logits:
+            recorded.recorder.keep_logits(rows)
     room = min(n_output, model.settings.n_ctx - model.n_past)
     while len(output) < room and not model.ends(token):
         output.append(token)
-        token = int(recorded.feed([token], listen=False)[0].argmax())
-    about = {**vars(schedule), "n_output": n_output, **conditions}
-    return replace(recorded.trace(tokens, **about), output=np.array(output, np.int32))
+        token = int(next(model.logits([token]))[0].argmax())  # not recorded
+    trace = recorded.trace(tokens, n_prefill=n_prefill, n_output=n_output, **conditions)
+    return replace(trace, output=np.array(output, np.int32))
 
 
 def cut(slots: Sequence[int], n_ubatch: int, rule: str) -> list[int]:
@@ -193,31 +170,23 @@ class Together:
     """
 
     def __init__(self, recorded: RecordedModel) -> None:
-        self.recorded, self.recorder = recorded, recorded.required()
+        self.recorded, self.recorder = recorded, recorded.recorder
         params, possible = recorded.model.llama.context_params, ["simple", "sequential", "equal"]
         self._n_ubatch = params.n_ubatch
         for slots in ([0, 0, 0, 1], [0, 0, 0, params.n_seq_max - 1]) if params.n_seq_max > 1 else ():
             recorded.clear()
-            seen = self._decode(slots, [0, 1, 2, 3], [0, 1, 2, 0])[1].tolist()
+            seen = self.decode(slots, [0, 1, 2, 3], [0, 1, 2, 0])[1].tolist()
             possible = [rule for rule in possible if cut(slots, self._n_ubatch, rule) == seen]
         if not possible:
             raise RoutingError("llama.cpp cuts batches in an unknown way", hint="report the architecture")
         self.rule = possible[0]
         recorded.clear()
 
-    def feed(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> tuple[Any, Any]:
-        """Evaluate a batch of entries: their logits, a view in the batch's order, and the order of the rows.
+    def decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Any:
+        """One ``llama_decode`` of entries: their logits, a view, and the tokens in the order evaluated.
 
-        A `DecodeError` where llama.cpp fails, a `RoutingError` where it breaks the rule.
+        A `DecodeError` where llama.cpp fails.
         """
-        rows, seen = self._decode(slots, tokens, positions)
-        order = np.array(cut(slots, self._n_ubatch, self.rule))
-        if not np.array_equal(np.asarray(tokens)[order], seen):
-            raise RoutingError("llama.cpp cut a batch in an unexpected way", hint="report the architecture")
-        return rows, order
-
-    def _decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Any:
-        """One ``llama_decode`` of entries; their logits, and the tokens in the order evaluated."""
         import llama_cpp.llama_cpp as api
 
         model, n = self.recorded.model, len(tokens)
@@ -239,44 +208,49 @@ class Together:
         seen = self.recorder.end()
         return np.ctypeslib.as_array(model.llama._ctx.get_logits(), shape=(n, model.n_vocab)), seen
 
+    def record(
+        self, texts: Sequence[Sequence[int]], arrivals: Sequence[int], n_prefill: int, n_output: int
+    ) -> Trace:
+        """Evaluate equally long texts side by side, as a server does: the trace of all, one after another.
 
-def record_together(
-    together: Together, texts: Sequence[Sequence[int]], arrivals: Sequence[int], n_prefill: int, n_output: int
-) -> Trace:
-    """Evaluate equally long texts side by side, as a server does: the trace of all, one after another.
-
-    ``texts`` are the tokens of the sequences 0, 1, ..., and ``arrivals`` the steps in which they come. In
-    every step each text that has arrived hands over its first ``n_prefill`` tokens, or its next token. After
-    its last token it goes on greedily for up to ``n_output`` tokens.
-    """
-    model, n = together.recorded.model, len(texts[0])
-    together.recorded.clear()
-    lines, places = [list(text) for text in texts], list[np.ndarray]()  # the lines get their answers
-    done, active, step = [0] * len(texts), set(range(len(texts))), 0
-    while active:
-        ready = [slot for slot in sorted(active) if arrivals[slot] <= step]
-        step += 1
-        ends = {slot: done[slot] + 1 if done[slot] else n_prefill for slot in ready}
-        entries = [(slot, at) for slot, end in ends.items() for at in range(done[slot], end)]
-        if not entries:
-            continue
-        slots, positions = zip(*entries, strict=True)
-        rows, order = together.feed(slots, [lines[slot][at] for slot, at in entries], positions)
-        together.recorder.keep_logits(rows[order])
-        places.append(np.array(entries)[order])
-        best = dict(zip(slots, rows.argmax(axis=1).tolist(), strict=True))  # after the last entry of each
-        for slot, end in ends.items():
-            done[slot], going_on = end, end < n
-            if not going_on and n_output and not model.ends(best[slot]):
-                lines[slot].append(best[slot])
-                going_on = len(lines[slot]) - n < n_output
-            if not going_on:
-                active.remove(slot)
-    place = np.concatenate(places)
-    order = np.lexsort((place[:, 1], place[:, 0]))
-    order = order[place[order, 1] < n]  # answers are not part of the trace
-    output = np.full((len(texts), n_output), -1, np.int32)
-    for slot, line in enumerate(lines):
-        output[slot, : len(line) - n] = line[n:]
-    trace = together.recorded.trace([0] * len(place), rule=together.rule).rows(order)
-    return replace(trace, tokens=np.array(texts, np.int32).ravel(), output=output)
+        ``texts`` are the tokens of the sequences 0, 1, ..., and ``arrivals`` the steps in which they come. In
+        every step each text that has arrived hands over its first ``n_prefill`` tokens, or its next token.
+        After its last token it goes on greedily for up to ``n_output`` tokens.
+        """
+        model, n, places = self.recorded.model, len(texts[0]), list[np.ndarray]()
+        self.recorded.clear()
+        lines = [list(text) for text in texts]  # they get their answers
+        done, active, step = [0] * len(texts), set(range(len(texts))), 0
+        while active:
+            ready = [slot for slot in sorted(active) if arrivals[slot] <= step]
+            step += 1
+            ends = {slot: done[slot] + 1 if done[slot] else n_prefill for slot in ready}
+            entries = [(slot, at) for slot, end in ends.items() for at in range(done[slot], end)]
+            if not entries:
+                continue
+            slots, positions = zip(*entries, strict=True)
+            tokens = [lines[slot][at] for slot, at in entries]
+            rows, seen = self.decode(slots, tokens, positions)
+            order = np.array(cut(slots, self._n_ubatch, self.rule))
+            if not np.array_equal(np.array(tokens)[order], seen):
+                raise RoutingError(
+                    "llama.cpp cut a batch in an unexpected way", hint="report the architecture"
+                )
+            self.recorder.keep_logits(rows[order])
+            places.append(np.array(entries)[order])
+            best = dict(zip(slots, rows.argmax(axis=1).tolist(), strict=True))  # after the last entry of each
+            for slot, end in ends.items():
+                done[slot], going_on = end, end < n
+                if not going_on and n_output and not model.ends(best[slot]):
+                    lines[slot].append(best[slot])
+                    going_on = len(lines[slot]) - n < n_output
+                if not going_on:
+                    active.remove(slot)
+        place = np.concatenate(places)
+        order = np.lexsort((place[:, 1], place[:, 0]))
+        order = order[place[order, 1] < n]  # answers are not part of the trace
+        output = np.full((len(lines), n_output), -1, np.int32)
+        for slot, line in enumerate(lines):
+            output[slot, : len(line) - n] = line[n:]
+        trace = self.recorded.trace([0] * len(place), rule=self.rule).rows(order)
+        return replace(trace, tokens=np.array(texts, np.int32).ravel(), output=output)

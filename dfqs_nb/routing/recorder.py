@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.graph import Router, View, Watch, ggml_function
 
 FLUSH_BYTES = 1 << 20  # of copies, before they are reduced to margins and weights
-SPILL_BYTES = 16 << 20  # of one column in memory; a longer one goes to a file
 LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
 SMALLEST_SUM = 6.103515625e-5  # build_moe_ffn clamps the sum of weights here
 _PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_probs", b"ffn_moe_weigh", b"ffn_moe_argsort"
@@ -26,28 +24,6 @@ _PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_probs", b"ffn_moe_weigh", b"ffn_moe_argso
 
 class RoutingError(DfqsError):
     """Routing was not recorded, or two records cannot be compared."""
-
-
-class Column:
-    """Rows of an array, appended piece by piece; a long array goes to a temporary file, not to memory."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(SPILL_BYTES)  # noqa: SIM115 - it lives as long as the rows
-        self._like, self._n = np.zeros(0), 0
-
-    def add(self, rows: np.ndarray) -> None:
-        """Append rows, all of one type and width."""
-        self._file.write(np.ascontiguousarray(rows).data)
-        self._like, self._n = rows[:0], self._n + len(rows)
-
-    def array(self) -> np.ndarray:
-        """All rows: in memory, or mapped from the file."""
-        dtype, shape = self._like.dtype, (self._n, *self._like.shape[1:])
-        if self._file.tell() > SPILL_BYTES:
-            self._file.flush()
-            return np.memmap(self._file, dtype, "r", shape=shape)
-        self._file.seek(0)
-        return np.frombuffer(self._file.read(), dtype).reshape(shape)
 
 
 @dataclass
@@ -78,7 +54,6 @@ class Recorder(Watch):
 
     def __init__(self) -> None:
         super().__init__()
-        self.keep_scores = False  # of every expert, for rank correlations
         void, size = ctypes.c_void_p, ctypes.c_size_t
         # whichever device holds the tensor
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
@@ -91,7 +66,7 @@ class Recorder(Watch):
     def reset(self) -> None:
         """Forget what was recorded."""
         self._layers: dict[int, _Layer] = {}
-        self._columns: dict[str, Column] = {}
+        self._columns: dict[str, list[np.ndarray]] = {}  # rows in pieces, by their field of a `Trace`
         self._expected = self._raw_bytes = 0
         self._logit_ids = np.zeros(0, np.int32)
         self._shape = 0, 0  # experts chosen, and experts
@@ -124,9 +99,9 @@ class Recorder(Watch):
         digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64)
         self._logit_ids = ids
         for name, kept in (("digest", digests), ("logits", rows[:, ids])):
-            self._columns.setdefault(name, Column()).add(kept)
+            self._columns.setdefault(name, []).append(kept)
 
-    # -- inside it: no exception may pass through llama.cpp, so end() raises them --
+    # -- called by llama.cpp: the watch keeps an exception, and end() raises it --
 
     def _router(self, address: int) -> Router:
         return _Router(address, self._probs_at)
@@ -147,15 +122,12 @@ class Recorder(Watch):
         """The tokens of a graph: its first node looks up their embeddings."""
         if self._inputs is None:
             return
-        try:
-            view = View(View(address).tensor.src[1] or 0)
-            if view.name != b"inp_tokens":
-                raise RoutingError("its graph does not begin with the tokens")
-            tokens = np.zeros(view.shape[0], np.int32)
-            self._copy(view.address, tokens.ctypes.data, 0, tokens.nbytes)
-            self._inputs.append(tokens)
-        except Exception as error:
-            self._error = error
+        source = View(address).tensor.src[1]
+        if not source or (view := View(source)).name != b"inp_tokens":
+            raise RoutingError("its graph does not begin with the tokens")
+        tokens = np.zeros(view.shape[0], np.int32)
+        self._copy(view.address, tokens.ctypes.data, 0, tokens.nbytes)
+        self._inputs.append(tokens)
 
     def _chosen(self, router: Router) -> None:
         super()._chosen(router)
@@ -177,14 +149,13 @@ class Recorder(Watch):
 
     def _reduce(self) -> None:
         """Turn the copies of all layers, which hold equally many tokens, into rows of columns."""
-        names = ("experts", "weights", "margin", "scores")[: 3 + self.keep_scores]
         layers = [self._reduced(self._layers[number]) for number in sorted(self._layers)]
-        for name, parts in zip(names, zip(*layers, strict=True), strict=False):
-            self._columns.setdefault(name, Column()).add(np.stack(parts, axis=1))
+        for name, parts in zip(("experts", "weights", "margin"), zip(*layers, strict=True), strict=True):
+            self._columns.setdefault(name, []).append(np.stack(parts, axis=1))
         self._raw_bytes = 0
 
     def _reduced(self, layer: _Layer) -> tuple[np.ndarray, ...]:
-        """Ids, weights, margins and selection scores of a layer, a row a token."""
+        """Ids, weights and margins of a layer, a row a token."""
         k, n_experts = self._shape
         ids, *floats = (np.frombuffer(b"".join(copies), np.int32) for copies in layer.raw)
         for copies in layer.raw:
@@ -202,7 +173,7 @@ class Recorder(Watch):
             weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST_SUM)
         weights = weights * self._weighting.get("scaled", 1.0)
         small = np.uint8 if n_experts <= 256 else np.uint16
-        return chosen.astype(small), weights.astype(np.float16), margins, scores
+        return chosen.astype(small), weights.astype(np.float16), margins
 
     def arrays(self) -> dict[str, Any]:
         """What was recorded since `reset`, as fields of a `Trace`.
@@ -220,7 +191,7 @@ class Recorder(Watch):
             "weights": np.zeros((n, 0, 0), np.float16),
             "margin": np.zeros((n, 0), np.float32),
             "logit_ids": self._logit_ids,
-            **{name: column.array() for name, column in self._columns.items()},
+            **{name: np.concatenate(pieces) for name, pieces in self._columns.items()},
         }
 
 

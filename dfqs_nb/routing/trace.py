@@ -1,18 +1,23 @@
-"""Traces: for every token and layer the chosen experts, their weights, and the router's margin."""
+"""Traces, kept and compared: the chosen experts of every token and layer, their weights and margins.
+
+Two choices agree when the *sets* of experts are equal; their order does not matter to the model. Layers that
+route by hash are counted apart: their experts follow from the token alone and cannot vary.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import whole_file
 from dfqs_nb.routing.recorder import RoutingError
@@ -20,21 +25,21 @@ from dfqs_nb.routing.recorder import RoutingError
 if TYPE_CHECKING:
     import pandas as pd
 
-_ARRAYS = ("tokens", "layers", "hashed", "experts", "weights", "margin", "output")
-_KEPT = ("digest", "logit_ids", "logits", "scores")  # not in every trace
 _ROWS = ("tokens", "experts", "weights", "margin", "digest", "logits")  # have a row a token
-
-
-def nothing() -> np.ndarray:
-    """What a trace has where nothing was kept."""
-    return np.zeros(0)
+_ARRAYS = (*_ROWS, "layers", "hashed", "logit_ids", "output")
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+COMPARED = (  # the values of `compare`
+    *("n_tokens", "n_layers", "n_choices", "n_differ", "margin_differ", "n_hash_differ"),
+    *("logits_equal", "logit_drift", "same_output"),
+)
+NOTHING = np.zeros(0)  # where nothing was kept
 
 
 @dataclass(frozen=True)
 class Trace:
     """The routing of a run over ``n`` tokens, ``L`` layers with routed experts, ``k`` experts a token.
 
-    ``digest`` to ``scores`` are empty where they were not kept.
+    ``digest`` to ``output`` are empty where they were not kept.
     """
 
     tokens: np.ndarray  # evaluated, int32 (n,)
@@ -46,12 +51,13 @@ class Trace:
     n_experts: int
     conditions: dict[str, Any] = field(repr=False)  # model, settings, and how the tokens were evaluated
     # XXH3-64 of all logits of a token, uint64 (n,): equal only where every bit is
-    digest: np.ndarray = field(repr=False, default_factory=nothing)
-    logit_ids: np.ndarray = field(repr=False, default_factory=nothing)  # sampled vocabulary ids, int32 (s,)
-    logits: np.ndarray = field(repr=False, default_factory=nothing)  # their logits, float32 (n, s)
+    digest: np.ndarray = field(repr=False, default_factory=NOTHING.copy)
+    logit_ids: np.ndarray = field(
+        repr=False, default_factory=NOTHING.copy
+    )  # sampled vocabulary ids, int32 (s,)
+    logits: np.ndarray = field(repr=False, default_factory=NOTHING.copy)  # their logits, float32 (n, s)
     # the greedy continuation, int32 (m,), or (sequences, m) with -1 behind the end; its routing is not kept
-    output: np.ndarray = field(repr=False, default_factory=nothing)
-    scores: np.ndarray = field(repr=False, default_factory=nothing)  # of all experts, float32 (n, L, experts)
+    output: np.ndarray = field(repr=False, default_factory=NOTHING.copy)
 
     @property
     def n_tokens(self) -> int:
@@ -64,28 +70,44 @@ class Trace:
         return len(self.layers) > 0
 
     def rows(self, chosen: slice | np.ndarray) -> Trace:
-        """The trace of some of its tokens, without the greedy continuation and the scores."""
-        parts = {name: getattr(self, name)[chosen] for name in _ROWS}
-        return replace(self, **parts, output=nothing(), scores=nothing())
+        """The trace of some of its tokens, without the greedy continuation."""
+        return replace(self, **{name: getattr(self, name)[chosen] for name in _ROWS}, output=NOTHING)
 
     def part(self, place: int) -> Trace:
         """One sequence of several equally long ones, with its greedy continuation."""
         n, output = self.n_tokens // len(self.output), self.output[place]
         return replace(self.rows(slice(n * place, n * place + n)), output=output[output >= 0])
 
-    def require_routed(self) -> None:
-        """Refuse a dense model's trace (`ModelError`)."""
+    def frame(self) -> pd.DataFrame:
+        """One row a chosen expert; docs/routing.md explains the columns. A `ModelError` for a dense model."""
+        import pandas as pd
+
         if not self.routed:
             hint = "only the determinism of its logits can be measured"
             raise ModelError("no routed experts here: a dense model", hint=hint)
+        about, (n, n_layers, k) = self.conditions, self.experts.shape
+        lengths, each = np.array(about.get("lengths", [n])), n_layers * k  # rows of a token
+        names, domains = (np.array(about.get(key, [""]), object) for key in ("sequences", "domains"))
+        columns: dict[str, Any] = {
+            "load": about.get("load", "alone"),
+            "domain": np.repeat(domains, lengths * each),
+            "sequence": np.repeat(names, lengths * each),
+            "position": np.repeat(np.concatenate([np.arange(length) for length in lengths]), each),
+            "token": np.repeat(self.tokens, each),
+            "layer": np.tile(np.repeat(self.layers, k), n),
+            "rank": np.tile(np.arange(k), n * n_layers),
+            "expert": self.experts.ravel(),
+            "weight": self.weights.ravel(),
+            "margin": np.repeat(self.margin.ravel(), k),
+        }
+        return pd.DataFrame(columns)
 
     def save(self, path: str | Path) -> Path:
         """Write the trace as ``.npz``, whole or not at all, and return the path."""
-        arrays = {name: getattr(self, name) for name in (*_ARRAYS, *_KEPT)}
-        arrays["n_experts"] = np.int64(self.n_experts)
-        arrays["conditions"] = np.frombuffer(json.dumps(self.conditions).encode(), np.uint8)
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        about = np.frombuffer(json.dumps(self.conditions).encode(), np.uint8)
         with whole_file(path, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **arrays, n_experts=np.int64(self.n_experts), conditions=about)
         return Path(path)
 
 
@@ -93,72 +115,85 @@ def load_trace(path: str | Path) -> Trace:
     """Read what ``Trace.save`` wrote; a `RoutingError` if the file is missing or is no trace."""
     try:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as stored:
-            return Trace(
-                **{name: stored[name] for name in (*_ARRAYS, *_KEPT) if name in {*_ARRAYS, *stored}},
-                n_experts=int(stored["n_experts"]),
-                conditions=json.loads(stored["conditions"].tobytes()),
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            arrays = {name: stored[name] for name in _ARRAYS}
+            about = json.loads(stored["conditions"].tobytes())
+            return Trace(**arrays, n_experts=int(stored["n_experts"]), conditions=about)
+    except _DAMAGED as error:
         raise RoutingError(f"not a routing trace ({error})", where=path, hint="record it again") from error
 
 
 def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
     """One trace of several sequences, one after another; conditions are the first one's, and those given."""
-    first = traces[0]
-    parts: dict[str, Any] = {
-        name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _ROWS
-    }
+    first, names = traces[0], [*_ROWS]
     if first.output.ndim == 2:
-        parts["output"] = np.concatenate([trace.output for trace in traces])
-    return replace(first, **parts, scores=nothing(), conditions=first.conditions | conditions)
+        names.append("output")
+    parts: dict[str, Any] = {name: np.concatenate([getattr(it, name) for it in traces]) for name in names}
+    return replace(first, **parts, conditions=first.conditions | conditions)
 
 
-def trace_frames(trace: Trace) -> Iterable[pd.DataFrame]:
-    """The trace as tidy rows, one a chosen expert, by sequence; docs/routing.md explains the columns."""
+# ---- two traces ----
+
+
+def differences(a: Trace, b: Trace) -> np.ndarray:
+    """Whether the expert sets differ, bool ``(tokens, layers)``; other tokens or routers are an error."""
+    if not np.array_equal(a.tokens, b.tokens):
+        at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
+        detail = f"{a.n_tokens:,} and {b.n_tokens:,} tokens" if at is None else f"they differ at token {at:,}"
+        raise RoutingError(f"the traces are of different prompts ({detail})", hint="use the same tokens")
+    routers = [(t.layers.tolist(), t.hashed.tolist(), t.experts.shape, t.n_experts) for t in (a, b)]
+    if routers[0] != routers[1]:
+        raise RoutingError("the traces are of models with different routers", hint="compare like with like")
+    return np.asarray((np.sort(a.experts, axis=2) != np.sort(b.experts, axis=2)).any(axis=2))
+
+
+def overlaps(a: Trace, b: Trace) -> np.ndarray:
+    """Share of the k chosen experts that both runs chose, float ``(tokens, layers)``."""
+    shared = (a.experts[:, :, :, None] == b.experts[:, :, None, :]).any(axis=3)
+    return np.asarray(shared.sum(axis=2) / max(1, a.experts.shape[2]))
+
+
+def drifts(a: Trace, b: Trace) -> np.ndarray:
+    """The largest absolute difference among each token's kept logits, float ``(tokens,)``, or NaN."""
+    if not len(a.logit_ids) or not np.array_equal(a.logit_ids, b.logit_ids):
+        return np.full(a.n_tokens, np.nan)
+    return np.asarray(np.abs(a.logits - b.logits).max(axis=1))
+
+
+def compare(a: Trace, b: Trace) -> dict[str, Any]:
+    """Two runs over the same tokens, the first being the reference, as the values of `COMPARED`.
+
+    ``n_layers`` and ``n_choices`` (tokens x layers) leave out hash layers; these count in ``n_hash_differ``.
+    ``margin_differ``: the largest margin of the reference at which a set differs, or NaN. ``logits_equal``:
+    share of tokens whose logits are equal bit for bit; ``logit_drift``: largest difference of a kept logit;
+    both are NaN where none were kept. ``same_output``: equal greedy answers; None where a run has none.
+    Errors: as `differences`.
+    """
+    differ, scored = differences(a, b), ~a.hashed
+    routed, answered = differ[:, scored], len(a.output) and len(b.output)
+    return {
+        "n_tokens": a.n_tokens,
+        "n_layers": int(scored.sum()),
+        "n_choices": routed.size,
+        "n_differ": int(routed.sum()),
+        "margin_differ": float(a.margin[:, scored][routed].max()) if routed.any() else math.nan,
+        "n_hash_differ": int(differ[:, a.hashed].sum()),
+        "logits_equal": float((a.digest == b.digest).mean()) if len(a.digest) and len(b.digest) else math.nan,
+        "logit_drift": float(drifts(a, b).max(initial=0.0)),
+        "same_output": bool(np.array_equal(a.output, b.output)) if answered else None,
+    }
+
+
+def across(a: Trace, b: Trace) -> pd.DataFrame:
+    """How another file of the model routes the same text: one row a layer that scores.
+
+    ``same_set``: share of equal sets. ``overlap``: share of the chosen experts that both chose. ``mass``: share
+    of the reference's gates on these.
+    """
     import pandas as pd
 
-    about, (_, n_layers, k), start = trace.conditions, trace.experts.shape, 0
-    lengths = about.get("lengths", [trace.n_tokens])
-    names, domains = about.get("sequences", ["text"]), about.get("domains", [""])
-    for name, domain, n in zip(names, domains, lengths, strict=True):
-        rows, start = slice(start, start + n), start + n
-        columns: dict[str, Any] = {
-            "load": about.get("load", "alone"),
-            "domain": domain,
-            "sequence": name,
-            "position": np.repeat(np.arange(n), n_layers * k),
-            "token": np.repeat(trace.tokens[rows], n_layers * k),
-            "layer": np.tile(np.repeat(trace.layers, k), n),
-            "rank": np.tile(np.arange(k), n * n_layers),
-            "expert": trace.experts[rows].ravel(),
-            "weight": trace.weights[rows].ravel(),
-            "margin": np.repeat(trace.margin[rows].ravel(), k),
-        }
-        yield pd.DataFrame(columns)
-
-
-def require_csv(path: str | Path) -> Path:
-    """The path, or a `RoutingError` where it is of another format or in no folder."""
-    path = Path(path).expanduser()
-    if not path.name.endswith((".csv", ".csv.gz")):
-        hint = f"--export {quoted(path.with_name((path.stem or 'trace') + '.csv.gz'))}"
-        raise RoutingError("traces are exported as .csv or .csv.gz", where=path, hint=hint)
-    if not path.parent.is_dir():
-        raise RoutingError(
-            "there is no such folder", where=path.parent, hint=f"mkdir -p {quoted(path.parent)}"
-        )
-    return path
-
-
-def export(traces: Iterable[Trace], path: str | Path) -> Path:
-    """Write traces as one CSV, which ``pandas.read_csv(path)`` reads; a dense model's is a `ModelError`."""
-    path = require_csv(path)
-    compression: Any = "gzip" if path.name.endswith(".gz") else None
-    with whole_file(path, "wb") as file:
-        header = True
-        for trace in traces:
-            trace.require_routed()
-            for frame in trace_frames(trace):
-                frame.to_csv(file, compression=compression, header=header, index=False, float_format="%.6g")
-                header = False
-    return path
+    scored, weights = ~a.hashed, a.weights.astype(float)
+    shared = (a.experts[:, :, :, None] == b.experts[:, :, None, :]).any(axis=3)
+    mass = (weights * shared).sum(axis=2) / np.maximum(weights.sum(axis=2), 1e-12)
+    shares = {"same_set": ~differences(a, b), "overlap": overlaps(a, b), "mass": mass}
+    columns = {name: share[:, scored].mean(axis=0) for name, share in shares.items()}
+    return pd.DataFrame({"layer": a.layers[scored], **columns})

@@ -40,7 +40,7 @@ from dfqs_nb.llama import OpenSettings
 from dfqs_nb.llama.build import LOG, default_params
 from dfqs_nb.llama.timing import measure_speed
 from dfqs_nb.routing import open_recorded
-from dfqs_nb.routing.recorded import Schedule, record
+from dfqs_nb.routing.recorded import record
 
 TOKENS, PROMPT, DECODE, REPETITIONS = 64, 64, 16, 3
 BUFFER = re.compile(r"(\S+) +(model|KV|state|output|compute) buffer size = +([\d.]+) MiB")
@@ -106,7 +106,7 @@ def measure(path: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]
         ):
             loading, sizes, after = time.perf_counter() - began, buffers(), card_mib()
             sets, again = (
-                np.sort(record(recorded, tokens, Schedule(prefill=n_tokens // 2)).experts, axis=-1)
+                np.sort(record(recorded, tokens, n_tokens // 2).experts, axis=-1)
                 for _ in range(2)
             )
             callback = recorded.model.llama.context_params.cb_eval

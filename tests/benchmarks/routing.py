@@ -27,6 +27,7 @@ from dfqs_nb.llama.graph import Watch
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import RecordedModel, open_recorded
+from dfqs_nb.routing.recorder import Recorder
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 
@@ -42,8 +43,7 @@ def seconds(recorded, tokens, depth: int) -> np.ndarray:
         started = np.array([time.perf_counter(), time.process_time()])
         for call in calls:
             recorded.feed(call)
-        if recorded.recorder is not None:
-            recorded.recorder.arrays()  # reducing the scores counts too
+        recorded.recorder.arrays()  # reducing the scores counts too
         taken.append(np.array([time.perf_counter(), time.process_time()]) - started)
     return np.array(taken)
 
@@ -61,7 +61,7 @@ def listened(stack: ExitStack, path: str, settings: OpenSettings, callback) -> R
     with default_params(cb_eval=callback):
         model = stack.enter_context(open_model(path, settings))
     model.keep_lock = True
-    return RecordedModel(model, None)
+    return RecordedModel(model, Recorder())  # which llama.cpp does not call
 
 
 def main() -> int:
@@ -77,7 +77,7 @@ def main() -> int:
     answer = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(no.__getitem__)
     with ExitStack() as stack:
         models = [
-            RecordedModel(stack.enter_context(open_model(arguments.model, settings)), None),
+            RecordedModel(stack.enter_context(open_model(arguments.model, settings)), Recorder()),
             listened(stack, arguments.model, settings, ctypes.cast(answer, type(watch.callback))),
             listened(stack, arguments.model, settings, watch.callback),
             stack.enter_context(open_recorded(arguments.model, settings)),
