@@ -31,8 +31,7 @@ from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.routing import verdict
 from dfqs_nb.routing.plan import IDENTICAL, LEFT_OUT, WEIGHTS, Condition, conditions, fit, read_texts
 from dfqs_nb.routing.profile import Profile, profile_of
-from dfqs_nb.routing.recorder import RoutingError
-from dfqs_nb.routing.trace import Trace, across, differences, load_trace
+from dfqs_nb.routing.trace import RoutingError, Trace, across, differences, load_trace
 
 PASSAGE = "prompts/routing_passage.txt"
 FORMAT = 6  # of a kept trace; a new number makes old ones be recorded again
@@ -44,8 +43,8 @@ CHILD = "dfqs_nb.routing.record_child"
 class Experiment:
     """What every condition gave, and what it means.
 
-    ``verdict``, ``under_load``: whether identical conditions gave identical choices, and whether others in
-    the batch change them. ``load_table``, ``sensitivities``, ``advice``: see `verdict`.
+    ``verdict``, ``under_load``: do identical conditions give identical choices, and others in the batch other
+    ones? ``load_table``, ``sensitivities``, ``advice``: see `verdict`.
     """
 
     settings: OpenSettings  # the reference's
@@ -75,19 +74,19 @@ class Experiment:
         return bool(self.verdict.passed) and load.passed is not False and not load.facts["failed"]
 
     def judged(self) -> dict[str, Any]:
-        """Both verdicts for the stage file: on repetitions, and on the loads, by which the SHALL is judged."""
-        load = self.under_load
-        return {**self.verdict.facts, "load_passed": load.passed, "load_sentence": load.text}
+        """Both verdicts for the stage file: on repetitions, and on loads, by which the SHALL is judged."""
+        loads = {"load_passed": self.under_load.passed, "load_sentence": self.under_load.text}
+        return {**self.verdict.facts, **loads}
 
     def conclusions(self) -> list[str]:
         """What this experiment showed, in sentences made from its counts."""
         n, routed = len(self._runtime), self.reference.routed
         n_moved = int((self._runtime["n_differ" if routed else "logit_drift"] > 0).sum())
-        moved = f"{n_moved} of {n} changes of settings changed {'an expert choice' if routed else 'a logit'}."
-        lines = [self.under_load.text, self.verdict.text, moved if n else "No change of settings was tried."]
+        what = "an expert choice" if routed else "a logit"
+        moved = f"{n_moved} of {n} changes of settings changed {what}."
+        lines = [self.under_load.text, self.verdict.text, moved]
         if names := self.left_out:
-            some = "; ".join(names[:8]) + "; ..." * (len(names) > 8)
-            lines.append(f"Left out to fit into the budget: {len(names)} runs ({some}).")
+            lines.append(f"Left out to fit into the budget: {len(names)} runs ({'; '.join(names[:8])}).")
         return lines
 
     def claims(self) -> pd.DataFrame:
@@ -112,8 +111,7 @@ class Experiment:
 
     def margins(self) -> pd.Series:
         """The margin of every choice of the reference that has one."""
-        margins = self.reference.margin
-        return pd.Series(margins[np.isfinite(margins)])
+        return pd.Series(self.reference.margin[np.isfinite(self.reference.margin)])
 
     def across(self) -> pd.DataFrame:
         """Another quantization by layer, as `trace.across`; empty where there is none."""
@@ -132,10 +130,8 @@ class Experiment:
         """Write the tables ``routing_*.csv``, and of a routed model ``trace.csv.gz`` and the profile."""
         folder, written = Path(folder), list[Path]()
         tables = {"conditions": self.rows, "loads": self.load_table, "flips": self.flips()}
-        tables |= {
-            "layers": self.agreement().rename_axis("condition").reset_index(),
-            "across": self.across(),
-        }
+        tables["layers"] = self.agreement().rename_axis("condition").reset_index()
+        tables["across"] = self.across()
         if self.reference.routed:
             written.append(self._write_choices(folder / "trace.csv.gz"))
         if profile := self.profile:
@@ -171,25 +167,20 @@ def run_experiment(
     budget_minutes: float = 0.0,
     fresh: bool = False,
 ) -> Experiment:
-    """Run all conditions and loads, and compare.
+    """Run all conditions and loads on a GGUF file, and compare; ``folder`` keeps the traces.
 
-    Args:
-        path: the GGUF file, or any shard of it.
-        folder: keeps the traces; made if missing.
-        n_tokens, n_output: of the text, and of the greedy answer.
-        n_threads, n_gpu_layers: of the reference; 0 threads: as many as suit the model.
-        other: another quantization to compare with, a registered name or a file; for the reference its Q8_0.
-        texts: a folder of texts for loads and profile, a subfolder a domain; empty: the workbook's own.
-        budget_minutes: lengths are halved and runs left out until it fits, as in `plan.fit`; 0: no bound.
-        fresh: record again what an earlier run left.
-
-    Raises:
-        DfqsError: the reference cannot run, or a parameter is wrong.
+    ``n_tokens`` and ``n_output`` are of the text and of its greedy answer; 0 threads: as many as suit the
+    model. ``other``: another quantization, a registered name or a file; empty: for nano Q8_0. ``texts``: as
+    `plan.read_texts`. ``budget_minutes``: as `plan.fit`; 0: no bound. ``fresh``: record again what an earlier
+    run left. A `DfqsError` if the reference cannot run, or a parameter is wrong.
     """
     given, n_ctx = read_texts(texts), -(-(n_tokens + n_output) // 256) * 256
     fitting = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
     settings, threads = replace(fitting, n_ctx=n_ctx), max(usable_cores(), fitting.n_threads or 1)
-    planned = conditions(settings, n_tokens, threads, quantizations(path, other), len(given))
+    if not other and open_shards(path).headers[0].get("general.name") == "DFQS-Nano":
+        other = "dfqs-nano-q8_0"
+    others = {Path(other).stem: resolve(other)[0]} if other else {}
+    planned = conditions(settings, n_tokens, threads, others, len(given))
     passage = (data_dir() / PASSAGE).read_text(encoding="utf-8")
     shared: dict[str, Any] = {"passage": passage, "texts": [text.model_dump() for text in given]}
     shared |= {"n_tokens": n_tokens, "n_output": n_output}
@@ -198,13 +189,6 @@ def run_experiment(
     rows = verdict.compared(planned, runs.traces, runs.status, given)
     left_out = [name for name, how in runs.status.items() if how == LEFT_OUT]
     return Experiment(settings, runs.traces, rows, left_out, runs.n_made)
-
-
-def quantizations(path: str | Path, other: str = "") -> dict[str, Path]:
-    """The file to compare with, by name: ``other`` (a registered name or a file), or the reference's Q8_0."""
-    if not other and open_shards(path).headers[0].get("general.name") == "DFQS-Nano":
-        other = "dfqs-nano-q8_0"
-    return {Path(other).stem: resolve(other)[0]} if other else {}
 
 
 @dataclass
@@ -241,7 +225,7 @@ class _Runs:
 
     def _plan(self, worker: child.Worker, n_processes: int) -> dict[str, Any]:
         """Everything without a budget, or where all was recorded; an earlier plan; else what fits."""
-        names, n_minutes = [each.name for each in self.planned], self.budget_seconds / 60
+        names = [each.name for each in self.planned]
         if not self.budget_seconds or all(self._kept(each) for each in self.planned):
             sentence = f"{len(names)} runs in {n_processes} processes, each of which loads once."
             return {"scale": 1.0, "kept": names, "sentence": sentence}
@@ -250,14 +234,13 @@ class _Runs:
             costs = worker.run(self._job(self.planned[0], ""), where=self.path)
             scale, kept = fit(self.planned, costs, self.budget_seconds)
             sentence = (
-                f"Budget {n_minutes:g} minutes: {len(kept)} of {len(names)} runs, at {scale:g} of each "
-                f"length. Loading takes {costs['load']:.1f} s, a token {costs['prefill']:.2g} s in prefill and "
-                f"{costs['decode']:.2g} s in decode."
+                f"Budget {self.budget_seconds / 60:g} minutes: {len(kept)} of {len(names)} runs, at "
+                f"{scale:g} of each length. Loading takes {costs['load']:.1f} s, a token "
+                f"{costs['prefill']:.2g} s in prefill and {costs['decode']:.2g} s in decode."
             )
             return {"scale": scale, "kept": kept, "sentence": sentence}
 
-        about = [str(self._file(each)) for each in self.planned]
-        asked = {"files": about, "budget_seconds": self.budget_seconds}
+        asked = {"files": [self._file(each).name for each in self.planned], "seconds": self.budget_seconds}
         return remembered(self.folder / "plan.json", asked, make, fresh=self.fresh)
 
     def _run(self, worker: child.Worker, each: Condition) -> str:
@@ -291,8 +274,7 @@ class _Runs:
     def _kept(self, each: Condition) -> Trace | None:
         """The trace that an earlier run made under the same conditions."""
         with contextlib.suppress(RoutingError):
-            if not self.fresh:
-                return load_trace(self._file(each))
+            return None if self.fresh else load_trace(self._file(each))
         return None
 
     def _file(self, each: Condition) -> Path:

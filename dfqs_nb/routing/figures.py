@@ -34,10 +34,10 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = 
     return ax
 
 
-def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def router_margins(margins: pd.Series, flips: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """The router's margins, with the choices that flipped below; of `Experiment.margins` and ``flips``."""
     ax = new_axes(ax)
-    values = margins["margin"][margins["margin"] > 0]
+    values = margins[margins > 0]
     edges = np.geomspace(values.min(), values.max(), 40)
     heights, _ = np.histogram(values, edges)
     ax.stairs(heights, edges, fill=True, color=PALETTE[4], alpha=0.7)
@@ -51,7 +51,7 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
     ax.set_ylabel(f"choices (n = {len(margins):,})")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_yticks([tick for tick in ax.get_yticks() if tick >= 0])
-    typical = margins["margin"].median()
+    typical = margins.median()
     title = f"No choice flipped; the median margin is {typical:.2g}"
     if len(flips):
         name = "flips under a change of"
@@ -64,10 +64,7 @@ def router_margins(margins: pd.DataFrame, flips: pd.DataFrame, ax: Axes | None =
 
 
 def usage_by_domain(usage: pd.DataFrame, most: int = 64, ax: Axes | None = None) -> Axes:
-    """Which domains use which experts (`Profile.usage`): a row a domain, a column an expert.
-
-    The ``most`` specialized experts of all layers.
-    """
+    """Which domains use the ``most`` specialized experts: a row a domain; of `Profile.usage`."""
     top = usage[usage["share"] > 0].nlargest(most, "specialization")
     domains = [name for name in usage if name not in ("layer", "expert", "share", "specialization")]
     values = top[domains].to_numpy(float).T

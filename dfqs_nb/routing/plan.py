@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -77,7 +76,7 @@ class Condition:
     @property
     def load(self) -> str:
         """The load for people, without the number of its batch."""
-        return re.sub(r", batch \d+$", "", self.name)
+        return self.name.split(", batch ")[0]
 
     def scaled(self, scale: float) -> Condition:
         """The condition with texts, prefill and arrivals at this scale."""
@@ -165,16 +164,16 @@ def _changes(prefill: Condition, decode: Condition, max_threads: int) -> Iterato
         changes.append((f"{label}, decode, flash attention", "flash attention, decode", threads))
     for name, against, changed in changes:
         base, process = made[against], "extra buffers" if "use_extra_bufts" in changed else "main"
-        how = {"kind": " and ".join(changed), "against": against, "process": process}
-        made[name] = replace(base, name=name, settings=replace(base.settings, **changed), **how)
+        made[name] = replace(base, name=name, kind=" and ".join(changed), against=against, process=process)
+        made[name] = replace(made[name], settings=replace(base.settings, **changed))
         yield made[name]
 
 
 def seconds(planned: Iterable[Condition], costs: Mapping[str, float]) -> float:
     """What these conditions take; each process loads the model once, and answers are not scaled.
 
-    ``costs``: seconds to ``load``, and of a token in ``prefill`` and ``decode``; tokens of the long ``text``, of
-    its ``answer``, and of all texts of the ``profile``.
+    ``costs``: seconds to ``load``, and of a token in ``prefill`` and ``decode``; tokens of the long ``text``,
+    of its ``answer``, and of all texts of the ``profile``.
     """
     total, processes = 0.0, set()
     for each in planned:

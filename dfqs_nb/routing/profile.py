@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.routing.trace import Trace
 from dfqs_nb.stats import holm
 
-N_PERMUTATIONS = 1999
+N_PERMUTATIONS = 999
 
 
 @dataclass(frozen=True)
@@ -59,30 +59,21 @@ class Profile:
         return table.assign(specialization=np.where(total > 0, apart, 0.0)).reset_index()
 
     def specialization(self) -> pd.DataFrame:
-        """Does a layer use other experts in one domain? One row a layer that scores, and domain.
+        """Does a domain use other experts than the other texts? One row a domain, none for a single domain.
 
-        Columns ``layer``, ``domain``, ``distance`` (total variation between the domain's shares and those of
-        the other domains' texts), ``p`` (permutation test: the texts' domains are shuffled; NaN for a domain
-        of one text), ``p_holm`` (Holm, over all rows), ``expert`` (the most over-used there) and ``lift``
-        (its share there over its share elsewhere). A single domain has nothing to compare with, and no rows.
+        ``distance``: total variation between its mean shares and theirs, mean over the layers that score.
+        ``p``: permutation test, in which the texts' domains are shuffled. ``p_holm``: Holm, over all rows.
         """
-        draw, scored = np.random.default_rng(0), np.flatnonzero(~self.trace.hashed)
-        shares, each = self.reads[:, scored], np.arange(len(scored))
-        rows = []
+        draw, shares, rows = np.random.default_rng(0), self.reads[:, ~self.trace.hashed], []
         for domain, inside in self.by_domain.items() if len(self.by_domain) > 1 else ():
-            seen, p = _distance(shares, inside[None])[0], np.full(len(scored), math.nan)
-            if inside.sum() >= 2:
-                shuffled = draw.permuted(np.tile(inside, (N_PERMUTATIONS, 1)), axis=1)
-                p = (1 + (_distance(shares, shuffled) >= seen - 1e-12).sum(axis=0)) / (1 + N_PERMUTATIONS)
-            here, there = shares[inside].mean(axis=0), shares[~inside].mean(axis=0)
-            best = (here - there).argmax(axis=1)
-            lift = here[each, best] / np.maximum(there[each, best], 1e-9)
-            columns = (self.trace.layers[scored], seen, p, best, lift)
-            rows += [(layer, domain, *values) for layer, *values in zip(*columns, strict=True)]
-        table = pd.DataFrame(rows, columns=["layer", "domain", "distance", "p", "expert", "lift"])
-        tested = table["p"].notna()
-        table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].tolist())
-        return table.sort_values("distance", ascending=False, kind="stable", ignore_index=True)
+            shuffled = draw.permuted(np.tile(inside, (N_PERMUTATIONS, 1)), axis=1)
+            drawn = np.vstack([inside, shuffled])  # the true domain first
+            weights = drawn / drawn.sum(axis=1, keepdims=True) - ~drawn / (~drawn).sum(axis=1, keepdims=True)
+            apart = np.abs(np.tensordot(weights, shares, 1)).sum(axis=2).mean(axis=1) / 2
+            rows.append((domain, apart[0], (apart >= apart[0] - 1e-12).mean()))
+        table = pd.DataFrame(rows, columns=["domain", "distance", "p"])
+        table = table.sort_values("distance", ascending=False, kind="stable", ignore_index=True)
+        return table.assign(p_holm=holm(table["p"].tolist()))
 
     def coverage(self) -> pd.DataFrame:
         """Gate mass of a layer's heaviest experts (mean over layers), of ``all`` domains and of each."""
@@ -94,15 +85,13 @@ class Profile:
     def write(self, path: str | Path) -> Path:
         """The profile as JSON, for planning: how often a token reads each expert of a layer.
 
-        Keys ``format`` (1), ``model`` (name, architecture, SHA-256 of its header), ``texts``, ``tokens``, and
-        ``layers``: ``layer`` and ``reads`` (domains alike).
+        Keys ``format`` (2), ``model`` (its name), ``texts``, ``tokens``; ``reads`` by layer, domains alike.
         """
         trace = self.trace
         reads = np.mean(list(self._shares(self.reads).values()), axis=0) * trace.experts.shape[2]
-        rows = zip(trace.layers.tolist(), reads.round(6).tolist(), strict=True)
-        about = {"model": trace.conditions.get("model"), "texts": len(self.domains), "tokens": trace.n_tokens}
-        layers = [{"layer": layer, "reads": each} for layer, each in rows]
-        return write_json(path, {"format": 1, **about, "layers": layers})
+        about = {"model": trace.conditions["model"], "texts": len(self.domains), "tokens": trace.n_tokens}
+        by_layer = dict(zip(trace.layers.tolist(), reads.round(6).tolist(), strict=True))
+        return write_json(path, {"format": 2, **about, "reads": by_layer})
 
 
 def profile_of(trace: Trace) -> Profile:
@@ -120,23 +109,12 @@ def profile_of(trace: Trace) -> Profile:
     return Profile(trace, tuple(trace.conditions["domains"]), reads / total, mass / (total / k))
 
 
-def _distance(shares: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Total variation between mean shares inside and outside; ``(permutations, L)``."""
-    weights = inside / inside.sum(axis=1, keepdims=True) - ~inside / (~inside).sum(axis=1, keepdims=True)
-    return np.asarray(np.abs(np.einsum("pt,tle->ple", weights, shares)).sum(axis=2) / 2)
-
-
-class _LayerReads(BaseModel):
-    layer: int
-    reads: list[Annotated[float, Ge(0), Le(1)]]  # a token reads an expert once at most
-
-
 class _ProfileFile(BaseModel):
-    format: Literal[1]
-    model: dict[str, Any] | None
+    format: Literal[2]
+    model: str
     texts: int
     tokens: int
-    layers: list[_LayerReads]
+    reads: dict[int, list[Annotated[float, Ge(0), Le(1)]]]  # a token reads an expert once at most
 
 
 def read_profile(path: str | Path, headers: Sequence[GGUFHeader]) -> tuple[dict[int, list[float]], str]:
@@ -151,9 +129,8 @@ def read_profile(path: str | Path, headers: Sequence[GGUFHeader]) -> tuple[dict[
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
         what, hint = f"not a routing profile ({why})", "write it: dfqs-nb routing MODEL"
         raise DfqsError(what, where=path, hint=hint) from None
-    name = one_line((stored.model or {}).get("name", "a model without a name"))
-    layers, placed = {layer.layer: layer.reads for layer in stored.layers}, Layout.of(headers).experts
-    if layers.keys() - placed or any(len(reads) != placed[n][0].n for n, reads in layers.items()):
+    name, placed = one_line(stored.model), Layout.of(headers).experts
+    if stored.reads.keys() - placed or any(len(it) != placed[n][0].n for n, it in stored.reads.items()):
         hint = "write one of this model: dfqs-nb routing MODEL"
         raise DfqsError(f"a profile of another model ({name})", where=path, hint=hint)
-    return layers, f"{stored.tokens:,} tokens of {stored.texts} texts, recorded on {name}"
+    return stored.reads, f"{stored.tokens:,} tokens of {stored.texts} texts, recorded on {name}"

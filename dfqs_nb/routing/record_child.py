@@ -16,8 +16,9 @@ from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
+from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.plan import LOAD_OUTPUT, LOAD_TOKENS, N_SEQUENCES, PROFILE_TOKENS, Condition
-from dfqs_nb.routing.recorded import RecordedModel, Together, open_recorded, record
+from dfqs_nb.routing.recorder import Together, open_recorded, record
 from dfqs_nb.routing.trace import Trace, joined
 
 PROBE_TOKENS = 8
@@ -25,46 +26,47 @@ QUESTION = "What is the capital of France?"
 
 
 class Recording:
-    """The model of this process, which its first job opens, and the texts in the model's tokens."""
+    """The model of this process, and the texts of its jobs in the model's tokens."""
 
-    def __init__(self) -> None:
-        self._stack = ExitStack()
-        self._opened: tuple[RecordedModel, list[int], list[list[int]]] | None = None
+    def __init__(self, job: dict[str, Any], settings: OpenSettings) -> None:
+        self._stack, self.job, started = ExitStack(), job, time.monotonic()
+        self.recorded = self._stack.enter_context(open_recorded(job["path"], settings, trial=False))
+        self.text, self.lines = _tokens(self.recorded.model, job)
+        self.load_seconds = time.monotonic() - started
 
-    def work(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Record a run in a context of its own, and write its trace; without a ``file``, measure the speed.
+    def costs(self) -> dict[str, float]:
+        """What `plan.seconds` wants to know."""
+        clock = [time.monotonic()]
+        for part in (self.text[:PROBE_TOKENS], self.text[:1], self.text[:1]):
+            self.recorded.feed(part)
+            clock.append(time.monotonic())
+        prefill, _, decode = np.diff(clock).tolist()
+        spent = {"load": self.load_seconds, "prefill": prefill / PROBE_TOKENS, "decode": decode}
+        lengths = {"text": len(self.text), "answer": self.job["n_output"]}
+        return {**spent, **lengths, "profile": sum(map(len, self.lines))}
 
-        Args:
-            job: ``path``, ``condition``, ``file`` (of the trace), ``passage``, ``n_tokens``, ``texts`` and
-                ``n_output``.
-        """
-        started, condition = time.monotonic(), TypeAdapter(Condition).validate_python(job["condition"])
-        if self._opened is None:
-            child.tell(stage="while loading it")
-            opening = open_recorded(job["path"], condition.settings, trial=False)
-            recorded = self._stack.enter_context(opening)
-            self._opened = recorded, *_tokens(recorded.model, job)
-        recorded, tokens, lines = self._opened
-        if not job["file"]:
-            child.tell(stage="while measuring its speed")
-            clock = [started, time.monotonic()]
-            for part in (tokens[:PROBE_TOKENS], tokens[:1], tokens[:1]):
-                recorded.feed(part)
-                clock.append(time.monotonic())
-            load, prefill, _, decode = np.diff(clock).tolist()
-            lengths = {"text": len(tokens), "answer": job["n_output"], "profile": sum(map(len, lines))}
-            return {"load": load, "prefill": prefill / PROBE_TOKENS, "decode": decode, **lengths}
-        child.tell(stage=f"while evaluating {condition.name!r}")
-        n_sequences = N_SEQUENCES if condition.texts else 1
-        recorded.reopen(condition.settings, n_sequences=n_sequences, unified=condition.unified)
-        about = {"condition": condition.name, "scale": condition.scale}
-        if condition.texts or condition.kind == "profile":
-            trace = _short_texts(recorded, condition, lines, job["texts"], about)
+    def run(self, condition: Condition) -> Trace:
+        """Record a run in a context of its own: of the long text, of the profile's texts, or of one load."""
+        n_sequences, scale = N_SEQUENCES if condition.texts else 1, condition.scale
+        self.recorded.reopen(condition.settings, n_sequences=n_sequences, unified=condition.unified)
+        about: dict[str, Any] = {"condition": condition.name, "scale": scale}
+        if not condition.texts and condition.kind != "profile":
+            tokens = self.text[:1] + self.text[len(self.text) + 1 - round(len(self.text) * scale) :]
+            return record(self.recorded, tokens, condition.n_prefill, n_output=self.job["n_output"], **about)
+        if condition.texts:
+            n = max(2, round(LOAD_TOKENS * scale))
+            # a text that is too short begins again
+            lines = [(self.lines[i] * (n // len(self.lines[i]) + 1))[:n] for i in condition.texts]
+            batches = [lines] if condition.arrivals else [[line] for line in lines]
+            together, how = Together(self.recorded), (condition.arrivals or [0], condition.n_prefill or 1)
+            parts = [together.record(batch, *how, LOAD_OUTPUT) for batch in batches]
         else:
-            tokens = tokens[:1] + tokens[len(tokens) + 1 - round(len(tokens) * condition.scale) :]
-            trace = record(recorded, tokens, condition.n_prefill, n_output=job["n_output"], **about)
-        trace.save(job["file"])
-        return {}
+            lines = [line[: max(1, round(len(line) * scale))] for line in self.lines]
+            parts = [record(self.recorded, line, logits=False) for line in lines]
+        texts = [self.job["texts"][i] for i in condition.texts or range(len(lines))]
+        about |= {"sequences": [it["name"] for it in texts], "domains": [it["domain"] for it in texts]}
+        about["load"] = condition.load if condition.arrivals else "alone"
+        return joined(parts, **about, lengths=list(map(len, lines)))
 
 
 def _tokens(model: Model, job: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
@@ -85,36 +87,22 @@ def _tokens(model: Model, job: dict[str, Any]) -> tuple[list[int], list[list[int
     return tokens, [[*bos, *line][:PROFILE_TOKENS] for line in lines]
 
 
-def _short_texts(
-    recorded: RecordedModel,
-    condition: Condition,
-    lines: list[list[int]],
-    texts: list[dict[str, str]],
-    about: dict[str, Any],
-) -> Trace:
-    """The trace of all texts of the profile, or of one load, one after another."""
-    numbers = condition.texts or range(len(lines))
-    if condition.texts:
-        n = max(2, round(LOAD_TOKENS * condition.scale))
-        # a text that is too short begins again
-        lines = [(lines[i] * (n // len(lines[i]) + 1))[:n] for i in numbers]
-        batches = [lines] if condition.arrivals else [[line] for line in lines]
-        together, order, first = (
-            Together(recorded),
-            condition.arrivals or [0],
-            condition.n_prefill or 1,
-        )
-        parts = [together.record(batch, order, first, LOAD_OUTPUT) for batch in batches]
-    else:
-        lines = [line[: max(1, round(len(line) * condition.scale))] for line in lines]
-        parts = [record(recorded, line, logits=False) for line in lines]
-    named = {
-        "sequences": [texts[i]["name"] for i in numbers],
-        "domains": [texts[i]["domain"] for i in numbers],
-    }
-    load = condition.load if condition.arrivals else "alone"
-    return joined(parts, **about, **named, lengths=list(map(len, lines)), load=load)
+_opened = list[Recording]()
+
+
+def work(job: dict[str, Any]) -> dict[str, float]:
+    """Write the trace of a run to the job's ``file``; without one, measure the speed."""
+    condition = TypeAdapter(Condition).validate_python(job["condition"])
+    if not _opened:
+        child.tell(stage="while loading it")
+        _opened.append(Recording(job, condition.settings))
+    if not job["file"]:
+        child.tell(stage="while measuring its speed")
+        return _opened[0].costs()
+    child.tell(stage=f"while evaluating {condition.name!r}")
+    _opened[0].run(condition).save(job["file"])
+    return {}
 
 
 if __name__ == "__main__":
-    child.serve(Recording().work)
+    child.serve(work)

@@ -18,21 +18,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.files import whole_file
-from dfqs_nb.routing.recorder import RoutingError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _ROWS = ("tokens", "experts", "weights", "margin", "digest", "logits")  # have a row a token
 _ARRAYS = (*_ROWS, "layers", "hashed", "logit_ids", "output")
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 COMPARED = (  # the values of `compare`
     *("n_tokens", "n_layers", "n_choices", "n_differ", "margin_differ", "n_hash_differ"),
     *("logits_equal", "logit_drift", "same_output"),
 )
 NOTHING = np.zeros(0)  # where nothing was kept
+
+
+class RoutingError(DfqsError):
+    """Routing was not recorded, or two records cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,9 @@ def load_trace(path: str | Path) -> Trace:
 
 def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
     """One trace of several sequences, one after another; conditions are the first one's, and those given."""
-    first, names = traces[0], [*_ROWS]
-    if first.output.ndim == 2:
-        names.append("output")
+    names, about = (*_ROWS, "output"), traces[0].conditions | conditions
     parts: dict[str, Any] = {name: np.concatenate([getattr(it, name) for it in traces]) for name in names}
-    return replace(first, **parts, conditions=first.conditions | conditions)
+    return replace(traces[0], **parts, conditions=about)
 
 
 # ---- two traces ----
@@ -137,9 +138,7 @@ def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
 def differences(a: Trace, b: Trace) -> np.ndarray:
     """Whether the expert sets differ, bool ``(tokens, layers)``; other tokens or routers are an error."""
     if not np.array_equal(a.tokens, b.tokens):
-        at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
-        detail = f"{a.n_tokens:,} and {b.n_tokens:,} tokens" if at is None else f"they differ at token {at:,}"
-        raise RoutingError(f"the traces are of different prompts ({detail})", hint="use the same tokens")
+        raise RoutingError("the traces are of different prompts", hint="use the same tokens")
     routers = [(t.layers.tolist(), t.hashed.tolist(), t.experts.shape, t.n_experts) for t in (a, b)]
     if routers[0] != routers[1]:
         raise RoutingError("the traces are of models with different routers", hint="compare like with like")
@@ -152,13 +151,6 @@ def overlaps(a: Trace, b: Trace) -> np.ndarray:
     return np.asarray(shared.sum(axis=2) / max(1, a.experts.shape[2]))
 
 
-def drifts(a: Trace, b: Trace) -> np.ndarray:
-    """The largest absolute difference among each token's kept logits, float ``(tokens,)``, or NaN."""
-    if not len(a.logit_ids) or not np.array_equal(a.logit_ids, b.logit_ids):
-        return np.full(a.n_tokens, np.nan)
-    return np.asarray(np.abs(a.logits - b.logits).max(axis=1))
-
-
 def compare(a: Trace, b: Trace) -> dict[str, Any]:
     """Two runs over the same tokens, the first being the reference, as the values of `COMPARED`.
 
@@ -168,8 +160,11 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
     both are NaN where none were kept. ``same_output``: equal greedy answers; None where a run has none.
     Errors: as `differences`.
     """
-    differ, scored = differences(a, b), ~a.hashed
+    differ, scored, equal, drift = differences(a, b), ~a.hashed, math.nan, math.nan
     routed, answered = differ[:, scored], len(a.output) and len(b.output)
+    if len(a.digest) and len(b.digest) and np.array_equal(a.logit_ids, b.logit_ids):
+        equal = float((a.digest == b.digest).mean())
+        drift = float(np.abs(a.logits - b.logits).max(initial=0.0))
     return {
         "n_tokens": a.n_tokens,
         "n_layers": int(scored.sum()),
@@ -177,8 +172,8 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
         "n_differ": int(routed.sum()),
         "margin_differ": float(a.margin[:, scored][routed].max()) if routed.any() else math.nan,
         "n_hash_differ": int(differ[:, a.hashed].sum()),
-        "logits_equal": float((a.digest == b.digest).mean()) if len(a.digest) and len(b.digest) else math.nan,
-        "logit_drift": float(drifts(a, b).max(initial=0.0)),
+        "logits_equal": equal,
+        "logit_drift": drift,
         "same_output": bool(np.array_equal(a.output, b.output)) if answered else None,
     }
 
@@ -186,8 +181,8 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
 def across(a: Trace, b: Trace) -> pd.DataFrame:
     """How another file of the model routes the same text: one row a layer that scores.
 
-    ``same_set``: share of equal sets. ``overlap``: share of the chosen experts that both chose. ``mass``: share
-    of the reference's gates on these.
+    ``same_set``: share of equal sets. ``overlap``: share of the chosen experts that both chose. ``mass``:
+    share of the reference's gates on these.
     """
     import pandas as pd
 

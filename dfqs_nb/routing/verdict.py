@@ -16,8 +16,7 @@ from typing import Any
 import pandas as pd
 
 from dfqs_nb.routing.plan import IDENTICAL, Condition, Text
-from dfqs_nb.routing.recorder import RoutingError
-from dfqs_nb.routing.trace import COMPARED, Trace, compare
+from dfqs_nb.routing.trace import COMPARED, RoutingError, Trace, compare
 from dfqs_nb.stats import at_most, clopper_pearson, mean_interval
 
 ABOUT = ("condition", "kind", "against", "status", "load", "n_others", "text", "domain")
@@ -25,19 +24,19 @@ STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "r
 EXTREME_TOKENS = 8192  # DFQS calls a context long from here on, and "extreme token pressure" is not below
 CONFIRMED, CONTRADICTED, NOT_TESTABLE = "confirmed", "contradicted", "not testable here"
 REPEATED = (
-    "{n_differ:,} of {n_choices:,} choices differed under identical conditions, in {n_runs_differ} of {n_runs} "
-    "repeated runs (texts of {n_tokens:,} tokens in all, {n_layers} layers). 95 % upper bound: "
+    "{n_differ:,} of {n_choices:,} choices differed under identical conditions, in {n_runs_differ} of "
+    "{n_runs} repeated runs (texts of {n_tokens:,} tokens in all, {n_layers} layers). 95 % upper bound: "
     "{runs_upper_bound:.1%} of repeated runs."
 )
 REPEATED_DENSE = (
-    "dense model, nothing to route; the logits of {logits_equal:.2%} of {n_tokens:,} tokens were equal bit for "
-    "bit over {n_runs} repeated runs. 95 % upper bound: {runs_upper_bound:.1%} of repeated runs."
+    "dense model, nothing to route; the logits of {logits_equal:.2%} of {n_tokens:,} tokens were equal bit "
+    "for bit over {n_runs} repeated runs. 95 % upper bound: {runs_upper_bound:.1%} of repeated runs."
 )
 UNDER_LOAD = (
     "with {n_texts} texts of {n_domains} domains beside {company} others in one batch, {n_differ:,} of "
-    "{n_choices:,} choices differ from those alone{rate}. Logits move by up to {logit_drift:.2g}, and {n_moved} "
-    "of {n_answers} greedy answers change. 95 % upper bounds: {runs_bound:.1%} of batches ({n_runs_differ} of "
-    "{n_runs} differ), {texts_bound:.0%} of texts ({n_texts_differ} of {n_texts})."
+    "{n_choices:,} choices differ from those alone{rate}. Logits move by up to {logit_drift:.2g}, and "
+    "{n_moved} of {n_answers} greedy answers change. 95 % upper bounds: {runs_bound:.1%} of batches "
+    "({n_runs_differ} of {n_runs} differ), {texts_bound:.0%} of texts ({n_texts_differ} of {n_texts})."
 )
 
 
@@ -62,22 +61,21 @@ def compared(
     """
     rows: list[dict[str, Any]] = []
     for each in (each for each in planned if each.against):
-        about = {"condition": each.name, "kind": each.kind, "against": each.against, "load": each.load}
-        about |= {"status": status[each.name], "n_others": max(0, len(each.arrivals) - 1)}
-        pairs: list[tuple[dict[str, str], Trace, Trace]] = []
-        if run := traces.get(each.name):
-            base, whole = traces[each.against], {"text": "", "domain": ""}
-            for place, number in enumerate(each.texts):
-                named = {"text": texts[number].name, "domain": texts[number].domain}
-                pairs.append((named, base.part(number), run.part(place)))
-            pairs = pairs or [(whole, base, run)]
-        for named, a, b in pairs:
-            try:
-                rows.append(about | named | compare(a, b))
-            except RoutingError as error:  # another model than the reference, not another quantization of it
-                rows.append(about | {"status": f"not comparable: {error.what}"})
-        if not pairs:
-            rows.append(about)
+        about: dict[str, Any] = {"condition": each.name, "kind": each.kind, "against": each.against}
+        about |= {"status": status[each.name], "load": each.load, "n_others": max(0, len(each.arrivals) - 1)}
+        about["text"] = ""
+        try:
+            if each.name not in traces:
+                rows.append(about)
+            elif each.texts:
+                for place, number in enumerate(each.texts):
+                    named = {"text": texts[number].name, "domain": texts[number].domain}
+                    pair = traces[each.against].part(number), traces[each.name].part(place)
+                    rows.append(about | named | compare(*pair))
+            else:
+                rows.append(about | compare(traces[each.against], traces[each.name]))
+        except RoutingError as error:  # another model than the reference, not another quantization of it
+            rows.append(about | {"status": f"not comparable: {error.what}"})
     table = pd.DataFrame(rows, columns=[*ABOUT, *COMPARED])
     return table.astype({name: "Int64" for name in table if str(name).startswith("n_")})
 
@@ -103,7 +101,7 @@ def judge(rows: pd.DataFrame) -> Verdict:
     changed = int(((done["n_differ"] > 0) | (done["n_choices"] == 0) & (done["logits_equal"] < 1)).sum())
     once = done.drop_duplicates("text")  # the text, and each short text
     n_differ, n_each = int(done["n_differ"].sum()), int(once["n_choices"].sum())
-    facts = {
+    facts: dict[str, Any] = {
         "passed": bool(len(done)) and not failed and not changed,
         "routed": n_each > 0,
         "n_tokens": int(once["n_tokens"].sum()),
@@ -150,9 +148,9 @@ def _counts(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def judge_loads(rows: pd.DataFrame, again: Verdict) -> Verdict:
-    """The verdict on the rows of `compared` beside others; its fact is ``failed``, the loads that did not run.
+    """The verdict on the rows of `compared` beside others; ``again``: whether the same run repeats itself.
 
-    ``again``: whether the same run repeats itself.
+    Its fact is ``failed``, the loads that did not run.
     """
     rows = rows[rows["kind"] == "load"]
     failed, beside = failures(rows), rows[(rows["status"] == "done") & (rows["n_others"] > 0)]
@@ -206,27 +204,25 @@ def sensitivities(rows: pd.DataFrame) -> pd.DataFrame:
     """The conditions that change a setting, most different first, with their ``rate`` of different sets."""
     changed = rows[~rows["kind"].isin([IDENTICAL, "load"]) & (rows["status"] == "done")]
     rate = changed["n_differ"].astype(float) / changed["n_choices"].astype(float).replace(0, math.nan)
-    order = ["rate", "logit_drift"]
-    return changed.assign(rate=rate).sort_values(order, ascending=False, kind="stable", ignore_index=True)
+    ranked = changed.assign(rate=rate).sort_values(["rate", "logit_drift"], ascending=False, kind="stable")
+    return ranked.reset_index(drop=True)
 
 
 def advice(ranked: pd.DataFrame) -> list[str]:
     """What to fix in order to reproduce a run, one sentence a kind of `sensitivities`, in their order."""
     lines = []
     for kind, rows in ranked.groupby("kind", sort=False):
-        worst = rows.iloc[0]
-        answer = f"the greedy answer {'changed too' if rows['same_output'].eq(False).any() else 'stayed'}"
-        if worst["n_differ"]:
-            lines.append(
-                f'Fix {kind}: "{worst["condition"]}" changed {worst["n_differ"]:,} of {worst["n_choices"]:,} '
-                f"choices ({worst['rate']:.2%}), at margins up to {worst['margin_differ']:.2g}; {answer}."
-            )
-        elif (rows["logits_equal"] < 1).any():
-            drift = f"logits moved by up to {rows['logit_drift'].max():.2g}; {answer}"
-            still = "no choice changed, but " if worst["n_choices"] else ""
-            lines.append(f"Fix {kind} for equal logits: {still}{drift}.")
-        else:
+        if (rows["logits_equal"] == 1).all():
             lines.append(f"Free: {kind}. Every logit was equal bit for bit.")
+            continue
+        worst, drift = rows.iloc[0], rows["logit_drift"].max()
+        word = "Fix" if worst["n_differ"] else "Fix for equal logits"
+        choices = (
+            f"{worst['n_differ']:,} of {worst['n_choices']:,} choices, and " if worst["n_choices"] else ""
+        )
+        answer = "changed too" if rows["same_output"].eq(False).any() else "stayed"
+        seen = f'"{worst["condition"]}" changed {choices}logits by up to {drift:.2g}'
+        lines.append(f"{word}: {kind}. {seen}; the greedy answer {answer}.")
     return lines
 
 
@@ -240,27 +236,17 @@ def claims(again: Verdict, ranked: pd.DataFrame, at: pd.Series) -> pd.DataFrame:
     tokens of all flips under these.
     """
     it, runtime = again.facts, ranked[ranked["n_choices"] > 0]
+    same = again.passed and it["logits_equal"] == 1.0 and it["same_output"]
+    known = it["n_runs_differ"] or it["n_runs"] and not it["failed_runs"]
+    answers = "equal" if it["same_output"] else "different"
+    seen = f"{again.text} {it['logits_equal']:.2%} of tokens have equal logits; greedy answers are {answers}."
+    exact = (CONFIRMED if same else CONTRADICTED) if known else NOT_TESTABLE, seen
     stable = pressure = NOT_TESTABLE, "no routed experts, or no change of settings was tried"
-    exact = NOT_TESTABLE, again.text
-    if it["n_runs_differ"] or it["n_runs"] and not it["failed_runs"]:
-        same = again.passed and it["logits_equal"] == 1.0 and it["same_output"]
-        exact = (
-            CONFIRMED if same else CONTRADICTED,
-            (
-                f"under identical conditions {it['n_differ']:,} of {it['n_choices']:,} choices differ; logits of "
-                f"{it['logits_equal']:.2%} of tokens are equal bit for bit; answers "
-                f"{'equal' if it['same_output'] else 'differ'}"
-            ),
-        )
     if len(runtime):
-        worst = runtime.iloc[0]
-        stable = (
-            CONFIRMED if 1 - worst["rate"] >= STABLE_SHARE else CONTRADICTED,
-            (
-                f"at least {1 - worst['rate']:.2%} of expert sets stay the same under each of {len(runtime)} changes "
-                f"of settings (least: {worst['condition']}; asked for {STABLE_SHARE:.0%})"
-            ),
-        )
+        worst, least = runtime.iloc[0], 1 - float(runtime["rate"].iloc[0])
+        seen = f"at least {least:.2%} of expert sets stay the same under each of {len(runtime)} changes of "
+        seen += f"settings (least: {worst['condition']}; asked for {STABLE_SHARE:.0%})"
+        stable = CONFIRMED if least >= STABLE_SHARE else CONTRADICTED, seen
         pressure = _pressure(int(worst["n_tokens"]), int(runtime["n_layers"].sum()), at)
     rows = [("routing stable", *stable), ("deterministic execution", *exact)]
     rows.append(("routing variance grows under extreme token pressure", *pressure))
@@ -271,8 +257,9 @@ def _pressure(n_tokens: int, n_layers: int, at: pd.Series) -> tuple[str, str]:
     """Flips in the last against the first quarter of the text, over the layers of all changes together."""
     quarter = round(n_tokens / 4)
     size, early, late = quarter * n_layers, int((at < quarter).sum()), int((at >= n_tokens - quarter).sum())
-    seen = f"{early:,} of {size:,} choices flip in the first quarter, {late:,} in the last, "
+    seen = f"{early:,} of {size:,} choices flip in the first quarter, {late:,} in the last, of "
+    seen += f"{n_tokens:,} tokens; extreme begins at {EXTREME_TOKENS:,} tokens"
     if n_tokens < EXTREME_TOKENS:
-        return NOT_TESTABLE, f"{seen}over {n_tokens:,} tokens; extreme begins at {EXTREME_TOKENS:,} tokens"
+        return NOT_TESTABLE, seen
     low, high = clopper_pearson(late, size)[0], clopper_pearson(early, size)[1]
-    return (CONFIRMED if low > high else CONTRADICTED), f"{seen}over {n_tokens:,} tokens"
+    return (CONFIRMED if low > high else CONTRADICTED), seen

@@ -68,12 +68,11 @@ def routing(
     other: str = Option("", metavar="MODEL", help="Another quantization to compare with."),
     texts: str = Option("", metavar="FOLDER", help="Your texts, in a subfolder for each domain."),
     budget_minutes: float = Option(0.0, min=0, help="Runs are shortened or left out to fit. 0: no limit."),
-    export: str = Option("", metavar="FILE.csv", help="Write the traces as a table."),
     fresh: Fresh = False,
 ) -> None:
     """Say whether routing is deterministic, and what changes it.
 
-    Exit status 1: routing is not deterministic. Example: `dfqs-nb routing model.gguf --export trace.csv.gz`
+    Exit status 1: routing is not deterministic. Example: `dfqs-nb routing model.gguf --tokens 1024`
     """
     from dfqs_nb.gguf import models as registry
     from dfqs_nb.routing import run_experiment
@@ -81,9 +80,8 @@ def routing(
 
     check_in_process(model, "routing")
     path, folder = registry.resolve(model)[0], run_dir(run)
-    options: dict[str, Any] = {"budget_minutes": budget_minutes, "fresh": fresh, "export": export}
-    options |= {"n_tokens": tokens, "other": other, "texts": texts}
-    experiment = run_experiment(path, folder / "routing", **options)
+    options: dict[str, Any] = {"n_tokens": tokens, "other": other, "texts": texts, "fresh": fresh}
+    experiment = run_experiment(path, folder / "routing", budget_minutes=budget_minutes, **options)
     say_table(experiment.sensitivities[COLUMNS.split()], ".3g")
     rows = experiment.rows.drop_duplicates("condition")
     broken = rows[(rows["status"] != "done") & ~rows["condition"].isin(experiment.left_out)]

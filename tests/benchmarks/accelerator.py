@@ -39,8 +39,7 @@ from dfqs_nb.gguf.placement import EXPERTS
 from dfqs_nb.llama import OpenSettings
 from dfqs_nb.llama.build import LOG, default_params
 from dfqs_nb.llama.timing import measure_speed
-from dfqs_nb.routing import open_recorded
-from dfqs_nb.routing.recorded import record
+from dfqs_nb.routing.recorder import open_recorded, record
 
 TOKENS, PROMPT, DECODE, REPETITIONS = 64, 64, 16, 3
 BUFFER = re.compile(r"(\S+) +(model|KV|state|output|compute) buffer size = +([\d.]+) MiB")

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.recorded import Schedule, Together, open_recorded, record, record_together
-from dfqs_nb.routing.recorder import LOGIT_SAMPLE
+from dfqs_nb.routing.recorder import LOGIT_SAMPLE, Together, open_recorded, record
 from dfqs_nb.routing.trace import Trace
 
 NOISE = 5e-5  # selection scores of the two implementations differ by less
@@ -41,11 +40,11 @@ SETTINGS = OpenSettings(n_ctx=1024, n_threads=1, type_k="f32", type_v="f32")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", [Schedule(), Schedule(350)], ids=["prefill", "prefill and decode"])
-def test_routing_equals_transformers_token_for_token(peer, schedule, record_property):
+@pytest.mark.parametrize("n_prefill", [None, 350], ids=["prefill", "prefill and decode"])
+def test_routing_equals_transformers_token_for_token(peer, n_prefill, record_property):
     path, theirs, _ = peer
     with open_recorded(path, SETTINGS) as model:
-        ours = record(model, theirs["tokens"][0].tolist(), schedule)
+        ours = record(model, theirs["tokens"][0].tolist(), n_prefill)
     agree(ours, theirs, record_property)
 
 
@@ -58,7 +57,7 @@ def test_a_batch_of_sequences_equals_transformers_batch(peer, unified, arrivals,
     with open_recorded(path, SETTINGS) as model:
         model.reopen(SETTINGS, n_sequences=len(arrivals), unified=unified)
         texts = theirs["tokens"].tolist()
-        ours = record_together(Together(model), texts, arrivals, 100, 0)
+        ours = Together(model).record(texts, arrivals, 100, 0)
     agree(ours, theirs, record_property)
 
 

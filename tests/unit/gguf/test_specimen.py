@@ -100,7 +100,7 @@ def test_llama_cpp_loads_and_runs_it(tmp_path):
 def test_its_routers_use_all_experts_alike(tmp_path):
     """The worst case of paging: a token's experts say little about the next token's."""
     from dfqs_nb.llama import OpenSettings
-    from dfqs_nb.routing.recorded import open_recorded
+    from dfqs_nb.routing.recorder import open_recorded
 
     shape = specimen.Shape(n_layers=5, n_experts=16, n_tokens=512)
     path = specimen.write_specimen(tmp_path / "m.gguf", shape, progress=False)

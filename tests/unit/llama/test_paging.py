@@ -35,7 +35,7 @@ from dfqs_nb.llama.diagnosis import forecast
 from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.recorded import Schedule, open_recorded, record
+from dfqs_nb.routing.recorder import open_recorded, record
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, 40).tolist()
@@ -99,11 +99,11 @@ def test_exactly_the_chosen_experts_are_read_and_recording_goes_on(moe, monkeypa
     advised: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _file, at, n, _advice: advised.append((at, n)))
     with open_recorded(moe, settings("on"), trial=False) as model:
-        helped = record(model, TOKENS, Schedule(prefill=24))
+        helped = record(model, TOKENS, 24)
         advised.clear()
-        single = record(model, TOKENS[:1], Schedule(prefill=0))
+        single = record(model, TOKENS[:1], 0)
     with open_recorded(moe, settings("off"), trial=False) as model:
-        plain = record(model, TOKENS, Schedule(prefill=24))
+        plain = record(model, TOKENS, 24)
     assert np.array_equal(helped.experts, plain.experts) and np.array_equal(helped.margin, plain.margin)
     assert np.array_equal(helped.digest, plain.digest)
     expected = [places(moe, layer, single.experts[0, at]) for at, layer in enumerate(single.layers.tolist())]

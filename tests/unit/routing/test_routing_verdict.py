@@ -16,21 +16,9 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
 from dfqs_nb.routing.experiment import Condition, run_experiment
-from dfqs_nb.routing.plan import IDENTICAL
-from dfqs_nb.routing.recorded import Schedule
-from dfqs_nb.routing.recorder import RoutingError
-from dfqs_nb.routing.trace import Trace
-from dfqs_nb.routing.verdict import (
-    FIELDS,
-    advice,
-    compare,
-    compared,
-    deterministic,
-    differences,
-    judge,
-    overlaps,
-    sensitivities,
-)
+from dfqs_nb.routing.recorder import calls
+from dfqs_nb.routing.trace import COMPARED, RoutingError, Trace, compare, differences, overlaps
+from dfqs_nb.routing.verdict import advice, claims, judge, sensitivities
 from dfqs_nb.stats import at_most
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -71,8 +59,8 @@ A = trace(
 def test_order_of_experts_does_not_matter_and_sets_do():
     b = trace([[[1, 0], [2, 3]], [[0, 1], [2, 1]], [[0, 1], [0, 1]]], drift=0.25, output=(1, 3))
     change = compare(A, b)
-    assert tuple(change) == FIELDS
-    assert [change[name] for name in ("n_choices", "n_differ", "first_token", "first_layer")] == [6, 2, 1, 4]
+    assert tuple(change) == COMPARED
+    assert (change["n_choices"], change["n_differ"]) == (6, 2)
     assert overlaps(A, b).mean() == pytest.approx((4 + 0.5 + 0) / 6)
     assert change["margin_differ"] == pytest.approx(0.02) and change["same_output"] is False
     assert change["logits_equal"] == 0.0 and change["logit_drift"] == 0.25
@@ -134,68 +122,66 @@ FLIPPED = trace([[[0, 1], [2, 3]], [[0, 1], [2, 1]], [[0, 1], [2, 3]]], drift=0.
 
 def test_the_verdict_passes_on_equal_runs():
     verdict = judge(table_of(("again", "identical", "x", A, A), ("batch 7", "batch", "x", A, FLIPPED)))
-    assert verdict.passed and verdict.n_choices == 6 and verdict.n_differ == 0
-    assert verdict.upper_bound == pytest.approx(1 - 0.05 ** (1 / 6)) and verdict.text.startswith(
-        "PASS: 0 of 6"
-    )
+    assert verdict.passed and (verdict.facts["n_choices"], verdict.facts["n_differ"]) == (6, 0)
+    assert verdict.facts["upper_bound"] == pytest.approx(1 - 0.05 ** (1 / 6))
+    assert verdict.text.startswith("PASS: 0 of 6")
 
 
 def test_both_bounds_are_stated_and_repetitions_are_no_new_choices():
     """Of 2 repetitions of 6 choices: 0 of 6 choices (not of 12), and 0 of 2 runs."""
     verdict = judge(table_of(("again", "identical", "x", A, A), ("fresh", "identical", "x", A, A)))
-    assert verdict.n_choices == 12 and verdict.upper_bound == pytest.approx(1 - 0.05 ** (1 / 6))
-    assert verdict.runs_upper_bound == pytest.approx(1 - 0.05**0.5)
-    assert (
-        "in 0 of 2 repeated runs" in verdict.text
-        and "95 % upper bound: 77.6% of repeated runs" in verdict.text
-    )
+    assert verdict.facts["n_choices"] == 12
+    assert verdict.facts["upper_bound"] == pytest.approx(1 - 0.05 ** (1 / 6))
+    assert verdict.facts["runs_upper_bound"] == pytest.approx(1 - 0.05**0.5)
+    assert "in 0 of 2 repeated runs" in verdict.text
+    assert "95 % upper bound: 77.6% of repeated runs" in verdict.text
 
 
 def test_the_verdict_fails_on_one_flip_under_identical_conditions():
     verdict = judge(table_of(("again", "identical", "x", A, A), ("fresh", "identical", "x", A, FLIPPED)))
-    assert not verdict.passed and (verdict.n_differ, verdict.n_choices) == (1, 12)
-    assert verdict.text.startswith("FAIL: 1 of 12") and verdict.n_runs_differ == 1
-    assert 1 / 6 < verdict.upper_bound < 0.6 and 1 / 2 < verdict.runs_upper_bound < 1
+    it = verdict.facts
+    assert not verdict.passed and (it["n_differ"], it["n_choices"]) == (1, 12)
+    assert verdict.text.startswith("FAIL: 1 of 12") and it["n_runs_differ"] == 1
+    assert 1 / 6 < it["upper_bound"] < 0.6 and 1 / 2 < it["runs_upper_bound"] < 1
 
 
 def test_the_verdict_fails_when_a_repetition_did_not_run():
     table = table_of(("again", "identical", "x", A, A), ("fresh", "identical", "x", A, A))
     table.loc[1, "status"] = "failed: llama.cpp died"
-    assert not judge(table).passed and "did not run" in judge(table).text
-    assert deterministic(judge(table)) == ("not testable here", "1 of the repetitions did not run")
+    assert not judge(table).passed and "1 of the repetitions did not run" in judge(table).text
+    assert claims(judge(table), sensitivities(table), pd.Series()).loc[1, "status"] == "not testable here"
     assert not judge(table[table["kind"] == "none"]).passed
-
-
-def test_a_repetition_is_no_failure_where_the_budget_left_out_what_it_repeats():
-    planned = [
-        Condition("x", "reference", "", OpenSettings()),
-        Condition("x again", IDENTICAL, "x", OpenSettings()),
-        Condition("y again", IDENTICAL, "y", OpenSettings()),
-    ]
-    status = {"x": "done", "x again": "done", "y again": "done"}
-    traces = {"x": A, "x again": A, "y again": A}
-    cut = judge(compared(planned, traces, status | {"y": "left out: it does not fit"}, []))
-    broken = judge(compared(planned, traces, status | {"y": "failed: llama.cpp died"}, []))
-    assert cut.passed and not broken.passed
+    table.loc[1, "status"] = "left out: it does not fit into budget_minutes"
+    assert judge(table).passed
 
 
 def test_sensitivities_are_ranked_and_become_advice():
+    moved = dataclasses.replace(A, logits=FLIPPED.logits, digest=FLIPPED.digest)
     table = table_of(
-        ("1 thread", "threads", "x", A, A),
-        ("n_batch 7", "batch", "x", A, FLIPPED),
-        (
-            "all by decode",
-            "phase",
-            "x",
-            A,
-            dataclasses.replace(A, logits=FLIPPED.logits, digest=FLIPPED.digest),
-        ),
+        ("1 thread", "n_threads", "x", A, A),
+        ("n_batch 7", "n_batch and n_ubatch", "x", A, FLIPPED),
+        ("all by decode", "prefill length", "x", A, moved),
     )
     assert sensitivities(table)["condition"].tolist() == ["n_batch 7", "all by decode", "1 thread"]
     lines = advice(sensitivities(table))
-    assert lines[0].startswith('Fix n_batch and n_ubatch: "n_batch 7" changed 1 of 6 choices')
-    assert "no choice changed, but logits moved by up to 0.5" in lines[1]
-    assert lines[2].startswith("Free: n_threads and n_threads_batch.")
+    assert lines[0].startswith('Fix: n_batch and n_ubatch. "n_batch 7" changed 1 of 6 choices')
+    assert lines[1].startswith('Fix for equal logits: prefill length. "all by decode" changed 0 of 6 choices')
+    assert "logits by up to 0.5" in lines[1] and "the greedy answer stayed" in lines[1]
+    assert lines[2] == "Free: n_threads. Every logit was equal bit for bit."
+
+
+def test_statements_are_confirmed_or_contradicted_by_counts():
+    again = judge(table_of(("again", "identical", "x", A, A)))
+    ranked = sensitivities(table_of(("n_batch 7", "n_batch and n_ubatch", "x", A, FLIPPED)))
+    table = claims(again, ranked, pd.Series([1])).set_index("claim")
+    assert table["status"].tolist() == ["contradicted", "confirmed", "not testable here"]
+    assert (
+        table["evidence"].iloc[0].startswith("at least 83.33% of expert sets stay the same under each of 1")
+    )
+    assert "extreme begins at 8,192 tokens" in table["evidence"].iloc[2]
+    longer = ranked.assign(n_tokens=10_000, n_layers=2)
+    for at, status in ((np.arange(9_000, 9_100), "confirmed"), (np.arange(100), "contradicted")):
+        assert claims(again, longer, pd.Series(at)).loc[2, "status"] == status
 
 
 # ---- the experiment ----
@@ -267,31 +253,29 @@ def test_the_sound_model_does_not_look_like_the_planted_one(tmp_path, planted, m
 
 
 def test_traces_are_reused_only_under_the_same_conditions(tmp_path, monkeypatch):
-    only(monkeypatch, "prefill in two calls")
+    only(monkeypatch, "n_batch 7")
     first = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
     assert first.n_made == len(first.traces) == 2  # the condition, and its reference
     again = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
     assert (again.n_made, len(again.traces)) == (0, 2)
     pd.testing.assert_frame_equal(first.rows, again.rows)
-    (tmp_path / "prefill.npz").write_bytes(b"cut off")  # a killed run leaves no such file, but a disk may
+    (path,) = tmp_path.glob("prefill.*.npz")
+    path.write_bytes(b"cut off")  # a killed run leaves no such file, but a disk may
     assert run_experiment(NANO, tmp_path, n_tokens=60, n_output=2).n_made == 1
     assert run_experiment(NANO, tmp_path, n_tokens=61, n_output=2).n_made == 2
-    back = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)  # its files were written over
-    assert back.n_made == 2 and back.reference.n_tokens == 60
+    back = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
+    assert back.n_made == 0 and back.reference.n_tokens == 60
     assert run_experiment(NANO, tmp_path, n_tokens=60, n_output=2, fresh=True).n_made == 2
 
 
 def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch):
     settings = OpenSettings(n_ctx=256, n_threads=1)
-    bad = Condition(
-        "KV cache q8_0 without flash attention",
-        "cache",
-        "prefill",
-        dataclasses.replace(settings, type_k="q8_0", type_v="q8_0"),
-    )
+    refused = dataclasses.replace(settings, type_k="q8_0", type_v="q8_0")
+    bad = Condition("KV cache q8_0 without flash attention", "type_k and type_v", "prefill", refused)
     planned = [
         Condition("prefill", "reference", "", settings),
         bad,
+        Condition("2 threads, too", "n_threads", bad.name, refused),
         Condition("prefill, fresh process", "identical", "prefill", settings),
     ]
     monkeypatch.setattr(routing_experiment, "conditions", lambda *_args: planned)
@@ -299,35 +283,33 @@ def test_a_condition_that_llama_cpp_refuses_is_reported_and_the_rest_goes_on(tmp
     status = experiment.rows.set_index("condition")["status"]
     assert status["prefill, fresh process"] == "done"
     assert status[bad.name].startswith("failed: llama.cpp refuses it")
+    assert status["2 threads, too"] == f"not comparable: {bad.name!r} did not run"
     assert judge(experiment.rows).passed and len(experiment.sensitivities) == 0
 
 
 def test_another_quantization_is_compared_and_another_model_is_reported(tmp_path, monkeypatch):
-    assert list(routing_experiment.quantizations(NANO)) == ["dfqs-nano-q8_0"]
-    assert routing_experiment.quantizations(smollm2()) == {}
-    others = {**routing_experiment.quantizations(NANO), "stranger": smollm2()}
-    monkeypatch.setattr(routing_experiment, "quantizations", lambda *_: others)
-    only(monkeypatch, "weights: dfqs-nano-q8_0", "weights: stranger")
+    only(monkeypatch, "weights: dfqs-nano-q8_0", f"weights: {smollm2().stem}")
     experiment = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
-    table = experiment.rows.set_index("condition")
-    assert 10 < table.loc["weights: dfqs-nano-q8_0", "n_differ"] < 90
-    assert table.loc["weights: stranger", "status"].startswith("not comparable: ")
-    assert len(experiment.sensitivities) == 1
+    assert 10 < experiment.rows.set_index("condition").loc["weights: dfqs-nano-q8_0", "n_differ"] < 90
+    assert len(experiment.sensitivities) == 1 and experiment.across()["same_set"].between(0.4, 0.95).all()
+    stranger = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2, other=str(smollm2()))
+    status = stranger.rows.set_index("condition")["status"]
+    assert status[f"weights: {smollm2().stem}"].startswith("not comparable: ")
+    assert stranger.sensitivities.empty and stranger.across().empty
 
 
 def test_a_dense_model_is_judged_by_its_logits(tmp_path, monkeypatch):
     only(monkeypatch, REPEATS[0], REPEATS[1], "all by decode")
     experiment = run_experiment(smollm2(), tmp_path, n_tokens=48, n_output=2, n_threads=2)
     verdict = judge(experiment.rows)
-    assert verdict.passed and not verdict.routed and "dense model, nothing to route" in verdict.text
+    assert verdict.passed and not verdict.facts["routed"] and "dense model, nothing to route" in verdict.text
     assert experiment.claims()["status"].tolist() == ["not testable here", "confirmed", "not testable here"]
     assert experiment.rows.set_index("condition").loc["all by decode", "logits_equal"] < 1
-    assert "logits moved by up to" in experiment.advice[0]
+    assert "changed logits by up to" in experiment.advice[0] and experiment.profile is None
     written = experiment.write_tables(tmp_path)
-    assert all(path.exists() for path in written)
+    assert all(path.exists() for path in written) and "trace.csv.gz" not in {path.name for path in written}
 
 
-def test_schedules_cover_the_text_once():
-    for schedule in (Schedule(), Schedule(0), Schedule(5), Schedule(5, decode=False), Schedule(99)):
-        first, second = schedule.parts(20, 4)
-        assert [i for call in [*first, *second] for i in call] == list(range(20))
+@pytest.mark.parametrize("n_prefill", [None, 0, 5, 99])
+def test_calls_cover_the_text_once(n_prefill):
+    assert [i for call in calls(20, n_prefill, 4) for i in call] == list(range(20))

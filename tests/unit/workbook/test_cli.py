@@ -259,8 +259,8 @@ def test_plan_prints_the_command_and_other_machines_only_if_asked():
 def test_plan_reads_a_routing_profile(tmp_path):
     """Where memory lacks room for experts, a token reads less from the disk if few experts do the work."""
     reads = [0.25] * 7 + [0.25 / 9] * 9
-    layers = [{"layer": layer, "reads": reads} for layer in range(4)]
-    stored = {"format": 1, "model": {"name": "DFQS-Nano"}, "texts": 16, "tokens": 1280, "layers": layers}
+    own = {str(layer): reads for layer in range(4)}
+    stored = {"format": 2, "model": "DFQS-Nano", "texts": 16, "tokens": 1280, "reads": own}
     (tmp_path / "routing_profile.json").write_text(json.dumps(stored))
     tight = ("plan", FIRST, "--context", "1024", "--ram", "23500K", "--ram-gbs", "10", "--disk-gbs", "1")
     plain, profiled = dfqs(*tight), dfqs(*tight, "--profile", str(tmp_path / "routing_profile.json"))
