@@ -33,10 +33,8 @@ from dfqs_nb.routing.plan import IDENTICAL, LEFT_OUT, WEIGHTS, Condition, condit
 from dfqs_nb.routing.profile import Profile, profile_of
 from dfqs_nb.routing.trace import RoutingError, Trace, across, differences, load_trace
 
-PASSAGE = "prompts/routing_passage.txt"
 FORMAT = 6  # of a kept trace; a new number makes old ones be recorded again
 NOT_IN_NAMES = re.compile(r"[^\w.]+")
-CHILD = "dfqs_nb.routing.record_child"
 
 
 @dataclass
@@ -181,7 +179,7 @@ def run_experiment(
         other = "dfqs-nano-q8_0"
     others = {Path(other).stem: resolve(other)[0]} if other else {}
     planned = conditions(settings, n_tokens, threads, others, len(given))
-    passage = (data_dir() / PASSAGE).read_text(encoding="utf-8")
+    passage = (data_dir() / "prompts" / "routing_passage.txt").read_text(encoding="utf-8")
     shared: dict[str, Any] = {"passage": passage, "texts": [text.model_dump() for text in given]}
     shared |= {"n_tokens": n_tokens, "n_output": n_output}
     runs = _Runs(Path(path), Path(folder), planned, shared, 60 * budget_minutes, fresh)
@@ -214,7 +212,7 @@ class _Runs:
             self._files[model] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         processes = list(dict.fromkeys(each.process for each in self.planned))
         ordered = sorted(self.planned, key=lambda each: processes.index(each.process))
-        with child.Worker(CHILD) as worker:
+        with child.Worker("dfqs_nb.routing.record_child") as worker:
             plan, process = self._plan(worker, len(processes)), processes[0]
             tqdm.auto.tqdm.write(plan["sentence"])
             for each in display.tqdm(ordered, desc="routing"):

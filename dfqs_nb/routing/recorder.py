@@ -96,9 +96,8 @@ class Recorder(Watch):
         """Keep a digest of the logits of each token, float32 ``(n, n_vocab)``, and a sample of them."""
         import xxhash
 
-        ids = np.unique(np.linspace(0, rows.shape[1] - 1, LOGIT_SAMPLE).astype(np.int32))
+        ids = self._logit_ids = np.unique(np.linspace(0, rows.shape[1] - 1, LOGIT_SAMPLE).astype(np.int32))
         digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64)
-        self._logit_ids = ids
         for name, kept in (("digest", digests), ("logits", rows[:, ids])):
             self._columns.setdefault(name, []).append(kept)
 
