@@ -77,8 +77,8 @@ def test_hash_layers_are_counted_apart():
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (trace([[[0, 1], [2, 3]]] * 3, tokens=[0, 1, 9]), "different prompts .they differ at token 2"),
-        (trace([[[0, 1], [2, 3]]] * 2), "different prompts .3 and 2 tokens"),
+        (trace([[[0, 1], [2, 3]]] * 3, tokens=[0, 1, 9]), "different prompts"),
+        (trace([[[0, 1], [2, 3]]] * 2), "different prompts"),
         (trace([[[0], [2]]] * 3), "different routers"),
         (dataclasses.replace(A, layers=np.array([0, 1])), "different routers"),
     ],
@@ -237,7 +237,7 @@ def test_a_planted_fault_is_caught(planted):
     assert judge(planted.rows).passed
     assert np.nanmedian(planted.traces["prefill"].margin) < 1e-5
     assert planted.claims().set_index("claim").loc["routing stable", "status"] == "contradicted"
-    assert any(line.startswith("Fix n_batch and n_ubatch") for line in planted.advice)
+    assert any(line.startswith("Fix: n_batch and n_ubatch") for line in planted.advice)
     flips = planted.flips()
     assert len(flips) == table.loc[["n_batch 7", "all by decode"], "n_differ"].sum()
     assert flips["margin"].max() < 1e-4 and set(flips["layer"]) <= {1, 2, 3}

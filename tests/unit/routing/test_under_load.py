@@ -289,7 +289,7 @@ def test_a_changed_choice_names_its_loads_with_an_interval_over_texts():
     verdict = judge_loads(rows_of({"a": 0, "b": 3}), again())
     assert verdict.passed is False and verdict.text.startswith("Deterministic alone only")
     low, high = re.search(
-        r"3 of 3,200 choices .* 0.09%, .* texts ([\d.]+)% to ([\d.]+)%", verdict.text
+        r"3 of 3,200 choices .*0.09%, .* texts ([\d.]+)% to ([\d.]+)%", verdict.text
     ).groups()
     assert 0 <= float(low) < 0.09 < float(high) and "changes a choice: b." in verdict.text
 
