@@ -66,10 +66,10 @@ def first_loop(tokens: Sequence[int]) -> Loop | None:
 
 @dataclass(frozen=True)
 class LoopRun:
-    """Long answers.
+    """Long answers: ``items`` has a row an answer.
 
-    ``items`` has a row an answer: ``cache``, ``temperature``, ``number``, ``n_tokens``, ``ended`` (before the
-    token limit), and its first loop's ``start``, ``period`` and ``length``, NaN without a loop.
+    ``cache``, ``temperature``, ``number``, ``n_tokens``, ``ended`` (before the token limit), and its first
+    loop's ``start``, ``period`` and ``length``, NaN without a loop.
     """
 
     items: pd.DataFrame = field(repr=False)

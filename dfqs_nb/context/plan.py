@@ -12,8 +12,6 @@ from math import ceil, inf, nan
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dfqs_nb.context.boundary import octaves
 from dfqs_nb.context.haystacks import Haystacks, Probe, StandIn, probe_of
 from dfqs_nb.core.budget import duration, fit
@@ -26,13 +24,14 @@ from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.check import plan_memory
 from dfqs_nb.llama.model import MEMORY_SETTINGS, Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, own_context, threads_for
+from dfqs_nb.llama.timing import probe, random_tokens, seconds_of
 
 CURVE_SHARE = 0.6  # of the budget that the curve takes while notebook 05's other parts have a share
 ALONE_SHARE = 0.9  # that it takes at most; the rest is for tables, figures and files
 CHECK_TOKENS = 64  # of the text that the check of reuse reads, where only one text is asked about
 PROTOCOL = "fixed keys, fresh texts for each length"  # answers under another one are not comparable
 PROBE_SHARE, MOST_SECONDS = 1 / 15, 30.0  # that a chunk of the probe takes: of the budget, and in all
-CHUNKS, WARM_UP = (256, 32), 8  # tokens
+CHUNKS = (256, 32)  # tokens
 SPARE_TOKENS = 64  # of context, for the answer
 LEAST_CONTEXT = 1024  # tokens that a context has, however little the budget holds
 NO_LIMIT = 8192  # tokens, where a header states no limit
@@ -65,33 +64,23 @@ def measure_prefill(model: Model, deepest: int, budget_seconds: float = inf) -> 
     """
     from scipy.stats import theilslopes
 
-    tokens = np.random.default_rng(0).integers(0, model.n_vocab, min(deepest, model.settings.n_ctx)).tolist()
-
-    def timed(chunk: Sequence[int]) -> float:
-        started = time.perf_counter()
-        model.decode(chunk)
-        return (time.perf_counter() - started) / len(chunk)
-
-    limit = min(MOST_SECONDS, PROBE_SHARE * budget_seconds)
-    model.clear()
-    first = timed(tokens[:WARM_UP])  # it may read weights from the disk, which the next tokens find in memory
-    if WARM_UP * first <= limit:
-        first = min(first, timed(tokens[:WARM_UP]))
-    decode = min(timed(tokens[:1]) for _ in range(2))
-    model.clear()
-    size = next((n for n in CHUNKS if n * first <= limit), 0)
-    begun, depths, seconds = time.perf_counter(), [], [] if size else [first]
-    for start in range(0, len(tokens), size) if size else ():
+    pace, limit = probe(model), min(MOST_SECONDS, PROBE_SHARE * budget_seconds)
+    size = next((n for n in CHUNKS if n * pace.prefill <= limit), 0)
+    if not size:
+        return PrefillSpeed(pace.prefill, 0.0, pace.decode)
+    tokens, depths, seconds = random_tokens(model, min(deepest, model.settings.n_ctx)), [], []
+    begun = time.perf_counter()
+    for start in range(0, len(tokens), size):
         chunk = tokens[start : start + size]
-        seconds.append(timed(chunk))
+        seconds.append(seconds_of(model, [chunk]) / len(chunk))
         depths.append(start + len(chunk) / 2)
         if time.perf_counter() - begun > limit / 3:
             break
     model.clear()
     if len(depths) < 3:
-        return PrefillSpeed(min(seconds), 0.0, decode)
+        return PrefillSpeed(min(seconds), 0.0, pace.decode)
     slope, base, *_ = theilslopes(seconds, depths)
-    return PrefillSpeed(max(float(base), min(seconds) / 2), max(float(slope), 0.0), decode)
+    return PrefillSpeed(max(float(base), min(seconds) / 2), max(float(slope), 0.0), pace.decode)
 
 
 class Meter:

@@ -67,7 +67,7 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
     ax.set_yscale("log")
     ax.set_xticks(decode["depth"], [f"{depth:,}" for depth in decode["depth"]])
     ax.minorticks_off()
-    ax.yaxis.set_major_formatter(_speed)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     ax.set_ylim(decode["median"].min() / 3, decode["roof"].max() * 2)
     ax.set_xlabel("tokens in the context")
     ax.set_ylabel("tokens a second")
@@ -75,7 +75,3 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
     busy = " (the machine was busy)" if decode["contended"].any() else ""
     set_title(ax, f"Decode at depth {row['depth']:,} reaches {row['utilisation']:.1%} of the roof{busy}")
     return ax
-
-
-def _speed(value: float, _: float) -> str:
-    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
