@@ -220,7 +220,7 @@ def retrieval(curve: Mapping[str, Any]) -> pd.DataFrame:
         cells = {"task": row["task"], "context (tokens)": row["length"], "n": row["n"]}
         cells |= {"right answers": f"{row['accuracy']:.2f}"}
         cells |= {"95 % interval": f"{row['low']:.2f} to {row['high']:.2f}", "guess rate": f"{guess:.2f}"}
-        cells |= {"another key's, of all wrong answers": f"{another} of {wrong}"} if wrong else {}
+        cells |= {"another key's, of the task's wrong answers": f"{another} of {wrong}"} if wrong else {}
         shown.append(cells)
     return pd.DataFrame(shown).fillna("")
 

@@ -462,7 +462,7 @@ def test_each_guess_rate_is_named_and_each_task_has_its_own(made, run):
     curve = made["details"]["context_stability_curve"]
     table = text.retrieval(curve).set_index("task")
     assert set(table.loc["two hops", "guess rate"]) == {"0.17"}
-    assert set(table.loc["two hops", "another key's, of all wrong answers"]) == {"42 of 50"}
+    assert set(table.loc["two hops", "another key's, of the task's wrong answers"]) == {"42 of 50"}
     few = [row | {"another_key": 0} for row in curve["tasks"]]
     table = text.retrieval({**curve, "tasks": few}).set_index("task")
     assert set(table.loc["retrieve", "guess rate"]) == {"0.00"}
