@@ -120,7 +120,7 @@ def relation(header: GGUFHeader | None, run: Run) -> str:
         return "another"
     for key, value in published()["keys"].items():
         wanted = value if isinstance(value, list) else [value]
-        if header.counts(f"deepseek4.{key}")[: len(wanted)] != wanted:  # a next-token layer may follow
+        if header.counts(key)[: len(wanted)] != wanted:  # a next-token layer may follow
             return "another"
     most = next(iter(types_by_bytes(header.tensors)), "")
     is_alike = most == QUANTIZATION and abs(header.file_size - size) <= SIZE_MARGIN * size
