@@ -29,9 +29,6 @@ def fit(
 
     ``cuts``, in order: each holds upper limits of some numbers. ``cost``: the seconds that such numbers take.
     ``names``: of the numbers, for people.
-
-    >>> fit({"n": 8}, [{"n": 4}, {"n": 1}], lambda plan: plan["n"] * 10.0, 45, {"n": "texts"}).left_out
-    ('4 texts, not 8',)
     """
     values, names = dict(plan), names or {}
     for cut in ({}, *cuts):
@@ -47,11 +44,7 @@ def fit(
 
 
 def counted(n: int, name: str) -> str:
-    """A number and its noun, singular for 1.
-
-    >>> counted(1, "timed repetitions"), counted(4, "texts a length")
-    ('1 timed repetition', '4 texts a length')
-    """
+    """A number and its noun, singular for 1."""
     if n == 1:
         name = re.sub(r"(?<=[a-z])s\b", "", name, count=1)
     return f"{n:,} {name}"

@@ -57,11 +57,7 @@ def _reported(place: str) -> Any:
 
 
 def size(n_bytes: float) -> str:
-    """A number of bytes as people read it, in decimal units.
-
-    >>> size(61_540_805_344), size(999), size(5_800_000)
-    ('61.5 GB', '999 B', '5.8 MB')
-    """
+    """A number of bytes as people read it, in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(n_bytes) < 999.5:
             return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
@@ -70,11 +66,7 @@ def size(n_bytes: float) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as people read it: counts with thousands, floats to four digits.
-
-    >>> cell(0.8645833333333334), cell(61540805344), cell(True), cell(None)
-    ('0.8646', '61,540,805,344', 'yes', 'not stated')
-    """
+    """A value as people read it: counts with thousands, floats to four digits."""
     if value is None or value != value:
         return "not stated"
     if isinstance(value, bool):
@@ -85,11 +77,7 @@ def cell(value: Any) -> str:
 
 
 def plain(text: object) -> str:
-    r"""Text from a file, a model or a server, without the control characters that steer a terminal.
-
-    >>> plain("a\x1b[31mred\x07")
-    'a�[31mred�'
-    """
+    """Text from a file, a model or a server, without the control characters that steer a terminal."""
     steering = ("Cc", "Cf", "Cs")
     return "".join(
         "\ufffd" if unicodedata.category(character) in steering and character not in "\n\t" else character
@@ -98,20 +86,12 @@ def plain(text: object) -> str:
 
 
 def quoted(path: str | Path) -> str:
-    """A path as a word of a shell command that can be pasted.
-
-    >>> quoted("my model.gguf")
-    "'my model.gguf'"
-    """
+    """A path as a word of a shell command that can be pasted."""
     return plain(shlex.quote(str(path)))
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """``did you mean ...? `` for a name close to a known one, else an empty text.
-
-    >>> did_you_mean("max_token", ["max_tokens", "n_ctx"]), did_you_mean("zzz", ["n_ctx"])
-    ('did you mean max_tokens? ', '')
-    """
+    """``did you mean ...? `` for a name close to a known one, else an empty text."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"did you mean {close[0]}? " if close else ""
 
@@ -152,14 +132,7 @@ def _escaped(text: str, at: int = 0) -> str:
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    r"""A frame as a Markdown table with escaped cells; numbers are aligned to the right.
-
-    >>> import pandas as pd
-    >>> print(markdown_table(pd.DataFrame({"name": ["a|<b>"], "n": [1]})))
-    | name | n |
-    |---|---:|
-    | a\|&lt;b> | 1 |
-    """
+    """A frame as a Markdown table with escaped cells; numbers are aligned to the right."""
     numeric = [table[column].dtype.kind in "iuf" for column in table.columns]
     rows = [list(map(str, table.columns)), *(list(row) for row in table.to_numpy(object))]
     lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
@@ -167,11 +140,7 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 
 def entries(text: str) -> dict[str, str]:
-    """A table that is written as ``name: value | name: value``.
-
-    >>> entries("a: one | b: two")
-    {'a': 'one', 'b': 'two'}
-    """
+    """A table that is written as ``name: value | name: value``."""
     return dict(entry.strip().split(": ", 1) for entry in text.split("|"))
 
 

@@ -11,9 +11,6 @@ def lazy(package: str, **homes: str) -> Callable[[str], Any]:
     """A package's ``__getattr__`` (PEP 562) that imports names on first use, as matplotlib takes a second.
 
     ``homes``: for each name, the submodule that it is in; a submodule is its own home.
-
-    >>> lazy("dfqs_nb.core", size="display")("size")(5_800_000)
-    '5.8 MB'
     """
 
     def find(name: str) -> Any:

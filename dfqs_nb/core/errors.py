@@ -8,11 +8,7 @@ LONGEST = 3_000  # characters of what, where or hint
 
 
 class DfqsError(Exception):
-    """A failure that a user can act on: what is wrong, where (a file or URL), and the next step.
-
-    >>> str(HeaderError("not a GGUF file", where="model.gguf", hint="download it again"))
-    'model.gguf: not a GGUF file; download it again'
-    """
+    """A failure that a user can act on: what is wrong, where (a file or URL), and the next step."""
 
     def __init__(self, what: str, *, where: str | Path | None = None, hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint

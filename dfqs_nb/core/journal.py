@@ -22,11 +22,7 @@ def conditions_hash(conditions: Mapping[str, Any]) -> str:
 def differing_fields(
     a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two nested conditions differ, without `TIME_ONLY`, with both values.
-
-    >>> differing_fields({"n_ctx": 1, "sampling": {"seed": 1}}, {"n_ctx": 1, "sampling": {"seed": 2}})
-    {'sampling.seed': (1, 2)}
-    """
+    """The fields in which two nested conditions differ, without `TIME_ONLY`, with both values."""
     differing: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*a, *b} - TIME_ONLY):
         mine, theirs = a.get(key, "absent"), b.get(key, "absent")

@@ -108,22 +108,17 @@ def describe() -> dict[str, str | int]:
     """Versions and hardware, for the top of a notebook and the conditions of a measurement."""
     from importlib.metadata import version
 
-    memory = available_memory()
+    memory, text = available_memory(), CPUINFO.read_text(errors="replace") if CPUINFO.exists() else ""
+    # on Linux neither psutil nor Python knows the processor's name
+    name = re.search(r"^model name\s*: *(.*\S)", text, re.MULTILINE)
     return {
         "Python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _cpu_name(),
+        "processor": name[1] if name else platform.processor() or "not stated",
         "usable cores": usable_cores(),
         "memory (GiB)": f"{memory.total_bytes / 2**30:.1f}, {memory.available_bytes / 2**30:.1f} free",
     }
-
-
-def _cpu_name() -> str:
-    """The processor's name; on Linux neither psutil nor Python knows it."""
-    text = CPUINFO.read_text(errors="replace") if CPUINFO.exists() else ""
-    name = re.search(r"^model name\s*: *(.*\S)", text, re.MULTILINE)
-    return name[1] if name else platform.processor() or "not stated"
 
 
 # ---- control groups, versions 2 and 1: no library reads them ----

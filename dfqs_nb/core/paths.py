@@ -41,11 +41,7 @@ def run_dir(run: str) -> Path:
 
 
 def tilde(path: str | Path) -> str:
-    """A path for people: relative to this checkout, the current folder or the home folder, if it is inside.
-
-    >>> tilde(REPOSITORY / "data")
-    'data'
-    """
+    """A path for people: relative to this checkout, the current or the home folder, if it is inside."""
     path = Path(path)
     for base, prefix in ((REPOSITORY, ""), (Path.cwd(), ""), (Path.home(), "~/")):
         if path.is_relative_to(base) and base != Path("/"):

@@ -34,11 +34,7 @@ class PromptSet(BaseModel):
 
 
 def load_prompts(name: str, kind: type[AnySet]) -> AnySet:
-    """A frozen set by its name; ``kind``: `PromptSet`, or a class derived from it that names the fields.
-
-    >>> load_prompts("long-context-nano", PromptSet).licence
-    'MIT'
-    """
+    """A frozen set by its name; ``kind``: `PromptSet`, or a class derived from it that names the fields."""
     folder = data_dir() / "prompts"
     path = folder / f"{name.replace('-', '_')}.json"
     try:

@@ -27,9 +27,8 @@ REDRAW_SECONDS = 1.0
 class Live:
     """One line that follows a notebook's execution; in a log file, a line every ten seconds of a long cell.
 
-    ``target`` receives the executed notebook. If an earlier run left it there under the same ``conditions``,
-    the times of its cells tell how long this run takes. ``budget_minutes`` 0: it has no budget. ``stream``
-    None: nobody watches.
+    If an earlier run left the notebook at ``target`` under the same ``conditions``, the times of its cells
+    tell how long this run takes. ``budget_minutes`` 0: it has no budget. ``stream`` None: nobody watches.
     """
 
     def __init__(

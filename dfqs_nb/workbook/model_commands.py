@@ -25,11 +25,7 @@ TOP = 20  # likeliest tokens that a record keeps at each position
 
 
 def numbers(text: str, kind: Any = int) -> list[Any]:
-    """Numbers with commas between them, of an option.
-
-    >>> numbers("1,2"), numbers("0,0.5", float)
-    ([1, 2], [0.0, 0.5])
-    """
+    """Numbers with commas between them, of an option."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from dfqs_nb.core.budget import counted
 from dfqs_nb.core.display import did_you_mean, markdown, plain, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import there_is, write_text
@@ -96,11 +97,7 @@ def parameter_types(notebooks: Iterable[Path]) -> dict[str, str]:
 
 
 def parse_parameters(texts: Mapping[str, str], types: Mapping[str, str]) -> dict[str, Any]:
-    """Parameters from a command line or a table, as values of the types that the notebooks declare.
-
-    >>> parse_parameters({"n_ctx": "4096", "fresh": "true"}, {"n_ctx": "int", "fresh": "bool"})
-    {'n_ctx': 4096, 'fresh': True}
-    """
+    """Parameters from a command line or a table, as values of the types that the notebooks declare."""
     from pydantic import TypeAdapter, ValidationError
 
     check_parameters(texts, types)
@@ -115,11 +112,7 @@ def parse_parameters(texts: Mapping[str, str], types: Mapping[str, str]) -> dict
 
 
 def default_run_name(model: str | None) -> str:
-    """The run's folder name when none is given: one folder for a model.
-
-    >>> default_run_name(None), default_run_name("/models/Qwen3-Q8_0-00001-of-00002.gguf")
-    ('nano', 'Qwen3-Q8_0')
-    """
+    """The run's folder name when none is given: one folder for a model."""
     if not model:
         return "nano"
     stem = model.rstrip("/").rsplit("/", 1)[-1]
@@ -139,17 +132,11 @@ def run_workbook(
 ) -> WorkbookRun:
     """Execute notebooks (by default all) in order into ``outputs/<run>/``, and write ``summary.md`` there.
 
-    Each notebook gets the parameters that it declares. `DfqsError`: none declares a parameter, or a cell
-    fails; what earlier notebooks wrote stays.
+    Each notebook gets the parameters that it declares; ``run`` is its ``run_name``. ``tier`` sets those that
+    are not given. ``budget_minutes`` (also as a parameter) is of the whole run, divided among the notebooks
+    that obey a budget. ``watch`` shows what goes on; ``tell`` gets the plan and what is done.
 
-    Args:
-        run: the folder's name, for notebooks ``run_name``, because IPython takes ``run`` for its magic.
-        fresh: do again what an earlier run left (handed on as ``fresh``).
-        watch: where to show which cell runs, for how long, and what its processes do.
-        tier: sets the parameters that are not given (`tiers`); by default the model's.
-        budget_minutes: of the whole run, divided among the notebooks that obey a budget. The parameter of
-            that name means the same.
-        tell: gets the plan, and a line before and after each notebook.
+    `DfqsError`: no notebook declares a parameter, or a cell fails; what earlier notebooks wrote stays.
     """
     paths = list(notebooks) if notebooks is not None else find_notebooks()
     declared = [declared_parameters(path) for path in paths]
@@ -160,7 +147,8 @@ def run_workbook(
         raise DfqsError(f"the budget is {budget_minutes:g} minutes", hint="give a run 1 minute or more")
     tier = tier or tiers.tier_of(given.get("model"), run)
     settings = {name: value for name, value in tiers.settings_of(tier).items() if name not in given}
-    tell(f"run {run}: {tier} tier, {len(paths)} notebooks, at most about {budget_minutes:g} minutes")
+    n_notebooks = counted(len(paths), "notebooks")
+    tell(f"run {run}: {tier} tier, {n_notebooks}, at most about {budget_minutes:g} minutes")
     if settings:
         tell("  " + ", ".join(f"{name}={value}" for name, value in settings.items()))
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}

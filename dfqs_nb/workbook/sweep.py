@@ -106,10 +106,8 @@ def sweep(
     """Run every row of a table (`read_rows`) that is not done yet, rank the reports, and return the rows.
 
     The frame has ``line``, ``run``, ``model``, ``status`` (``done``, ``failed``, ``not run``), ``reason``,
-    ``host``, ``seconds`` and ``now`` (this sweep ran it). The next sweep tries failed rows again.
-
-    ``jobs`` rows run at once; 0: one here, all workers of a cluster. ``scheduler`` is the address of a Dask
-    scheduler whose workers see the same files under the same paths. ``tell`` gets a line for each row.
+    ``host``, ``seconds`` and ``now`` (this sweep ran it). ``jobs`` rows run at once; 0: one here, all workers
+    of a cluster. The workers of ``scheduler`` (Dask) must see the same files under the same paths.
     """
     import pandas as pd
 

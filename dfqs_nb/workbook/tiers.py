@@ -63,12 +63,7 @@ def ladder_source(run: str) -> str:
 
 
 def budget_of(notebook: str, left_minutes: float, to_come: Iterable[str]) -> float:
-    """Minutes for one notebook: its share of what is left, among those that still come (itself included).
-
-    >>> names = ["05_measure_long_context", "08_climb_the_quantization_ladder"]
-    >>> round(budget_of("05_measure_long_context", 47, names))
-    32
-    """
+    """Minutes for one notebook: its share of what is left, among those that still come (itself included)."""
     total = sum(map(share_of, to_come))
     return max(0.5, left_minutes * share_of(notebook) / total) if total else left_minutes
 

@@ -172,6 +172,17 @@ def test_a_value_of_another_type_is_refused(text, type_name):
         workbook.parse_parameters({"n": text}, {"n": type_name})
 
 
+def test_values_have_the_types_that_a_notebook_declares():
+    texts = {"n_ctx": "4096", "fresh": "true", "model": "1"}
+    types = {"n_ctx": "int", "fresh": "bool", "model": "str"}
+    assert workbook.parse_parameters(texts, types) == {"n_ctx": 4096, "fresh": True, "model": "1"}
+
+
+def test_a_run_is_named_after_its_model():
+    named = workbook.default_run_name
+    assert (named(None), named("/models/Qwen3-Q8_0-00001-of-00002.gguf")) == ("nano", "Qwen3-Q8_0")
+
+
 def test_summary_order_is_that_of_the_stages_and_other_json_is_left_out(tmp_path):
     for stage in ("generate", "merge", "header"):
         (tmp_path / f"{stage}.json").write_text(json.dumps({"stage": stage, "summary": [stage]}))
@@ -201,7 +212,7 @@ def test_the_parameter_budget_minutes_is_the_budget_of_the_whole_run(outputs, tm
     paths = [write_notebook(tmp_path / "nb" / name, "print('has', budget_minutes)", parameters=parameters)]
     monkeypatch.setattr(workbook, "find_notebooks", lambda names=(): paths)
     assert cli.main(["run", "--run", "mine", "-p", "budget_minutes=5"]) == 0
-    assert "run mine: nano tier, 1 notebooks, at most about 5 minutes" in capsys.readouterr().out
+    assert "run mine: nano tier, 1 notebook, at most about 5 minutes" in capsys.readouterr().out
     assert "has 5.0" in texts(outputs / "mine" / name)
     for none in (["-p", "budget_minutes=0"], ["--budget-minutes", "0"], ["-p", "budget_minutes=nan"]):
         assert cli.main(["run", *none]) == 1
