@@ -178,18 +178,14 @@ def run_workbook(
 
 
 def _summed_up(folder: Path, done: list[NotebookRun]) -> WorkbookRun:
-    """Write the report, if there is one, again with what later notebooks found. It seals the summary."""
+    """Write the summary, and again the report, if there is one: it shows later notebooks and seals all."""
     from dfqs_nb import report
 
-    verdict = ""
-    if has_report := (folder / "report.json").is_file():
-        own = report.read_report(folder)
-        report.write_report(folder, own)
-        verdict = str(report.verdict(own))
-    result = WorkbookRun(folder, done, read_summary(folder), verdict)
+    own = report.read_report(folder) if (folder / "report.json").is_file() else None
+    result = WorkbookRun(folder, done, read_summary(folder), str(report.verdict(own)) if own else "")
     write_text(folder / "summary.md", summary_markdown(result))
-    if has_report:
-        report.write_report(folder)
+    if own:
+        report.write_report(folder, own)
     return result
 
 
