@@ -1,7 +1,7 @@
 """Maintain the notebooks: stamp the public address into them, and store their outputs.
 
-python tools/notebooks.py stamp [--check]        badges, set-up cells and README, from pyproject.toml
-python tools/notebooks.py refresh [NOTEBOOK...]   execute in place and store small, clean outputs
+python tools/store_notebooks.py stamp [--check]        badges, set-up cells and README, from pyproject.toml
+python tools/store_notebooks.py refresh [NOTEBOOK...]   execute in place and store small, clean outputs
 """
 
 from __future__ import annotations
