@@ -44,7 +44,8 @@ def inspect(
     """
     sound = []
     for path in paths:
-        with remote.headers_of(path) if models.is_address(path) else nullcontext() as copy:
+        headers: Any = remote.headers_of(path) if models.is_address(path) else nullcontext()
+        with headers as copy:
             local = copy.path if copy else Path(path)
             diagnosis = merging.diagnose(local, allow_holes=copy is not None)
             rows = _header_rows(local) if diagnosis.sound else diagnosis.evidence
