@@ -42,24 +42,26 @@ def inspect(
 
     Examples: `dfqs-nb inspect model.gguf`, `dfqs-nb inspect hf://owner/repo/model.gguf`
     """
-    sound = []
-    for path in paths:
-        headers: Any = remote.headers_of(path) if models.is_address(path) else nullcontext()
-        with headers as copy:
-            local = copy.path if copy else Path(path)
-            diagnosis = merging.diagnose(local, allow_holes=copy is not None)
-            rows = _header_rows(local) if diagnosis.sound else diagnosis.evidence
-            if copy:
-                rows["read over the network"] = f"{copy.fetched_bytes:,} bytes of headers"
-            if (diagnosis.sound or diagnosis.kind == "raw concatenation") and not quick:
-                rows |= _outlook(local)
-        say(f"{remote.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
+    sound = [_inspect(path, quick) for path in paths]
+    raise typer.Exit(int(not all(sound)))
+
+
+def _inspect(path: str, quick: bool) -> bool:
+    is_far = models.ADDRESS.match(path) is not None
+    files: Any = remote.headers_of(path) if is_far else nullcontext((Path(path), {}, 0))
+    with files as (local, _, fetched):
+        diagnosis = merging.diagnose(local, allow_holes=is_far)
+        rows = _header_rows(local) if diagnosis.sound else diagnosis.evidence
+        if is_far:
+            rows["read over the network"] = f"{fetched:,} bytes of headers"
+        if (diagnosis.sound or diagnosis.kind == "raw concatenation") and not quick:
+            rows |= _outlook(local)
+        say(f"{models.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
         if step := diagnosis.next_step:
-            say(f"  -> {f'after the download: {step}'.replace(f'{local.parent}/', '') if copy else step}")
+            say(f"  -> {f'after the download: {step}'.replace(f'{local.parent}/', '') if is_far else step}")
         for what, value in rows.items():
             say(f"  {what + ':':<28}{format(value, ',') if type(value) is int else value}")
-        sound.append(diagnosis.sound)
-    raise typer.Exit(int(not all(sound)))
+        return diagnosis.mergeable
 
 
 def _outlook(path: Path) -> dict[str, Any]:
