@@ -169,7 +169,7 @@ def run_workbook(
             done.append(NotebookRun(target, left_out=str(error)))
         else:
             conditions = {**chosen, "budget_minutes": budget_minutes}
-            conditions["model"] = given.get("model") or tiers.model_of(run)
+            conditions["model"] = given.get("model") or ("model" not in names and tiers.model_of(run))
             live = Live(target, chosen.get("budget_minutes", 0.0), conditions, watch)
             done.append(_executed(path, target, chosen, live))
         ended = done[-1]
