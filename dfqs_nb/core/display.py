@@ -149,7 +149,8 @@ _LABELS = """
 n_ctx: context (tokens) | length: context (tokens) | longest: longest context (tokens) |
 depth: depth (tokens) | nbytes: bytes | expected_nbytes: bytes by its header | low: 95 % from |
 high: 95 % to | median: median (tokens/s) | min: lowest | max: highest | roof: roof (tokens/s) |
-other_cores: cores busy elsewhere | kld: KL divergence (nats) | kld_tail: 99 % of tokens under |
+other_cores: cores busy elsewhere | kld: KL divergence (nats) | kld_low: KL from | kld_high: KL to |
+kld_tail: 99 % of tokens under |
 boundary: boundary (tokens) | decode: decode (tokens/s) | bits_per_weight: bits a weight |
 expert_bits: bits a weight of experts | bits_a: bits a weight of a | bits_b: bits a weight of b |
 drift: log-probabilities move by (nats) | logit_drift: logits move by at most | llama_cpp: llama.cpp |
@@ -165,7 +166,7 @@ def label(name: object) -> str:
     ('KL divergence (nats)', 'missing', 'perplexity from', 'IQ1_S-XL')
     """
     text = str(name)
-    if text in LABELS or not re.fullmatch(r"[a-z]+(_[a-z]+)+", text):
+    if text in LABELS or not re.fullmatch(r"[a-z]+(_[a-z][a-z0-9]*)+", text):
         return LABELS.get(text, text)
     text = re.sub("_high$", " to", re.sub("_low$", " from", text.removeprefix("n_")))
     return text.replace("_", " ")
@@ -176,14 +177,14 @@ MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
 
 
 def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
-    """Facts as a one-column table; whole numbers get thousands separators, long texts are cut."""
+    """Facts as a one-column table, with names by `label`; whole numbers get thousands separators, long texts are cut."""
     import pandas as pd
 
     def shown(value: Any) -> str:
         text = f"{value:,}" if type(value) is int else plain(value)
         return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
-    return pd.DataFrame({name: {key: shown(value) for key, value in values.items()}})
+    return pd.DataFrame({name: {label(key): shown(value) for key, value in values.items()}})
 
 
 def say(*lines: object) -> None:
