@@ -149,10 +149,7 @@ class Checks:
             raise
         except EndpointError:
             return PASS, f"{lists}refuses another name"
-        trap = (
-            "answers to any name, so a wrong one goes unnoticed unless the list is read first (connect does)"
-        )
-        return NOTE, lists + trap
+        return NOTE, f"{lists}answers to any name, so read the list first (`connect` does)"
 
     def context_length(self) -> Finding:
         """Fill the context that the server reports, then exceed it: it must refuse."""
@@ -243,8 +240,9 @@ def check_all(
         checks = Checks(connected[name], model, running.get(name), most, longest_tried)
         return [checks.run(check) | {"server": name} for check in CHECKS]
 
-    made = sum(side_by_side(rows, connected, usable_cores() // n_threads), [])
-    return pd.DataFrame(made)[["check", "server", "verdict", "finding"]]
+    of_servers = side_by_side(rows, connected, usable_cores() // n_threads)
+    by_check = [row for of_check in zip(*of_servers, strict=True) for row in of_check]
+    return pd.DataFrame(by_check)[["check", "server", "verdict", "finding"]]
 
 
 def shut_down(running: Mapping[str, LocalServer]) -> pd.DataFrame:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"  # nothing listens beyond this machine
 PROMPT = "What is the capital of France?"
 DEFAULT_KEY_VARIABLE = "DFQS_API_KEY"
-MOST_N_CTX, LEAST_N_CTX = 32_768, 4_096  # tokens, unless told otherwise
+MOST_N_CTX = 32_768  # tokens, unless told otherwise
 UNKNOWN_N_CTX = 8_192  # tokens, for a model whose header is not here
 BUILD = "b11063"  # the newest llama.cpp build seen to load `deepseek4` from a prebuilt library
 WEIGHTS_FROM = "deepseek-ai/DeepSeek-V4-Flash"
@@ -282,35 +282,23 @@ def _settings(
 ) -> dict[str, Any]:
     """What was asked for, else what suits machine and model; ``flags`` place it for llama.cpp's programs.
 
-    The context is the largest power of two whose cache takes at most half of what the weights leave of the
-    memory. ``gpu_ratio``: the share of the layers that are whole on the GPU.
+    ``gpu_ratio``: the share of the layers that are whole on the GPU.
     """
-    header, layers, n_threads = source.header, n_gpu_layers or 0, usable_cores()
-    trained, n_layers = (
-        int(header.arch(key, 0)) if header else 0 for key in ("context_length", "block_count")
-    )
-    least, most = max(target.least_n_ctx, 1), trained or 2**31 - 256
+    header, layers, n_threads, n_layers = source.header, n_gpu_layers or 0, usable_cores(), 0
+    flags: tuple[str, ...] = ("-ngl", str(layers))
+    least, most, held = max(target.least_n_ctx, 1), 2**31 - 256, UNKNOWN_N_CTX
+    if header:
+        n_threads, n_layers = threads_for(header.path), int(header.arch("block_count", 0))
+        shape, here = placement.Model(header), (available_memory().available_bytes, gpu_memories())
+        held = min(MOST_N_CTX, max(256, placement.largest_context(shape, *here)))
+        most = shape.n_context or most
     if not least <= (n_ctx or least) <= most:
         what = f"a context of {n_ctx or least:,} tokens is not between {least:,} and {most:,}"
         raise DfqsError(what, hint="leave it out, or take another target")
-    flags: tuple[str, ...] = ("-ngl", str(layers))
-    if header is None:
-        n_ctx = n_ctx or max(least, min(UNKNOWN_N_CTX, most))
-    else:
-        n_threads, free = (
-            threads_for(Path(source.folder, source.files[0])),
-            available_memory().available_bytes,
-        )
-        if n_ctx is None:
-            room = free - source.nbytes if source.nbytes < free else free // 4
-            n_ctx = min(MOST_N_CTX, most)
-            while n_ctx > LEAST_N_CTX and estimate(header, n_ctx).kv.total > room // 2:
-                n_ctx //= 2
-            n_ctx = max(least, n_ctx)
-        if n_gpu_layers is None:
-            shape, here = placement.Model(header), (free, gpu_memories())
-            layers = placement.place(shape, n_ctx, *here, whole=True).n_gpu_layers
-            flags = placement.place(shape, n_ctx, *here).flags
+    n_ctx = n_ctx or max(least, min(held, most))
+    if header and n_gpu_layers is None:
+        layers = placement.place(shape, n_ctx, *here, whole=True).n_gpu_layers
+        flags = placement.place(shape, n_ctx, *here).flags
     ratio = round(min(1.0, layers / (n_layers + 1)), 2)
     settings = {"n_ctx": n_ctx, "n_threads": n_threads, "n_gpu_layers": layers}
     return settings | {"gpu_ratio": ratio, "flags": flags}

@@ -350,15 +350,13 @@ def unstored(monkeypatch):
 
 
 def test_context_follows_the_machines_memory(real_size, unstored, tmp_path, monkeypatch):
-    n_ctx = {}
-    for gigabytes in (128, 62, 2):
-        memory = Memory(gigabytes << 30, gigabytes << 30, "test")
-        monkeypatch.setattr(deploy, "available_memory", lambda memory=memory: memory)
-        n_ctx[gigabytes] = write_recipe("llama-cpp-brew", real_size, tmp_path / str(gigabytes)).settings[
-            "n_ctx"
-        ]
-    assert n_ctx[128] == deploy.MOST_N_CTX and n_ctx[128] >= n_ctx[62] >= n_ctx[2] >= deploy.LEAST_N_CTX
-    assert n_ctx[2] < n_ctx[128], "a small machine gets a shorter context"
+    n_ctx = []
+    for n_bytes in (128 << 30, 62 << 30, 1 << 29, 1 << 20):
+        monkeypatch.setattr(deploy, "available_memory", lambda free=n_bytes: Memory(free, free, "test"))
+        recipe = write_recipe("llama-cpp-brew", real_size, tmp_path / str(n_bytes))
+        n_ctx.append(recipe.settings["n_ctx"])
+    assert n_ctx[:2] == [deploy.MOST_N_CTX] * 2 and n_ctx[3] == 256
+    assert n_ctx[2] < n_ctx[1], "a small machine gets a shorter context"
 
 
 def test_gpu_layers_follow_the_gpus_memory(real_size, unstored, tmp_path, monkeypatch):
