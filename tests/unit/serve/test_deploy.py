@@ -351,7 +351,7 @@ def unstored(monkeypatch):
 
 def test_context_follows_the_machines_memory(real_size, unstored, tmp_path, monkeypatch):
     n_ctx = []
-    for n_bytes in (128 << 30, 62 << 30, 1 << 29, 1 << 20):
+    for n_bytes in (128 << 30, 62 << 30, 1 << 27, 1 << 20):
         monkeypatch.setattr(deploy, "available_memory", lambda free=n_bytes: Memory(free, free, "test"))
         recipe = write_recipe("llama-cpp-brew", real_size, tmp_path / str(n_bytes))
         n_ctx.append(recipe.settings["n_ctx"])
