@@ -23,11 +23,8 @@ from dfqs_nb.serve.wire import ADDRESS_HINT, EndpointError, Wire, broken, shown_
 Kind = TypeVar("Kind")
 NAN = float("nan")
 TIMEOUT_SECONDS = 600.0  # between two pieces of an answer, the first one included
-LISTING_SECONDS = 20.0  # for the whole list of models
 RETRIES = 4
 TOKENS_PER_TIMEOUT = 60  # an answer may take a timeout more for as many tokens: 10 s a token by default
-ANSWER_BYTES, BYTES_PER_TOKEN = 1 << 20, 4096  # events of a stream repeat the model's name with each token
-BYTES_PER_GUESS = 400  # of JSON, for a token among the likeliest
 
 # What a server would add by itself, switched off: llama-cpp-python's server penalises repetition by 1.1
 # unless told otherwise, llama.cpp's reuses the last prompt's cache, which can change the text
@@ -120,7 +117,7 @@ class Endpoint(Wire):
     ) -> Reply:
         """One answer to ``messages`` or a ``prompt``, retried after 429, 5xx or a lost or broken answer.
 
-        ``options`` are further fields of the request. The class of an `EndpointError` says what failed.
+        ``options`` are further fields of the request. Raises an `EndpointError`.
         """
         request = {"model": self.model, **prompt, "max_tokens": max_tokens}
         request |= {"temperature": sampling.temperature, "seed": sampling.seed}
@@ -128,13 +125,12 @@ class Endpoint(Wire):
         request |= {"stop": list(stop)} if stop else {}
         request |= {**self.options, **options}
         seconds = self.timeout_seconds * (2 + max_tokens / TOKENS_PER_TIMEOUT)
-        limits = (seconds, ANSWER_BYTES + BYTES_PER_TOKEN * max_tokens)
 
         def reply(broke: bool) -> Reply:
             # after a broken stream whole: some servers say only then what is wrong
             return self._reply(request, self.stream and not broke)
 
-        return self.persist(reply, retries=self.retries, limits=limits)
+        return self.persist(reply, retries=self.retries, seconds=seconds)
 
     def _reply(self, request: Mapping[str, Any], stream: bool) -> Reply:
         """The pieces of an answer (one, where it comes whole), put together."""
@@ -194,8 +190,8 @@ def connect(
 
     An `EndpointError` says whether the address, the key, the model or a busy server is the cause.
     """
-    wire, retries = _wire(base_url, key, key_variable), options.get("retries", RETRIES)
-    wire = replace(wire, timeout_seconds=min(timeout_seconds, LISTING_SECONDS))
+    wire = replace(_wire(base_url, key, key_variable), timeout_seconds=timeout_seconds)
+    retries = options.get("retries", RETRIES)
     page = wire.persist(lambda broke: wire.page(f"{wire.url}/models"), retries=retries)
     if not isinstance(page, dict) or "data" not in page:
         what = "something answers there, but it does not list models"
@@ -316,8 +312,8 @@ def continuation(
     else:
         body |= {"prompt": asked, "logprobs": top_k}
     url, body = f"{root}/{'chat/' if chat else ''}completions", {**body, **endpoint.options}
-    limits = (endpoint.timeout_seconds, ANSWER_BYTES + BYTES_PER_GUESS * n_tokens * (top_k + 1))
-    page = endpoint.persist(lambda broke: endpoint.page(url, body), retries=endpoint.retries, limits=limits)
+    seconds, retries = endpoint.timeout_seconds, endpoint.retries
+    page = endpoint.persist(lambda broke: endpoint.page(url, body), retries=retries, seconds=seconds)
     choice = next(iter(pick(page, "choices", list) or [None]))
     text = pick(choice, "message.content", str) or pick(choice, "text", str) or ""
     try:

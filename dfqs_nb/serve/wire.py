@@ -37,7 +37,8 @@ OVERFLOW = re.compile(
     r"|context (window|size|length)[^.]{0,40}exceed|max_model_len|llama_decode returned 1\b",  # no room left
     re.IGNORECASE,
 )
-MOST_SECONDS, MOST_BYTES = 60.0, 16 << 20  # of a response that is no answer, headers included
+MOST_SECONDS = 30.0  # of a response that is no answer, headers included
+MOST_BYTES = 64 << 20  # of a response: events of a stream repeat the model's name with each token
 REFUSED_HINT = "if it names a field, leave that out with --field FIELD=, or rename it with --field FIELD=NEW"
 ADDRESS_HINT = "check port and path: the address ends in /v1 as a rule"
 # Of the response that this thread reads: its address, its latest end, and the bytes that are left.
@@ -171,19 +172,18 @@ class Wire:
         return EndpointError(what, where=self.url, hint=hint)
 
     def persist(
-        self, request: Callable[[bool], Answer], *, retries: int, limits: tuple[float, int] | None = None
+        self, request: Callable[[bool], Answer], *, retries: int, seconds: float = MOST_SECONDS
     ) -> Answer:
         """The answer to a request, asked again with growing pauses after a `TemporaryError`.
 
-        ``request`` gets whether an answer broke off before. ``limits``: seconds and bytes of an answer.
+        ``request`` gets whether an answer broke off before. ``seconds``: the longest time of an answer.
         """
-        seconds, n_bytes = limits or (min(self.timeout_seconds, MOST_SECONDS), MOST_BYTES)
         broke = False
 
         def ask_once() -> Answer:
             nonlocal broke
             end = time.monotonic() + seconds
-            token = _limit.set(SimpleNamespace(end=end, n_bytes=n_bytes, url=self.url))
+            token = _limit.set(SimpleNamespace(end=end, n_bytes=MOST_BYTES, url=self.url))
             try:
                 return request(broke)
             except Exception as error:

@@ -121,7 +121,7 @@ def test_an_answer_of_100_megabytes_is_left(server, stream):
 
 def test_a_list_of_models_that_drips_ends_in_time(monkeypatch):
     """Also before anything is known of the server."""
-    monkeypatch.setattr(client, "LISTING_SECONDS", 0.5)
+    monkeypatch.setattr(wire.Wire.persist, "__kwdefaults__", {"seconds": 0.5})
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def drip() -> None:
