@@ -60,6 +60,7 @@ class Reply(NamedTuple):
     n_prompt: int  # tokens, counted by the server; 0: not told
     n_tokens: int  # of the answer, counted by the server, else by its pieces
     first_seconds: float = NAN  # to the first piece, also of a reasoning kept apart; NaN where it came whole
+    guesses: Sequence[Any] = ()  # the log-probabilities of its tokens, as the server gives them
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Endpoint(Wire):
         named = {self.fields.get(name, name): value for name, value in {**request, **extra}.items()}
         body = {name: value for name, value in named.items() if name}
         started, first, n_pieces = time.perf_counter(), NAN, 0
-        text, reason, usage = "", None, dict[str, Any]()
+        text, reason, usage, guesses = "", None, dict[str, Any](), list[Any]()
         for event in self.events(path, body, stream=stream):
             usage = get(event, "usage", dict) or usage
             for choice in (get(event, "choices", list) or [])[:1]:
@@ -154,6 +155,7 @@ class Endpoint(Wire):
                     first = time.perf_counter() - started if n_pieces == 0 else first
                     n_pieces += 1
                 text, reason = text + new, get(choice, "finish_reason", str) or reason
+                guesses += pick(choice, "logprobs.content", list) or []
         if reason is None:
             raise broken(f"it ended after {len(text):,} characters without saying why", url)
         if reason not in ("stop", "length"):  # content_filter or tool_calls: asking again changes nothing
@@ -162,7 +164,8 @@ class Endpoint(Wire):
         if reason == "stop" and not request.get("stop"):
             reason = "eos"  # one word for both in the protocol
         counted, n_prompt = (get(usage, name, int) for name in ("completion_tokens", "prompt_tokens"))
-        return Reply(self.hide(text), reason, n_prompt or 0, n_pieces if counted is None else counted, first)
+        n_tokens = n_pieces if counted is None else counted
+        return Reply(self.hide(text), reason, n_prompt or 0, n_tokens, first, guesses)
 
 
 def connect(
@@ -305,33 +308,24 @@ def continuation(
 
     An `EndpointError`: it gives no log-probabilities, or those of another text than its answer.
     """
-    root, steps = endpoint.url, list[dict[str, Any]]()
-    body: dict[str, Any] = {"model": endpoint.model, "max_tokens": n_tokens, "temperature": 0}
-    if chat:
-        body |= {"messages": [{"role": "user", "content": asked}], "logprobs": True, "top_logprobs": top_k}
-    else:
-        body |= {"prompt": asked, "logprobs": top_k}
-    url, body = f"{root}/{'chat/' if chat else ''}completions", {**body, **endpoint.options}
-    seconds, retries = endpoint.timeout_seconds, endpoint.retries
-    page = endpoint.persist(lambda broke: endpoint.page(url, body), retries=retries, seconds=seconds)
-    choice = next(iter(pick(page, "choices", list) or [None]))
-    text = pick(choice, "message.content", str) or pick(choice, "text", str) or ""
+    whole, steps = replace(endpoint, stream=False), list[dict[str, Any]]()
+    wanted: dict[str, Any] = {"logprobs": True, "top_logprobs": top_k} if chat else {"logprobs": top_k}
+    reply = (whole.chat if chat else whole.complete)(asked, n_tokens, **wanted)
     try:
-        guesses = TypeAdapter(list[Guess]).validate_python(pick(choice, "logprobs.content", object) or [])
-        for guess in guesses:
+        for guess in TypeAdapter(list[Guess]).validate_python(reply.guesses):
             token, value = guess.pair()
             top = sorted(map(Guess.pair, guess.top_logprobs), key=lambda pair: -pair[1])
             steps.append({"token": token, "logprob": value, "top": top or [(token, value)]})
     except ValueError as error:
         what = f"its log-probabilities cannot be read ({' '.join(str(error).split())[:200]})"
-        raise EndpointError(what, where=root, hint="take another server, or a GGUF file") from None
-    if text and not steps:
+        raise EndpointError(what, where=endpoint.url, hint="take another server, or a GGUF file") from None
+    if reply.text and not steps:
         hint = "take a server that gives `logprobs`, such as llama.cpp's own, or a GGUF file"
-        raise EndpointError("it gives no log-probabilities", where=root, hint=hint)
+        raise EndpointError("it gives no log-probabilities", where=endpoint.url, hint=hint)
     while steps and steps[-1]["token"] == "":
         steps.pop()  # the token that ends an answer has no text
     joined = bytes.fromhex("".join(step["token"] for step in steps))
-    if joined.strip() != text.encode("utf-8", "replace").strip():
+    if joined.strip() != reply.text.encode("utf-8", "replace").strip():
         hint = "switch off what changes the text: a reasoning kept apart, a filter, a tool parser"
-        raise EndpointError("its log-probabilities belong to another text", where=root, hint=hint)
+        raise EndpointError("its log-probabilities belong to another text", where=endpoint.url, hint=hint)
     return steps

@@ -47,12 +47,12 @@ def test_a_record_of_llama_cpp_s_server_fits_the_model_it_serves(endpoint, tmp_p
         ({"content": [{"token": "x", "logprob": -1.0}]}, "Lia", "belong to another text"),
         ({"content": [{"token": "Lia", "logprob": "deep"}]}, "Lia", "cannot be read"),
         ({"content": [{"token": "Lia", "logprob": -1.0, "bytes": [999]}]}, "Lia", "cannot be read"),
-        ({"content": "no"}, "Lia", "cannot be read"),
+        ({"content": "no"}, "Lia", "gives no log-probabilities"),
         ([], "Lia", "gives no log-probabilities"),
     ],
 )
 def test_log_probabilities_that_mean_nothing_are_refused(endpoint, monkeypatch, logprobs, text, message):
-    page = {"choices": [{"message": {"content": text}, "logprobs": logprobs}]}
-    monkeypatch.setattr(type(endpoint), "events", lambda endpoint, url, body: iter([page]))
+    page = {"choices": [{"message": {"content": text}, "logprobs": logprobs, "finish_reason": "stop"}]}
+    monkeypatch.setattr(type(endpoint), "events", lambda endpoint, url, body, stream: iter([page]))
     with pytest.raises(EndpointError, match=message):
         continuation(endpoint, QUESTION, True, 4, 5)
