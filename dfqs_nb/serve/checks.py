@@ -302,7 +302,8 @@ def speed_of_all(
                 rows.append(row | {"first_median": first.median(), "first_max": first.max()})
         except EndpointError as error:
             stopped[name] = error.what
-    return pd.DataFrame(rows)
+    columns = "server clients requests tokens seconds tokens_per_sec first_median first_max"
+    return pd.DataFrame(rows, columns=columns.split())
 
 
 # ---- what the notebook hands on ----
