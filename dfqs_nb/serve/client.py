@@ -140,8 +140,8 @@ class Endpoint(Wire):
         extra = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
         named = {self.fields.get(name, name): value for name, value in {**request, **extra}.items()}
         body = {name: value for name, value in named.items() if name}
-        started, first, n_pieces = time.perf_counter(), NAN, 0
-        text, reason, usage, guesses = "", None, dict[str, Any](), list[Any]()
+        started, first, reason, usage = time.perf_counter(), NAN, None, dict[str, Any]()
+        pieces, guesses = list[str](), list[Any]()
         for event in self.events(path, body, stream=stream):
             usage = get(event, "usage", dict) or usage
             for choice in (get(event, "choices", list) or [])[:1]:
@@ -151,11 +151,12 @@ class Endpoint(Wire):
                 new = get(choice, "text", str) or get(part, "content", str) or ""
                 # a reasoning kept apart by the server has tokens, but no text
                 kept_apart = [get(part, name, str) for name in ("reasoning_content", "reasoning")]
-                if stream and any([new, *kept_apart]):
-                    first = time.perf_counter() - started if n_pieces == 0 else first
-                    n_pieces += 1
-                text, reason = text + new, get(choice, "finish_reason", str) or reason
+                if any([new, *kept_apart]):
+                    first = time.perf_counter() - started if stream and not pieces else first
+                    pieces.append(new)
+                reason = get(choice, "finish_reason", str) or reason
                 guesses += pick(choice, "logprobs.content", list) or []
+        text = "".join(pieces)
         if reason is None:
             raise broken(f"it ended after {len(text):,} characters without saying why", url)
         if reason not in ("stop", "length"):  # content_filter or tool_calls: asking again changes nothing
@@ -164,7 +165,7 @@ class Endpoint(Wire):
         if reason == "stop" and not request.get("stop"):
             reason = "eos"  # one word for both in the protocol
         counted, n_prompt = (get(usage, name, int) for name in ("completion_tokens", "prompt_tokens"))
-        n_tokens = n_pieces if counted is None else counted
+        n_tokens = len(pieces) if counted is None else counted
         return Reply(self.hide(text), reason, n_prompt or 0, n_tokens, first, guesses)
 
 

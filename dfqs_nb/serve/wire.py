@@ -38,7 +38,7 @@ OVERFLOW = re.compile(
     re.IGNORECASE,
 )
 MOST_SECONDS = 30.0  # of a response that is no answer, headers included
-MOST_BYTES = 64 << 20  # of a response: events of a stream repeat the model's name with each token
+MOST_BYTES = 16 << 20  # of a response: events of a stream repeat the model's name with each token
 REFUSED_HINT = "if it names a field, leave that out with --field FIELD=, or rename it with --field FIELD=NEW"
 ADDRESS_HINT = "check port and path: the address ends in /v1 as a rule"
 # Of the response that this thread reads: its address, its latest end, and the bytes that are left.
