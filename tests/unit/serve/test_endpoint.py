@@ -39,15 +39,19 @@ def short_pauses(monkeypatch):
 
 @pytest.fixture
 def server():
-    with FaultyServer() as found:
-        yield found
+    with FaultyServer() as remote:
+        yield remote
 
 
 def oracle(body: dict) -> str:
     """Right answers to the questions of the set."""
     asked = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
     return next(
-        (one.answer or one.reference for one in QUESTIONS.items if one.asked(QUESTIONS.instruction) == asked),
+        (
+            item.answer or item.reference
+            for item in QUESTIONS.items
+            if item.asked(QUESTIONS.instruction) == asked
+        ),
         "no",
     )
 
@@ -57,8 +61,8 @@ def oracle(body: dict) -> str:
 
 @pytest.mark.parametrize("form", ["{}", "{}/", "{}/v1", "{}/v1/"])
 def test_an_address_works_with_and_without_v1(server, form):
-    found = endpoint.connect(form.format(server.url.removesuffix("/v1")))
-    assert (found.url, found.model) == (server.url, "good")
+    remote = endpoint.connect(form.format(server.url.removesuffix("/v1")))
+    assert (remote.url, remote.model) == (server.url, "good")
 
 
 def test_a_port_where_nothing_listens():
@@ -99,10 +103,10 @@ def test_a_wrong_model_names_those_that_are_there(server):
 
 
 def test_a_model_that_went_away_is_not_asked_for_again(server):
-    found = endpoint.connect(server.url)
+    remote = endpoint.connect(server.url)
     server.faults = ["404"]
     with pytest.raises(EndpointError, match="no model 'good'"):
-        found.chat("x")
+        remote.chat("x")
     assert len(server.asked) == 1
 
 
@@ -133,9 +137,11 @@ def test_a_key_is_sent_and_never_shown(server, monkeypatch):
     with pytest.raises(EndpointError, match="DFQS_TEST_KEY is not set"):
         endpoint.connect(server.url, key_variable="DFQS_TEST_KEY")
     monkeypatch.setenv("DFQS_TEST_KEY", KEY)
-    found = endpoint.connect(server.url, key_variable="DFQS_TEST_KEY")
-    assert found.chat("x").text == TEXT and server.log[-1][2] == f"Bearer {KEY}"
-    shown = repr(found) + str(dataclasses.asdict(found)) + json.dumps(found.conditions()) + str(vars(found))
+    remote = endpoint.connect(server.url, key_variable="DFQS_TEST_KEY")
+    assert remote.chat("x").text == TEXT and server.log[-1][2] == f"Bearer {KEY}"
+    shown = (
+        repr(remote) + str(dataclasses.asdict(remote)) + json.dumps(remote.conditions()) + str(vars(remote))
+    )
     assert KEY not in shown and "SecretStr('***" in shown
 
 
@@ -146,9 +152,9 @@ PROPS = (200, {"default_generation_settings": {"n_ctx": 1024}, "build_info": "b1
 def test_a_busy_moment_does_not_hide_what_a_server_is(server):
     """Taken for an unknown server it would keep its prompt cache, which can change answers."""
     server.pages["/props"] = [LOADING, PROPS]
-    found = endpoint.connect(server.url)
-    assert (found.server, found.n_ctx, found.options["cache_prompt"]) == ("llama.cpp", 1024, False)
-    assert found.chat("x").text and server.asked[-1]["reasoning_format"] == "none"
+    remote = endpoint.connect(server.url)
+    assert (remote.server, remote.n_ctx, remote.options["cache_prompt"]) == ("llama.cpp", 1024, False)
+    assert remote.chat("x").text and server.asked[-1]["reasoning_format"] == "none"
 
 
 def test_a_server_that_still_loads_its_model_says_so(server):
@@ -182,11 +188,11 @@ def test_another_service_s_key_is_not_sent(server, monkeypatch):
 
 def test_no_key_in_errors_nor_in_any_file(server, tmp_path):
     server.key, server.answer = KEY, oracle
-    found = endpoint.connect(server.url, key=KEY, retries=0)
-    measure.score_set(found, QUESTIONS, tmp_path, Options(limit=3, progress=False))
+    remote = endpoint.connect(server.url, key=KEY, retries=0)
+    measure.score_set(remote, QUESTIONS, tmp_path, Options(limit=3, progress=False))
     server.faults = ["500"]
     with pytest.raises(TemporaryError) as caught:
-        found.chat("x")
+        remote.chat("x")
     assert KEY not in "".join(traceback.format_exception(caught.value))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
@@ -197,13 +203,13 @@ def test_no_key_in_errors_nor_in_any_file(server, tmp_path):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_is_mapped(server, stream):
-    found = endpoint.connect(server.url, stream=stream)
-    said = found.chat("x", 12)
-    assert (said.text, said.finish_reason, said.n_tokens, said.n_prompt) == (TEXT, "eos", 4, 1)
-    assert math.isnan(said.first_seconds) != stream
-    assert found.complete("x", stop=["\n"]).finish_reason == "stop"
+    remote = endpoint.connect(server.url, stream=stream)
+    reply = remote.chat("x", 12)
+    assert (reply.text, reply.finish_reason, reply.n_tokens, reply.n_prompt) == (TEXT, "eos", 4, 1)
+    assert math.isnan(reply.first_seconds) != stream
+    assert remote.complete("x", stop=["\n"]).finish_reason == "stop"
     server.faults = ["length"]
-    assert found.complete("x").finish_reason == "length"
+    assert remote.complete("x").finish_reason == "length"
     request = server.asked[0]
     assert request["temperature"] == 0 and request["seed"] == 42 and request["max_tokens"] == 12
     assert "top_p" not in request and server.asked[1]["stop"] == ["\n"]
@@ -212,8 +218,8 @@ def test_an_answer_is_mapped(server, stream):
 def test_a_reasoning_kept_apart_is_time_and_no_text(server):
     """Its first piece is the answer's first piece."""
     server.faults = ["thinks 0.3"]
-    said = endpoint.connect(server.url).chat("Where?")
-    assert said.text == TEXT and said.first_seconds > 0
+    reply = endpoint.connect(server.url).chat("Where?")
+    assert reply.text == TEXT and reply.first_seconds > 0
 
 
 def test_sampling_is_passed_on(server):
@@ -232,8 +238,8 @@ def test_sampling_is_passed_on(server):
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_passing_fault_is_tried_again(server, fault, stream):
     server.faults = [fault]
-    said = endpoint.connect(server.url, stream=stream).chat("x")
-    assert said.text == TEXT and len(server.asked) == 2
+    reply = endpoint.connect(server.url, stream=stream).chat("x")
+    assert reply.text == TEXT and len(server.asked) == 2
 
 
 @pytest.mark.parametrize(
@@ -247,28 +253,28 @@ def test_a_passing_fault_is_tried_again(server, fault, stream):
 )
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_lasting_fault_is_an_error_after_all_attempts(server, fault, kind, words, stream):
-    found = endpoint.connect(server.url, retries=2, stream=stream)
+    remote = endpoint.connect(server.url, retries=2, stream=stream)
     server.faults = [fault] * 3
     with pytest.raises(kind, match=words) as caught:
-        found.chat("x")
+        remote.chat("x")
     assert len(server.asked) == 3
     assert isinstance(caught.value, EndpointError) and caught.value.hint
 
 
 def test_a_server_that_dies_is_an_error_that_names_the_address(server):
-    found = endpoint.connect(server.url, retries=1)
+    remote = endpoint.connect(server.url, retries=1)
     server.faults = ["die", "die"]
     with pytest.raises((BrokenAnswerError, EndpointError)) as caught:
-        found.chat("x")
+        remote.chat("x")
     assert server.url in str(caught.value) and len(server.asked) == 2
 
 
 @pytest.mark.parametrize("fault, asked", [("overflow", 1), ("quiet-overflow", 2)])
 def test_an_overflow_is_its_own_error_and_not_tried_again(server, fault, asked):
-    found = endpoint.connect(server.url)
+    remote = endpoint.connect(server.url)
     server.faults = [fault]
     with pytest.raises(ContextOverflowError, match="6002 tokens") as caught:
-        found.chat("x")
+        remote.chat("x")
     assert isinstance(caught.value, ContextFullError) and caught.value.cause == "n_ctx"
     assert len(server.asked) == asked
 
@@ -276,18 +282,18 @@ def test_an_overflow_is_its_own_error_and_not_tried_again(server, fault, asked):
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("reason", ["content_filter", "tool_calls"])
 def test_an_answer_that_the_server_ends_for_a_reason_is_not_asked_for_again(server, reason, stream):
-    found = endpoint.connect(server.url, stream=stream)
+    remote = endpoint.connect(server.url, stream=stream)
     server.faults = [f"filtered {reason}"]
     with pytest.raises(EndpointError, match=reason) as caught:
-        found.chat("x")
+        remote.chat("x")
     assert len(server.asked) == 1 and caught.value.hint and not isinstance(caught.value, BrokenAnswerError)
 
 
 def test_a_request_that_is_refused_is_not_repeated(server):
-    found = endpoint.connect(server.url)
+    remote = endpoint.connect(server.url)
     server.faults = ["422"]
     with pytest.raises(EndpointError, match="422"):
-        found.chat("x")
+        remote.chat("x")
     assert len(server.asked) == 1
 
 
@@ -300,10 +306,10 @@ def test_pauses_grow(server, monkeypatch):
 
 
 def test_a_server_that_says_nothing_ends_in_time(server):
-    found = endpoint.connect(server.url, timeout_seconds=0.3, retries=0)
+    remote = endpoint.connect(server.url, timeout_seconds=0.3, retries=0)
     server.faults = ["slow 5"]
     with pytest.raises(EndpointError, match="no answer in time|broke off"):
-        found.chat("x")
+        remote.chat("x")
 
 
 # ---- scores ----
@@ -320,21 +326,21 @@ def test_scores_over_an_endpoint_are_those_of_the_answers(server, tmp_path):
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_failure_stops_the_run_and_what_was_answered_before_it_stays(server, tmp_path, concurrency):
     server.answer = oracle
-    found = endpoint.connect(server.url, retries=0, concurrency=concurrency)
+    remote = endpoint.connect(server.url, retries=0, concurrency=concurrency)
     server.faults = ["none"] * 20 + ["500"] * 200
     with pytest.raises(TemporaryError):
-        measure.score_set(found, QUESTIONS, tmp_path, Options(progress=False))
+        measure.score_set(remote, QUESTIONS, tmp_path, Options(progress=False))
     kept = (tmp_path / "answers-nano-reasoning.jsonl").read_text().splitlines()
     assert 20 - concurrency < len(kept) <= 20 and len(server.asked) < len(QUESTIONS.items)
     server.faults.clear()
-    run = measure.score_set(found, QUESTIONS, tmp_path, Options(progress=False))
+    run = measure.score_set(remote, QUESTIONS, tmp_path, Options(progress=False))
     assert run.n_resumed == len(kept) and run.score.value == 1.0
     assert (server.busiest > 1) == (concurrency > 1) and server.busiest <= concurrency
 
 
 def test_passing_faults_do_not_change_a_score(server, tmp_path):
     server.answer = oracle
-    server.faults = [fault for one in PASSING for fault in (one, "none", "none")]
+    server.faults = [fault for passing in PASSING for fault in (passing, "none", "none")]
     run = measure.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert run.score.value == 1.0 and len(server.asked) == len(QUESTIONS.items) + len(PASSING)
 
@@ -349,8 +355,8 @@ def test_an_overflow_stops_a_run_and_is_no_wrong_answer(server, tmp_path):
 def test_conditions_of_another_server_do_not_share_answers(server, tmp_path):
     server.answer = oracle
     for version, asked in (("1", 4), ("1", 4), ("2", 8)):
-        found = endpoint.connect(server.url, version=version)
-        measure.score_set(found, QUESTIONS, tmp_path, Options(limit=4, progress=False))
+        remote = endpoint.connect(server.url, version=version)
+        measure.score_set(remote, QUESTIONS, tmp_path, Options(limit=4, progress=False))
         assert len(server.asked) == asked
 
 
@@ -381,7 +387,7 @@ def test_the_command_scores_an_endpoint(server, tmp_path, monkeypatch, capsys):
     assert cli.main([*keyed, "--endpoint-model", "good"]) == 0
     assert "1.000" in capsys.readouterr().out
     assert cli.main(keyed) == 0
-    assert len(server.asked) == len(QUESTIONS.items)  # the second call found all answers
+    assert len(server.asked) == len(QUESTIONS.items)  # the second call remote all answers
     assert cli.main(["score", server.url, *given]) == 1 and "401" in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
@@ -437,9 +443,9 @@ def test_the_command_measures_long_context_with_the_texts_of_its_tier(server, tm
 
 def test_a_context_that_ends_bounds_the_curve(server, tmp_path):
     server.answer = lambda body: "0."
-    found = endpoint.connect(server.url)
+    remote = endpoint.connect(server.url)
     server.faults = ["none"] * 7 + ["overflow"]
-    run = measure.measure_long_context(found, tmp_path, longest=512, n_haystacks=3)
+    run = measure.measure_long_context(remote, tmp_path, longest=512, n_haystacks=3)
     assert run.failure is not None and run.failure.cause == "n_ctx" and len(run.items) == 6
 
 
@@ -463,8 +469,8 @@ def test_scores_stay_one_function(tmp_path):
         )
         for n in (1, 5)
     ]
-    one, other = (run.items.drop(columns="seconds") for run in runs)
-    assert one.equals(other) and len(one) == len(QUESTIONS.items)
+    first, second = (run.items.drop(columns="seconds") for run in runs)
+    assert first.equals(second) and len(first) == len(QUESTIONS.items)
 
 
 def test_an_answer_is_kept_while_an_earlier_question_still_waits(tmp_path):

@@ -75,8 +75,12 @@ def test_halves_of_a_character_in_what_a_server_reports(server):
             {"default_generation_settings": {"n_ctx": 64}, "build_info": "\udc00", "chat_template": "\ud800"},
         )
     ]
-    found = client.connect(server.url)
-    assert (found.models, found.version, found.chat_template) == (("a\ufffd",), "\ufffd", "\ufffd")
+    connected = client.connect(server.url)
+    assert (connected.models, connected.version, connected.chat_template) == (
+        ("a\ufffd",),
+        "\ufffd",
+        "\ufffd",
+    )
 
 
 def test_bytes_that_are_not_utf_8_are_replaced(server):

@@ -41,15 +41,15 @@ QUESTION = "Tom is tall. Ann is small. Who is tall?"
 
 @pytest.fixture(scope="module")
 def model(merged_reference):
-    with llama_model.open_model(merged_reference, SETTINGS) as found:
-        yield found
+    with llama_model.open_model(merged_reference, SETTINGS) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module", params=sorted(servers.KINDS))
 def server(request, merged_reference, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with servers.start(request.param, merged_reference, SETTINGS, log=log) as found:
-        yield found
+    with servers.start(request.param, merged_reference, SETTINGS, log=log) as opened:
+        yield opened
 
 
 def listening(pid: int) -> set[str]:
@@ -58,13 +58,13 @@ def listening(pid: int) -> set[str]:
     for handle in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             own.add(str(handle.readlink()))
-    found = set()
+    addresses = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
-                found.add(fields[1].split(":")[0])
-    return found
+                addresses.add(fields[1].split(":")[0])
+    return addresses
 
 
 def port_is_free(port: int) -> bool:
@@ -87,17 +87,20 @@ def test_it_listens_on_loopback_only(server):
 
 
 def test_it_answers_as_this_process_does(server, model):
-    found = server.connect()
-    assert found.server == server.kind and found.n_ctx == 512
+    connected = server.connect()
+    assert connected.server == server.kind and connected.n_ctx == 512
     for stream in (True, False):
-        found = server.connect(stream=stream)
+        connected = server.connect(stream=stream)
         ours = llama_generate.chat(model, QUESTION, 12)
-        assert (found.chat(QUESTION, 12).text, found.chat(QUESTION, 12).finish_reason) == (ours.text, "eos")
+        assert (connected.chat(QUESTION, 12).text, connected.chat(QUESTION, 12).finish_reason) == (
+            ours.text,
+            "eos",
+        )
         code = "def add(a, b):\n"
         ours = llama_generate.complete(model, code, 24)
-        assert found.complete(code, 24).text == ours.text
+        assert connected.complete(code, 24).text == ours.text
         assert (
-            found.complete(code, 24, stop=["\n"]).text
+            connected.complete(code, 24, stop=["\n"]).text
             == llama_generate.complete(model, code, 24, stop=["\n"]).text
         )
 
@@ -198,20 +201,20 @@ def thinking(tmp_path_factory):
 @pytest.mark.parametrize("kind", sorted(servers.KINDS))
 def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
     """Else llama.cpp's server has an empty answer where the tokens end before the thinking does."""
-    said = "I see it now.\n</think>\n\nThe box."
-    forced = {"grammar": f"root ::= {json.dumps(said)}"}  # the reference model itself thinks nothing
+    thought = "I see it now.\n</think>\n\nThe box."
+    forced = {"grammar": f"root ::= {json.dumps(thought)}"}  # the reference model itself thinks nothing
     with (
         servers.start(kind, thinking, SETTINGS) as server,
         llama_model.open_model(thinking, SETTINGS) as model,
     ):
         for stream in (True, False):
-            found = server.connect(stream=stream)
-            assert found.chat(QUESTION, 48, **forced).text.removeprefix("<think>\n") == said
+            connected = server.connect(stream=stream)
+            assert connected.chat(QUESTION, 48, **forced).text.removeprefix("<think>\n") == thought
         if kind == "llama.cpp":
-            split = found.chat(QUESTION, 48, reasoning_format="deepseek", **forced).text
+            split = connected.chat(QUESTION, 48, reasoning_format="deepseek", **forced).text
             assert "</think>" not in split and "The box." in split, "what this is about"
         questions = ItemSet.load("nano-reasoning")
-        items = measure.compare_all(model, {"s": found}, [questions], tmp_path, limit=4, progress=False)
+        items = measure.compare_all(model, {"s": connected}, [questions], tmp_path, limit=4, progress=False)
         assert items["same_text"].all(), measure.comparison_table(items)["causes"]
 
 
@@ -225,8 +228,8 @@ def test_a_difference_is_followed_to_its_token(model, monkeypatch, near, cause):
     ours = llama_generate.chat(model, item.asked(questions.instruction), questions.max_tokens)
     monkeypatch.setattr(measure, "NEAR_TIE", near)
     text = b"".join(map(model.token_bytes, ours.token_ids[:2])).decode() + "zzz"
-    found = measure.explain(model, questions, item, text)
-    assert found["cause"] == cause and found["token"] == 2 and found["margin"] > 0
+    reason = measure.explain(model, questions, item, text)
+    assert reason["cause"] == cause and reason["token"] == 2 and reason["margin"] > 0
 
 
 # ---- starting and ending ----
@@ -332,11 +335,11 @@ def test_slots_that_share_batches_show_how_far_numbers_move(merged_reference):
 
 
 @pytest.mark.parametrize(
-    "clients, said", [((1, 4), "tokens of one client "), ((2, 4), "tokens of 2 clients ")]
+    "clients, words", [((1, 4), "tokens of one client "), ((2, 4), "tokens of 2 clients ")]
 )
-def test_the_gain_of_clients_is_over_the_fewest_that_were_timed(clients, said):
+def test_the_gain_of_clients_is_over_the_fewest_that_were_timed(clients, words):
     speeds = pd.DataFrame({"server": "s", "clients": clients, "tokens_per_sec": (10.0, 20.0), "requests": 4})
-    assert said in serve_plots.speed_by_clients(speeds).get_title(loc="left")
+    assert words in serve_plots.speed_by_clients(speeds).get_title(loc="left")
 
 
 @pytest.mark.parametrize("server", ["llama.cpp"], indirect=True)
