@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,7 @@ def refresh_notebooks(notebooks: Sequence[Path], outputs: Path) -> None:
             notebook,
             kernel_name=KERNEL,
             record_timing=False,
+            coalesce_streams=True,
             extra_arguments=[QUIET],
             resources={"metadata": {"path": str(path.parent)}},
         )
@@ -226,7 +227,7 @@ def clean_notebook(notebook: Any, outputs: Path) -> Any:
         for name in ("execution", "papermill", "ExecuteTime"):
             cell.metadata.pop(name, None)
         if cell.cell_type == "code":
-            cell.outputs = [_with_plain_paths(output, outputs) for output in merged_streams(cell.outputs)]
+            cell.outputs = [_with_plain_paths(output, outputs) for output in cell.outputs]
             for output in cell.outputs:
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     return notebook
@@ -239,18 +240,6 @@ def _with_plain_paths(value: Any, outputs: Path) -> Any:
     if isinstance(value, dict):
         return type(value)({key: _with_plain_paths(item, outputs) for key, item in value.items()})
     return [_with_plain_paths(item, outputs) for item in value] if isinstance(value, list) else value
-
-
-def merged_streams(outputs: Iterable[Any]) -> list[Any]:
-    """Neighbouring pieces of one stream as one output: how print is cut into pieces is chance."""
-    merged: list[Any] = []
-    for output in outputs:
-        last = merged[-1] if merged else {}
-        if output["output_type"] == "stream" == last.get("output_type") and output["name"] == last["name"]:
-            last["text"] += output["text"]
-        else:
-            merged.append(output)
-    return merged
 
 
 def notebook_text(notebook: Any) -> str:
