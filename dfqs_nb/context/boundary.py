@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dfqs_nb.core.budget import counted
 from dfqs_nb.stats import LEVEL, N_BOOT, bootstrap_weights, expanded_tail, non_increasing, wilson
 
 SHARE = 0.85  # of the short-context ability: NoLiMa's rule (Modarressi et al. 2025, arXiv:2502.05167)
@@ -232,7 +233,8 @@ class Boundary:
         if self.not_monotone:
             notes.append(f"not monotone: accuracy first crosses at {self.first_crossing or 0:,} and recovers")
         if self.provisional:
-            notes.append(f"provisional: {self.n_haystacks} texts a length, fewer than {ENOUGH_TEXTS}")
+            texts = counted(self.n_haystacks, "texts a length")
+            notes.append(f"provisional: {texts}, fewer than {ENOUGH_TEXTS}")
         what = "loses 15 % of its short-context ability at" if self.cause == "quality" else "stops at"
         what = "holds to the longest length measured," if self.right_censored else what
         return f"{what} {self.tokens:,} tokens ({'; '.join(notes)})"

@@ -142,6 +142,7 @@ def test_a_model_at_chance_has_no_boundary_but_a_floor():
 def test_one_text_gives_an_open_interval():
     boundary = same_answers([1, 1, 1, 0.6, 0.1], n_texts=1).boundary()
     assert boundary.high is None and boundary.low == 0
+    assert "provisional: 1 text a length, fewer than 12" in boundary.sentence
 
 
 @pytest.mark.parametrize(("n_texts", "provisional"), [(11, True), (12, False)])
