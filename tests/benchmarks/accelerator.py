@@ -105,8 +105,7 @@ def measure(path: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]
         ):
             loading, sizes, after = time.perf_counter() - began, buffers(), card_mib()
             sets, again = (
-                np.sort(record(recorded, tokens, n_tokens // 2).experts, axis=-1)
-                for _ in range(2)
+                np.sort(record(recorded, tokens, n_tokens // 2).experts, axis=-1) for _ in range(2)
             )
             callback = recorded.model.llama.context_params.cb_eval
             recorded.model.llama.context_params.cb_eval = type(callback)()  # time it without the recorder
