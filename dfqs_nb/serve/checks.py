@@ -149,7 +149,7 @@ class Checks:
             raise
         except EndpointError:
             return PASS, f"{lists}refuses another name"
-        return NOTE, f"{lists}answers to any name, so read the list first (`connect` does)"
+        return NOTE, f"{lists}answers to any name, so read the list first (connect does)"
 
     def context_length(self) -> Finding:
         """Fill the context that the server reports, then exceed it: it must refuse."""
