@@ -39,7 +39,6 @@ OVERFLOW = re.compile(
 )
 MOST_SECONDS = 30.0  # of a response that is no answer, headers included
 MOST_BYTES = 16 << 20  # of a response: events of a stream repeat the model's name with each token
-REFUSED_HINT = "if it names a field, leave that out with --field FIELD=, or rename it with --field FIELD=NEW"
 ADDRESS_HINT = "check port and path: the address ends in /v1 as a rule"
 # Of the response that this thread reads: its address, its latest end, and the bytes that are left.
 _limit: ContextVar[SimpleNamespace] = ContextVar("_limit", default=SimpleNamespace(end=inf, n_bytes=inf))  # noqa: B039
@@ -157,7 +156,11 @@ class Wire:
             words = self.hide(text[:300] or response.reason_phrase)
         if OVERFLOW.search(words) and status in (400, 413, 422, 500):
             return broken(words, self.url)
-        what, hint = f"the server refuses the request: {status} ({words})", REFUSED_HINT
+        what = f"the server refuses the request: {status} ({words})"
+        hint = "the answer to this request will not change: change the request"
+        for name in body.keys() - {"model", "prompt", "messages"}:
+            if re.search(rf"\b{re.escape(name)}\b", words):
+                hint = f"leave it out with --field {name}=, or rename it with --field {name}=NEWNAME"
         if status in BUSY or status >= 500:
             hint = "wait, lower the concurrency, or read the server's log"
             busy = TemporaryError(f"the server says {status} ({words})", where=self.url, hint=hint)

@@ -216,7 +216,7 @@ def test_a_template_that_writes_the_date_has_other_conditions_on_another_day(ser
 def test_a_field_that_is_refused_can_be_left_out(server, name):
     server.faults = [f"refuses {name}"]
     endpoint = client.connect(server.url, stream=name == "stream_options")
-    with pytest.raises(EndpointError, match=f"{name}.*--field FIELD=") as caught:
+    with pytest.raises(EndpointError, match=f"--field {name}=,") as caught:
         endpoint.chat("x")
     assert type(caught.value) is EndpointError and len(server.asked) == 1
     other = client.connect(server.url, stream=name == "stream_options", fields={name: ""})
