@@ -91,7 +91,9 @@ class Worker(AbstractContextManager["Worker"]):
     def __init__(self, module: str, *, log: IO[bytes] | None = None) -> None:
         self.module = module
         self._process: subprocess.Popen[bytes] | None = None
+        self._own_log: IO[bytes] | None = None
         self._log = log or tempfile.TemporaryFile()  # noqa: SIM115 (it goes with this object)
+        self._own_log = None if log else self._log
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
@@ -102,7 +104,10 @@ class Worker(AbstractContextManager["Worker"]):
             end(self._process, grace_seconds=0)
             self._process = None
 
-    __del__ = close
+    def __del__(self) -> None:
+        self.close()
+        if self._own_log:
+            self._own_log.close()
 
     def run(
         self,

@@ -177,7 +177,7 @@ MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
 
 
 def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
-    """Facts as a one-column table, with names by `label`; whole numbers get thousands separators, long texts are cut."""
+    """Facts as a one-column table: names by `label`, thousands separators, long texts cut."""
     import pandas as pd
 
     def shown(value: Any) -> str:

@@ -67,7 +67,7 @@ class Diagnosis:
             return rows
         times = f", {self.read_bytes / self.helped:.1f} x what is needed" if self.helped else ""
         return rows | {
-            "measured, a token": f"{self.seconds:.3g} s, {round(self.waiting, 4):g} s of it without a processor",
+            "measured, a token": f"{self.seconds:.3g} s, without a processor {round(self.waiting, 4):g} s",
             "read": NOT_MEASURED if isnan(self.read_bytes) else f"{size(self.read_bytes)}{times}",
             "stops for the disk": NOT_MEASURED if isnan(self.major_faults) else f"{self.major_faults:,.0f}",
             "bound by": self.bound,

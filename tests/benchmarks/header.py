@@ -18,7 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 # In a process of its own: a process starts with the peak of the one it was forked from.
-MAKE = "import sys; sys.path.insert(0, 'tests'); import gguf_fixtures as g; g.real_size_header(sys.argv[1])"
+MAKE = (
+    "import sys; sys.path[:0] = ['tests/support']; import gguf_fixtures as g; g.real_size_header(sys.argv[1])"
+)
 # Each prints the seconds of the reading itself: from the call to a tensor table and one short value.
 READERS = {
     "ours": "from dfqs_nb.gguf.header import read_header as read; show = lambda h: (h.architecture, h.tensors[-1])",
