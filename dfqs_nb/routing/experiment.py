@@ -81,7 +81,7 @@ class Experiment:
         n, routed = len(self._runtime), self.reference.routed
         n_moved = int((self._runtime["n_differ" if routed else "logit_drift"] > 0).sum())
         what = "an expert choice" if routed else "a logit"
-        moved = f"{n_moved} of {n} changes of settings changed {what}."
+        moved = f"{n_moved} of {n} changes of settings changed {what}." if n else "No setting was changed."
         lines = [self.under_load.text, self.verdict.text, moved]
         if names := self.left_out:
             lines.append(f"Left out to fit into the budget: {len(names)} runs ({'; '.join(names[:8])}).")

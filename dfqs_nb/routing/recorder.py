@@ -258,7 +258,7 @@ class RecordedModel:
 
     def trace(self, tokens: Sequence[int], **conditions: Any) -> Trace:
         """The trace of these tokens, of everything since `clear`."""
-        name = self.model.header.get("general.name", self.model.path.stem)
+        name = self.model.header.text("general.name") or self.model.path.stem
         about = {"model": name, **self.model.conditions(), **conditions}
         return Trace(tokens=np.asarray(tokens, np.int32), **self.recorder.arrays(), conditions=about)
 
