@@ -4,5 +4,5 @@ from dfqs_nb.core import child
 from dfqs_nb.ladder import quantizer, run
 
 if __name__ == "__main__":
-    works = {"quantize": quantizer.work, "measure": run.work}
+    works = {"quantize": quantizer.work, "predict": run.predict, "ask": run.ask}
     child.serve(lambda job: works[job["work"]](job))

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import whole_file, whole_path
+from dfqs_nb.core.files import whole_path
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
@@ -50,11 +51,9 @@ class Text:
 
     def tokens(self, model: Model) -> list[int]:
         """Token ids: each chat in the model's own template (or as two lines), each document ended."""
-        end = model.llama.token_eos()
-        chats = bool(model.header.get("tokenizer.chat_template"))
-        ids: list[int] = []
+        end, ids = model.llama.token_eos(), list[int]()
         for document in self.documents:
-            if len(document) == 2 and chats:
+            if len(document) == 2 and model.has_template:
                 ids += [*chat_prompt(model, document[0]), *model.tokenize(document[1], special=False)]
             else:
                 ids += model.with_bos(model.tokenize("\n".join(document), special=False))
@@ -83,7 +82,7 @@ def load_text(source: str | Path, part: str = "held_out") -> Text:
             raise TextError(what, where=path, hint="give a UTF-8 file") from error
     prompts = load_prompts(str(source), Documents)
     name = f"{prompts.name} ({part.replace('_', ' ')}, {prompts.sha256[:12]})"
-    return Text(name, tuple(tuple(document) for document in getattr(prompts, part)))
+    return Text(name, getattr(prompts, part))
 
 
 def chunks(tokens: Sequence[int], size: int, limit: int = 0, *, least: int = 1) -> list[list[int]]:
@@ -97,6 +96,26 @@ def chunks(tokens: Sequence[int], size: int, limit: int = 0, *, least: int = 1) 
         what = f"{len(tokens):,} tokens fill fewer than {least} chunks of {size:,}"
         raise TextError(what, hint="take a longer text, or smaller chunks")
     return pieces[: limit or None]
+
+
+def bands(n_tokens: int) -> Windows:
+    """Stretches of a text that double in width; the last is what llama-perplexity scores of a chunk.
+
+    >>> bands(1024)
+    [(0, 64), (64, 128), (128, 256), (256, 512), (512, 1023)]
+    """
+    edges = [0, *(n_tokens >> shift for shift in (4, 3, 2, 1)), n_tokens - 1]
+    return list(pairwise(edges))
+
+
+def stratified(n_tokens: int, seed: int) -> Windows:
+    """The whole last of the `bands`, and up to 32 positions at a random place of each other."""
+    draw, width, (*others, last) = np.random.default_rng(seed), min(WINDOW, n_tokens >> 4), bands(n_tokens)
+    starts = [int(draw.integers(start, end - width + 1)) for start, end in others]
+    return [*((start, start + width) for start in starts), last]
+
+
+# ---- predictions ----
 
 
 def feed(model: Model | RecordedModel, piece: Sequence[int], step: int = 0) -> Iterator[tuple[int, Array]]:
@@ -141,115 +160,76 @@ def predictions(
                 yield log_probs(logits[first - at : last - at]), np.asarray(piece[first + 1 : last + 1])
 
 
-def bands(n_tokens: int) -> Windows:
-    """Stretches of a text that double in width; the last is what llama-perplexity scores of a chunk.
+def compared(base: Array, other: Array, targets: Array) -> dict[str, Array]:
+    """Two models' log-probabilities, float32 ``(n, n_vocab)``, token by token.
 
-    >>> bands(1024)
-    [(0, 64), (64, 128), (128, 256), (256, 512), (512, 1023)]
-    """
-    edges = [0, *(n_tokens >> shift for shift in (4, 3, 2, 1)), n_tokens - 1]
-    return list(pairwise(edges))
-
-
-def stratified(n_tokens: int, seed: int) -> Windows:
-    """The whole last of the `bands`, and up to 32 positions at a random place of each other."""
-    draw, width, (*others, last) = np.random.default_rng(seed), min(WINDOW, n_tokens >> 4), bands(n_tokens)
-    starts = [int(draw.integers(start, end - width + 1)) for start, end in others]
-    return [*((start, start + width) for start in starts), last]
-
-
-# ---- against the original ----
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Two models' predictions of each scored token: arrays ``(chunks, n)``, in nats."""
-
-    nll: Array  # negative log-likelihood of the token that came
-    kld: Array  # divergence from the original's prediction
-    same_top: Array  # whether the most likely token is the same
-    band: Array  # of the `bands`, the number in which each column lies, ``(n,)``
-
-    def part(self, band: int = LAST) -> Tokens:
-        """The tokens of a band; by default the last, which perplexity and divergence are stated of."""
-        mine = self.band == band
-        return Tokens(self.nll[:, mine], self.kld[:, mine], self.same_top[:, mine], self.band[mine])
-
-    def save(self, path: str | Path) -> None:
-        """Write as ``.npz``, whole or not at all."""
-        with whole_file(path, "wb") as file:
-            np.savez_compressed(file, **vars(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Tokens:
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as stored:
-            return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
-
-
-def compare_chunk(base: Array, other: Array, targets: Array) -> tuple[Array, Array, Array]:
-    """The first three arrays of `Tokens` for a chunk, from log-probabilities float32 ``(n, n_vocab)``.
+    ``nll`` (nats): of the token that came. ``kld`` (nats): divergence from ``base``. ``same_top``: whether
+    the likeliest token is the same.
 
     >>> same = log_probs(np.array([[0.0, 2.0]], np.float32))
-    >>> _, kld, same_top = compare_chunk(same, same, np.array([1]))
-    >>> kld.tolist(), same_top.tolist()
-    ([0.0], [True])
+    >>> [(name, values.tolist()) for name, values in compared(same, same, np.array([1])).items()][1:]
+    [('kld', [0.0]), ('same_top', [True])]
     """
     from scipy.special import rel_entr
 
     nll = -other[np.arange(len(targets)), targets].astype(float)
     kld = rel_entr(np.exp(base, dtype=np.float64), np.exp(other, dtype=np.float64)).sum(axis=1)
-    return nll, np.maximum(kld, 0.0), base.argmax(axis=1) == other.argmax(axis=1)
+    return {"nll": nll, "kld": np.maximum(kld, 0.0), "same_top": base.argmax(axis=1) == other.argmax(axis=1)}
 
 
 def beside_source(
     model: Model | RecordedModel, pieces: Sequence[Sequence[int]], reference: Path, *, is_source: bool
-) -> Tokens:
+) -> pd.DataFrame:
     """The predictions in the `stratified` windows of each chunk, beside the source's in ``reference``.
 
+    One row a token: ``chunk``, ``band`` (number of the `bands`), and the columns of `compared`.
     ``is_source``: write that file, float32 ``(chunks, n, n_vocab)``, in place of reading it.
     """
     n_vocab = (model.model if isinstance(model, RecordedModel) else model).n_vocab
     windows = [stratified(len(piece), seed) for seed, piece in enumerate(pieces)]
-    band = np.repeat(np.arange(len(windows[0])), [end - start for start, end in windows[0]])
+    band = np.repeat(np.arange(LAST + 1), [end - start for start, end in windows[0]])
     with whole_path(reference) if is_source else nullcontext(reference) as path:
         if is_source:  # it need not fit in memory
             shape = len(pieces), len(band), n_vocab
             base = np.lib.format.open_memmap(path, "w+", np.float32, shape)
         else:
             base = np.load(path, mmap_mode="r")
-        rows = []
-        for kept, piece, spans in zip(base, pieces, windows, strict=True):
-            n_done, parts = 0, []
+        parts = []
+        for chunk, (kept, piece, spans) in enumerate(zip(base, pieces, windows, strict=True)):
+            n_done = 0
             for predicted, targets in predictions(model, piece, spans):
                 place = slice(n_done, n_done := n_done + len(targets))
                 if is_source:
                     kept[place] = predicted
-                parts.append(compare_chunk(kept[place], predicted, targets))
-            rows.append([np.concatenate(values) for values in zip(*parts, strict=True)])
+                columns = compared(kept[place], predicted, targets)
+                parts.append(pd.DataFrame({"chunk": chunk, "band": band[place], **columns}))
         del base, kept  # flushes them
-    nll, kld, same_top = map(np.stack, zip(*rows, strict=True))
-    return Tokens(nll, kld, same_top, band)
+    return pd.concat(parts, ignore_index=True)
 
 
-def estimate(name: str, values: Array) -> dict[str, float]:
-    """The mean of values ``(chunks, n)``, with its 95 % interval over chunks.
+# ---- estimates ----
 
-    >>> estimate("kld", np.full((2, 3), 0.5))
+
+def estimate(name: str, values: Any) -> dict[str, float]:
+    """The mean of values, one a chunk, with its 95 % interval.
+
+    >>> estimate("kld", [0.5, 0.5])
     {'kld': 0.5, 'kld_low': nan, 'kld_high': nan}
     """
-    low, high = mean_interval(values.mean(axis=1))
-    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+    values = np.asarray(values, float)
+    low, high = mean_interval(values)
+    return {name: float(values.mean()) if values.size else low, f"{name}_low": low, f"{name}_high": high}
 
 
-def summary(tokens: Tokens) -> dict[str, Any]:
+def summary(tokens: pd.DataFrame) -> dict[str, Any]:
     """Estimates of ``perplexity``, ``kld``, ``same_top`` in the last band, counts, and the ``kld_tail``."""
-    tokens = tokens.part()
+    tokens = tokens[tokens["band"] == LAST]
+    means = tokens.groupby("chunk")[["nll", "kld", "same_top"]].mean()
     return {
-        "n_tokens": tokens.nll.size,
-        "n_chunks": len(tokens.nll),
-        **{name: exp(value) for name, value in estimate("perplexity", tokens.nll).items()},
-        **estimate("kld", tokens.kld),
-        **estimate("same_top", tokens.same_top.astype(float)),
-        "kld_tail": float(np.quantile(tokens.kld, TAIL)),
+        "n_tokens": len(tokens),
+        "n_chunks": len(means),
+        **{name: exp(value) for name, value in estimate("perplexity", means["nll"]).items()},
+        **estimate("kld", means["kld"]),
+        **estimate("same_top", means["same_top"]),
+        "kld_tail": float(tokens["kld"].quantile(TAIL)),
     }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ from dfqs_nb.llama.model import Model
 from dfqs_nb.scores import ItemSet
 from dfqs_nb.stats import mean_interval
 
-FORMAT: Literal["dfqs reference record 1"] = "dfqs reference record 1"
+FORMAT: Final = "dfqs reference record 1"
 BYTE = 6  # of the header's token types
 FORMS = {"extra_bits_per_byte": "+.4f", "same_top": ".1%", "kl_low": ".4f", "kl_high": ".4f"}
 MOST_OTHERS = 0.1  # of the answers may have tokens that the model lacks; more: another tokenizer
@@ -87,7 +87,7 @@ class Record:
     @classmethod
     def load(cls, path: str | Path) -> Record:
         """Read a record that somebody else may have written; a `RecordError` names line and field."""
-        number, lines = 1, []
+        number, lines = 1, list[Line]()
         try:
             first, *rest = Path(path).read_bytes().splitlines()
             head = Head.model_validate_json(first)
@@ -227,21 +227,24 @@ class Fidelity:
     head: Head
     tokens: pd.DataFrame = field(repr=False)
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Means over prompts with 95 % intervals (a bootstrap; NaN for fewer than 6 prompts)."""
+    def summary(self) -> pd.DataFrame:
+        """Means over prompts (``mean``) with 95 % intervals (``low``, ``high``), a column a measure.
+
+        The intervals are a bootstrap's, and NaN for fewer than 6 prompts.
+        """
         prompts = self.tokens.groupby("id")
         values = prompts[["same_top", "overlap", "kl_low", "kl_high"]].mean()
         sums = prompts[["nll", "nll_reference", "bytes"]].sum()
         values["extra_bits_per_byte"] = (sums["nll"] - sums["nll_reference"]) / sums["bytes"] / np.log(2)
         means = {name: (values[name].mean(), *mean_interval(values[name].to_numpy(float))) for name in values}
-        return {name: dict(zip(("mean", "low", "high"), mean, strict=True)) for name, mean in means.items()}
+        return pd.DataFrame(means, index=["mean", "low", "high"])
 
     @property
     def sentence(self) -> str:
         """The result in a sentence."""
         facts, shown = self.summary(), {}
         for name, form in FORMS.items():
-            mean, low, high = facts[name].values()
+            mean, low, high = facts[name]
             shown[name] = f"{mean:{form}}" + ("" if np.isnan(low) else f" ({low:{form}} to {high:{form}})")
         return (
             f"against {self.head.source}, {self.tokens['id'].nunique()} prompts, {len(self.tokens):,} "

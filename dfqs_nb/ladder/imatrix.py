@@ -7,7 +7,6 @@ tools/imatrix/imatrix.cpp. Like llama-imatrix we sum the squares of activations 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import re
 from collections import deque
 from collections.abc import Mapping
@@ -80,20 +79,12 @@ class ImportanceMatrix:
                 hint = "collect it again; if that repeats, get the model again"
                 raise ImatrixError(what, where=self.path or None, hint=hint)
 
-    @property
-    def sha256(self) -> str:
-        """The hash of names, sums and counts, in hex."""
-        digest = hashlib.sha256()
-        for name, entry in sorted(self.entries.items()):
-            digest.update(name.encode() + entry.sums.tobytes() + entry.counts.tobytes())
-        return digest.hexdigest()
-
     def fitting(self, header: GGUFHeader, pattern: str = "") -> tuple[ImportanceMatrix, list[str]]:
         """The entries of a model whose name contains a match of the pattern, and the names that do not fit.
 
-        An entry has a value for each column (and expert) of the tensor of that name; llama-quantize refuses
-        others. So it does of ``attn_output_a`` of ``deepseek4``, whose groups of columns llama.cpp multiplies
-        as matrices of their own. An `ImatrixError`: most of all entries do not fit.
+        llama-quantize refuses an entry that has not a value for each column (and expert) of its tensor, as of
+        ``attn_output_a`` of ``deepseek4``, whose columns llama.cpp multiplies in groups. An `ImatrixError`:
+        most entries do not fit.
         """
         sizes = {t.name: t.shape[0] * (t.shape[2] if len(t.shape) > 2 else 1) for t in header.tensors}
         odd = [name for name, entry in self.entries.items() if sizes.get(name) != entry.sums.size]
@@ -250,33 +241,34 @@ def _name(tensor: Any) -> str:
 def collect(
     source: str | Path,
     text: Text | str,
+    path: str | Path,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
     n_chunks: int = 24,
     n_threads: int = 0,
-    path: Path | None = None,
     fresh: bool = False,
     progress: bool = True,
 ) -> ImportanceMatrix:
     """Collect an importance matrix over a text, in whole chunks that each begin from a cleared context.
 
     ``source``: the model, in the precision that the quantization starts from. ``text``: or the name of a
-    prompt set or a text file. ``n_chunks``: the most; 0: all. ``n_threads``: 0: as suits the model's size.
-    ``path``: where it is kept; what is there from the same text and model is read, unless ``fresh``.
+    prompt set or a text file. ``path``: the file that it is written to; one from the same text and model is
+    read, unless ``fresh``. ``n_chunks``: the most; 0: all. ``n_threads``: 0: as suits the model's size.
 
     Raises:
         TextError, PromptError: there is no such text, or it has fewer tokens than one chunk.
         ImatrixError: a node could not be read. ModelError, DecodeError: llama.cpp fails.
     """
-    text, dataset = load_text(text, "calibration") if isinstance(text, str) else text, ""
-    if path is not None:
-        size = {"tokens": chunk_tokens, "chunks": n_chunks, "runtime": llama_version()}
-        known = {"source": sha256_of_files(open_shards(source).paths), "text": asdict(text), **size}
-        dataset = f"{text.name} {conditions_hash(known)}"
-        if path.exists() and not fresh and (kept := read_imatrix(path)).datasets == (dataset,):
-            return kept
-    collector = Collector()
-    settings = OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads or threads_for(source))
+    text, path = load_text(text, "calibration") if isinstance(text, str) else text, Path(path)
+    known: dict[str, Any] = {"source": sha256_of_files(open_shards(source).paths), "text": asdict(text)}
+    known |= {"tokens": chunk_tokens, "chunks": n_chunks, "runtime": llama_version()}
+    dataset = f"{text.name} {conditions_hash(known)}"
+    if path.exists() and not fresh and (kept := read_imatrix(path)).datasets == (dataset,):
+        return kept
+    collector, settings = (
+        Collector(),
+        OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads or threads_for(source)),
+    )
     with default_params(cb_eval=collector.callback):
         model = open_model(source, settings)
     with model:
@@ -290,5 +282,4 @@ def collect(
         name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
         for name, (sums, counts) in collector.totals.items()
     }
-    matrix = ImportanceMatrix(entries, (dataset or text.name,), len(pieces), chunk_tokens)
-    return matrix.save(path) if path else matrix
+    return ImportanceMatrix(entries, (dataset,), len(pieces), chunk_tokens).save(path)

@@ -10,7 +10,6 @@ import ctypes
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,13 +23,12 @@ from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.files import sha256_of_files, whole_path
 from dfqs_nb.core.machine import usable_cores
-from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes, layer_of
+from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes
 from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, Tensor, check_layout, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix
 from dfqs_nb.ladder.recipes import FLOATS, QuantizeError, Recipe, Rule, file_types, load_recipe
-from dfqs_nb.llama import check
 from dfqs_nb.llama.build import ERROR, LOG
 from dfqs_nb.llama.settings import llama_version
 
@@ -97,105 +95,89 @@ def plan(
     """
     recipe, shards = load_recipe(recipe) if isinstance(recipe, str) else recipe, open_shards(source)
     where, matrix, notes = shards.paths[0], None, list[str]()
-    _check_source(shards)
+    if quantized := [t for t in shards.tensors if t.type not in (*FLOATS, *INTEGER_TYPES)]:
+        what = f"{quantized[0].name} is quantized already ({quantized[0].type})"
+        hint = "quantize the original F32, F16 or BF16 model: losses add up"
+        raise QuantizeError(what, where=where, hint=hint)
     if imatrix is not None and recipe.weights:
         given = imatrix if isinstance(imatrix, ImportanceMatrix) else read_imatrix(imatrix)
         matrix, odd = given.fitting(shards.as_one, recipe.weights)
         if odd:
             names = ", ".join(odd[:3]) + (", ..." if len(odd) > 3 else "")
             notes.append(f"{len(odd)} entries of the importance matrix do not fit and are not used: {names}")
-    types, by_rule = _types_by_rule(shards, recipe)
-    keys = _keys(recipe, matrix)
-    exact = {f"^{re.escape(name)}$".replace(r"\-", "-"): kind for name, kind in types.items()}
-    job = {"work": "quantize", "source": str(where.resolve()), "mix": file_types()[recipe.mix], "keys": keys}
-    job["overrides"] = [[pattern, BLOCKS[kind][0]] for pattern, kind in exact.items()]
+    before, rules = {tensor.name: tensor for tensor in shards.tensors}, recipe.chosen(shards.as_one)
+    types = {name: rule.type if rule else before[name].type for name, rule in rules.items()}
+    job: dict[str, Any] = {
+        "work": "quantize",
+        "source": str(where.resolve()),
+        "mix": file_types()[recipe.mix],
+    }
+    job |= {"keys": _keys(recipe, matrix), "types": {name: BLOCKS[kind][0] for name, kind in types.items()}}
+    if matrix and matrix.entries:
+        job |= {"imatrix": str(Path(matrix.path).resolve()), "entries": list(matrix.entries)}
     with nullcontext(worker) if worker else child.Worker(CHILD) as serving:
         answer = serving.run({**job, "dry_run": True}, where=where)
-    chosen, before = dict(answer["tensors"]), {tensor.name: tensor for tensor in shards.tensors}
-    if set(chosen) != set(before):
-        what = "llama.cpp's dry run names other tensors than the header"
-        raise QuantizeError(what, where=where, hint=REPORT)
-    for rule, ruled in by_rule.items():
-        if ruled and all(chosen[name] != rule.type for name in ruled):
-            # it leaves norms, routers and vectors as they are, and takes another type for some shapes
-            what = f"llama.cpp gives {chosen[ruled[0]]} to {ruled[0]}, whatever {rule.pattern!r} says"
-            raise QuantizeError(what, where=where, hint="take the rule out, or give a type of blocks of 32")
-    _check_matrix(chosen, before, matrix, where)
+    chosen = dict(answer["tensors"])
+    if fault := _fault(recipe, rules, before, chosen, matrix):
+        raise QuantizeError(fault[0], where=where, hint=fault[1])
     tensors = []
     for name, kind in chosen.items():
         code, block, nbytes = BLOCKS[kind]
         nbytes *= before[name].n_elements // block
         tensors.append(replace(before[name], type=kind, type_code=code, nbytes=nbytes))
-    notes = [*answer["fallbacks"], *notes]
-    return Plan(recipe, shards, tuple(tensors), _file_bytes(shards, tensors, keys), tuple(notes), matrix, job)
+    nbytes = _file_bytes(shards, tensors, job["keys"])
+    return Plan(recipe, shards, tuple(tensors), nbytes, (*answer["fallbacks"], *notes), matrix, job)
 
 
-def _check_source(shards: ShardSet) -> None:
-    where = shards.paths[0]
-    if (alignment := shards.headers[0].alignment) != DEFAULT_ALIGNMENT:  # it pads to 32, and keeps the key
-        what = f"its tensors are aligned to {alignment:,} bytes: llama.cpp would write a file that it refuses"
-        hint = f"write the source again with an alignment of {DEFAULT_ALIGNMENT}"
-        raise QuantizeError(what, where=where, hint=hint)
-    for tensor in shards.tensors:
-        if tensor.type not in (*FLOATS, *INTEGER_TYPES):
-            what = f"{tensor.name} is quantized already ({tensor.type})"
-            hint = "quantize the original F32, F16 or BF16 model: losses add up"
-            raise QuantizeError(what, where=where, hint=hint)
-
-
-def _types_by_rule(shards: ShardSet, recipe: Recipe) -> tuple[dict[str, str], dict[Rule, list[str]]]:
-    """Types of the tensors that the recipe names, and the names of the tensors that each rule is about."""
-    where = shards.paths[0]
-    n_layers = 1 + max((layer_of(tensor.name) or 0 for tensor in shards.tensors), default=0)
-    types: dict[str, str] = {}
-    by_rule: dict[Rule, list[str]] = {rule: [] for rule in recipe.rules}
-    for tensor in shards.tensors:
-        if tensor.type in INTEGER_TYPES:
-            continue
-        if any(re.search(pattern, tensor.name) for pattern in recipe.keep):
-            types[tensor.name] = tensor.type
-        elif rule := next((rule for rule in recipe.rules if rule.matches(tensor.name, n_layers)), None):
-            by_rule[rule].append(tensor.name)
-            types[tensor.name] = rule.type
-    for rule, names in by_rule.items():
+def _fault(
+    recipe: Recipe,
+    rules: Mapping[str, Rule | None],
+    before: Mapping[str, Tensor],
+    chosen: Mapping[str, str],
+    matrix: ImportanceMatrix | None,
+) -> tuple[str, str] | None:
+    """Why llama.cpp's choice of types is not what the recipe means, and what to do about it."""
+    if set(chosen) != set(before):
+        return "llama.cpp's dry run names other tensors than the header", REPORT
+    for rule in recipe.rules:
+        names = [name for name, its_rule in rules.items() if its_rule == rule]
         if not names and not rule.optional:
             what = f"no tensor matches {rule.pattern!r} of the recipe {recipe.name}"
-            raise QuantizeError(what, where=where, hint="correct the pattern, or say optional = true")
-    return types, by_rule
-
-
-def _keys(recipe: Recipe, used: ImportanceMatrix | None) -> dict[str, str | int]:
-    """The metadata that llama.cpp writes on top of the source's; texts cut to what it takes."""
-    kinds = file_types()
-    keys: dict[str, str | int] = {
-        "general.file_type": kinds[recipe.file_type or recipe.mix],
-        "dfqs.recipe": recipe.name,
-        "dfqs.recipe_sha256": recipe.sha256 or "not from a file",
-        "dfqs.source_sha256": "0" * 64,  # in its place until the source is hashed
-        "dfqs.quantizer": f"llama-cpp-python {llama_version()}",
-    }
-    if used and used.entries:
-        names: dict[str, str | int] = {"file": Path(used.path).name or "not from a file"}
-        names |= {"dataset": (used.datasets or ("not stated",))[0], "entries_count": len(used.entries)}
-        names |= {"chunks_count": used.chunk_count} if used.chunk_count > 0 else {}
-        keys |= {f"quantize.imatrix.{name}": value for name, value in names.items()}
-    return {
-        name: value if isinstance(value, int) else value.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
-        for name, value in keys.items()
-    }
-
-
-def _check_matrix(
-    chosen: Mapping[str, str], before: Mapping[str, Tensor], matrix: ImportanceMatrix | None, where: Path
-) -> None:
+            return what, "correct the pattern, or say optional = true"
+        if names and all(chosen[name] != rule.type for name in names):
+            # it leaves norms, routers and vectors as they are, and takes another type for some shapes
+            what = f"llama.cpp gives {chosen[names[0]]} to {names[0]}, whatever {rule.pattern!r} says"
+            return what, "take the rule out, or give a type of blocks of 32"
     known = NO_MATRIX | (matrix.entries.keys() if matrix else set())
     need = [name for name, kind in chosen.items() if kind in NEED_MATRIX and kind != before[name].type]
     if bare := [name for name in need if name not in known]:
         more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
         hint = "add --calibrate with a text, or --imatrix with a file of llama-imatrix"
         hint = "collect it over more text, or give these tensors another type" if matrix else hint
-        what = f"{chosen[bare[0]]} needs an importance matrix for {bare[0]}{more}"
-        raise QuantizeError(what, where=where, hint=hint)
+        return f"{chosen[bare[0]]} needs an importance matrix for {bare[0]}{more}", hint
+    return None
+
+
+def _keys(recipe: Recipe, used: ImportanceMatrix | None) -> dict[str, str | int]:
+    """The metadata that llama.cpp writes on top of the source's; texts cut to what it takes."""
+    keys: dict[str, str | int] = {
+        "general.file_type": file_types()[recipe.file_type or recipe.mix],
+        "dfqs.recipe": recipe.name,
+        "dfqs.recipe_sha256": recipe.sha256 or "not from a file",
+        "dfqs.source_sha256": "0" * 64,  # in its place until the source is hashed
+        "dfqs.quantizer": f"llama-cpp-python {llama_version()}",
+    }
+    if used and used.entries:
+        keys |= {
+            "quantize.imatrix.file": Path(used.path).name,
+            "quantize.imatrix.dataset": (used.datasets or ("not stated",))[0],
+            "quantize.imatrix.entries_count": len(used.entries),
+            "quantize.imatrix.chunks_count": used.chunk_count,
+        }
+    return {
+        name: value if isinstance(value, int) else value.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
+        for name, value in keys.items()
+    }
 
 
 def _file_bytes(shards: ShardSet, tensors: Sequence[Tensor], keys: Mapping[str, str | int]) -> int:
@@ -243,10 +225,7 @@ def quantize(
         raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
     if not output.parent.is_dir():
         raise OutputError("its folder does not exist", where=output, hint="make the folder first")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        nullcontext(worker) if worker else child.Worker(CHILD) as serving,
-    ):
+    with nullcontext(worker) if worker else child.Worker(CHILD) as serving:
         planned = plan(source, recipe, imatrix, serving)
         free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then
         if free < planned.nbytes:
@@ -255,8 +234,6 @@ def quantize(
             raise SpaceError(what, where=output.parent, hint=hint)
         job = planned.job | {"n_threads": n_threads or usable_cores()}
         job["keys"]["dfqs.source_sha256"] = source_sha256 or sha256_of_files(shards.paths)
-        if planned.matrix and planned.matrix.entries:
-            job["imatrix"] = planned.matrix.save(Path(folder) / "used.gguf").path
         bar = tqdm(total=len(planned.tensors), desc=planned.recipe.name, unit="tensor", disable=not progress)
         with whole_path(output) as part, bar:
             job["output"] = str(part)
@@ -266,7 +243,7 @@ def quantize(
 
 
 def _check_written(part: Path, planned: Plan) -> None:
-    """Compare the file with the plan, and ask llama.cpp's own parser."""
+    """Compare the file with the plan."""
     header = read_header(part)
     check_layout(header)
     written, wanted = ([(t.name, t.type, t.nbytes) for t in each.tensors] for each in (header, planned))
@@ -275,8 +252,6 @@ def _check_written(part: Path, planned: Plan) -> None:
     if header.file_size != planned.nbytes:
         what = f"has {header.file_size:,} bytes; {planned.nbytes:,} were planned"
         raise IntegrityError(what, where=part, hint="is the disk full?")
-    if not check.parse(part).accepted:
-        raise IntegrityError("llama.cpp's parser refuses it", where=part, hint=REPORT)
 
 
 # ---- the child process ----
@@ -319,9 +294,10 @@ def _params(job: dict[str, Any]) -> tuple[Any, list[Any]]:
     params = api.llama_model_quantize_default_params()
     params.ftype, params.dry_run = job["mix"], bool(job.get("dry_run"))
     params.nthread, params.max_buf_size = job.get("n_threads", 1), BUFFER_BYTES
-    overrides = (api.llama_model_tensor_override * (len(job["overrides"]) + 1))()
-    for slot, (pattern, code) in zip(overrides, job["overrides"], strict=False):
-        slot.pattern, slot.type = pattern.encode(), code
+    # each list ends with an empty entry
+    types = (api.llama_model_tensor_override * (len(job["types"]) + 1))()
+    for slot, (name, code) in zip(types, job["types"].items(), strict=False):
+        slot.pattern, slot.type = f"^{re.escape(name)}$".replace(r"\-", "-").encode(), code
     keys = (api.llama_model_kv_override * (len(job["keys"]) + 1))()
     for slot, (name, value) in zip(keys, job["keys"].items(), strict=False):
         slot.key = name.encode()
@@ -329,14 +305,15 @@ def _params(job: dict[str, Any]) -> tuple[Any, list[Any]]:
             slot.tag, slot.value.val_str = api.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
         else:
             slot.tag, slot.value.val_i64 = api.LLAMA_KV_OVERRIDE_TYPE_INT, value
-    entries = read_imatrix(job["imatrix"]).entries if job.get("imatrix") else {}
-    data = (api.llama_model_imatrix_data * (len(entries) + 1))()
-    arrays = [entry.weights() for entry in entries.values()]
-    for slot, name, values in zip(data, entries, arrays, strict=False):
-        slot.name, slot.size = name.encode(), values.size
-        slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    params.tt_overrides = ctypes.cast(overrides, ctypes.POINTER(api.llama_model_tensor_override))
-    params.kv_overrides = ctypes.cast(keys, ctypes.POINTER(api.llama_model_kv_override))
-    if entries:
-        params.imatrix = ctypes.cast(data, ctypes.POINTER(api.llama_model_imatrix_data))
-    return params, [overrides, keys, data, arrays]
+    lists: dict[str, Any] = {"tt_overrides": types, "kv_overrides": keys}
+    alive = list[Any]()  # what they point to
+    if "imatrix" in job:
+        entries = read_imatrix(job["imatrix"]).entries
+        lists["imatrix"] = (api.llama_model_imatrix_data * (len(job["entries"]) + 1))()
+        for slot, name in zip(lists["imatrix"], job["entries"], strict=False):
+            alive.append(values := entries[name].weights())
+            slot.name, slot.size = name.encode(), values.size
+            slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    for field_name, array in lists.items():
+        setattr(params, field_name, ctypes.cast(array, ctypes.POINTER(array._type_)))
+    return params, [lists, alive]

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.gguf.facts import INTEGER_TYPES, layer_of
+from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.types import TENSOR_TYPES
 
 FLOATS = ("F32", "F16", "BF16")
-NOT_WRITTEN = ("Q8_1", "Q8_K", "F64", *INTEGER_TYPES)  # types of activations and tables, not of weights
+NO_WEIGHTS = ("Q8_1", "Q8_K", "F64", *INTEGER_TYPES)  # types of activations and tables
+WRITTEN = [name for name, *_ in TENSOR_TYPES.values() if name not in NO_WEIGHTS]
+STRICT = ConfigDict(extra="forbid")
 
 
 class QuantizeError(DfqsError):
@@ -33,37 +34,12 @@ def file_types() -> dict[str, int]:
     return {prefix.sub("", name): value for name, value in vars(api).items() if prefix.match(name)}
 
 
-def _one_of(what: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
-    def check(name: str) -> str:
-        if name and name not in (known := list(names())):
-            raise ValueError(f"unknown {what} {name!r}; there are: {', '.join(known)}")
-        return name
-
-    return AfterValidator(check)
-
-
-def _compiles(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{text!r} is no regular expression ({error})") from error
-    return text
-
-
-Pattern = Annotated[str, AfterValidator(_compiles)]
-FileType = Annotated[str, _one_of("file type", file_types)]
-TensorType = Annotated[
-    str, _one_of("type", lambda: (kind for kind, *_ in TENSOR_TYPES.values() if kind not in NOT_WRITTEN))
-]
-STRICT = ConfigDict(extra="forbid")
-
-
 @dataclass(frozen=True, config=STRICT)
 class Rule:
     """Tensors whose name contains a match of ``pattern`` get ``type``."""
 
-    pattern: Pattern
-    type: TensorType
+    pattern: str
+    type: str
     layers: float = 1.0  # only the first layers, this share of all: rounded down, at least one; 1: all
     optional: bool = False  # whether the rule may match no tensor
 
@@ -85,13 +61,39 @@ class Recipe:
     """How a model is quantized; a ``ValueError`` says what is wrong with it."""
 
     name: str
-    mix: FileType  # chooses for tensors that no rule names
+    mix: str  # of `file_types`: chooses for tensors that no rule names
     note: str = ""
-    keep: tuple[Pattern, ...] = ()  # tensors that stay as in the source
+    keep: tuple[str, ...] = ()  # tensors that stay as in the source
     rules: tuple[Rule, ...] = ()  # the first that matches counts
-    weights: Pattern = ""  # the importance matrix's entries that are used; empty: none
-    file_type: FileType = ""  # what the header says; empty: the mix
+    weights: str = ""  # the importance matrix's entries that are used; empty: none
+    file_type: str = ""  # what the header says; empty: the mix
     sha256: str = ""  # of the recipe's file
+
+    def __post_init__(self) -> None:
+        types = [(rule.type, WRITTEN) for rule in self.rules]
+        for name, known in [(self.mix, file_types()), (self.file_type or self.mix, file_types()), *types]:
+            if name not in known:
+                raise ValueError(f"unknown type {name!r}; there are: {', '.join(known)}")
+        for pattern in (*self.keep, self.weights, *(rule.pattern for rule in self.rules)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+
+    def chosen(self, header: GGUFHeader) -> dict[str, Rule | None]:
+        """The tensors that the mix does not choose for, by name, with their rule; None: it stays as it is."""
+        rules = dict[str, Rule | None]()
+        for name in [tensor.name for tensor in header.tensors if tensor.type not in INTEGER_TYPES]:
+            if any(re.search(pattern, name) for pattern in self.keep):
+                rules[name] = None
+            elif rule := next((rule for rule in self.rules if rule.matches(name, header.n_layers)), None):
+                rules[name] = rule
+        return rules
+
+    def idle_rules(self, header: GGUFHeader) -> list[Rule]:
+        """The rules that match no tensor of a model, although they have to."""
+        used = self.chosen(header).values()
+        return [rule for rule in self.rules if rule not in used and not rule.optional]
 
 
 def load_recipe(name: str | Path) -> Recipe:

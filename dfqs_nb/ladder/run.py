@@ -1,7 +1,7 @@
 """Climb the ladder: quantize one model at ever fewer bits, and measure every rung in the same way.
 
-Each rung is made from the same source and measured in a child process. A small model uses one thread, so as
-many rungs are under way at once as there are cores. What an earlier run finished is read, not repeated.
+Each rung is made from the same source and measured in child processes. A small model uses one thread, so as
+many children are at work as there are cores. What an earlier run finished is read, not repeated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -24,10 +24,10 @@ from dfqs_nb.core import child
 from dfqs_nb.core.budget import Fitted, fit
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import canonical_sha256, sha256_of_file, sha256_of_files
-from dfqs_nb.core.journal import conditions_hash, remembered
+from dfqs_nb.core.files import canonical_sha256, sha256_of_file, sha256_of_files, write_table
+from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.machine import available_memory, usable_cores
-from dfqs_nb.gguf.facts import bits_per_weight, class_of, types_by_bytes
+from dfqs_nb.gguf.facts import bits_per_weight, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.ladder import divergence, imatrix, quantizer
@@ -35,25 +35,25 @@ from dfqs_nb.ladder.recipes import Recipe, load_recipe
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version, threads_for
 from dfqs_nb.llama.timing import probe
-from dfqs_nb.routing import Trace, load_trace, open_recorded
+from dfqs_nb.routing import Trace, differences, load_trace, open_recorded, overlaps
 from dfqs_nb.scores import ItemSet, Options, SetRun, find_sandbox, score_set
 
 RUNGS = ("F16", "Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "IQ2_XXS", "IQ1_M", "IQ1_S-XL")
-FORMAT = 5  # of what is kept: raised when an older one must not be used
+FORMAT = 6  # of what is kept: raised when an older one must not be used
 HELD_BYTES = 512 << 20  # of a child beside its model: context, Python and its libraries
 # What a climb that exceeds its budget gives up, in this order; the first and the last rung stay.
 CUTS: tuple[dict[str, int], ...] = (
-    {"items": 32, "texts": 2, "longest": 512},
-    {"chunks": 16, "items": 16},
-    {"rungs": 6, "chunks": 8, "items": 8},
-    {"rungs": 4, "longest": 256, "texts": 1, "items": 4},
-    {"rungs": 3, "chunks": 4, "items": 1},
+    {"max_items": 32, "n_haystacks": 2, "longest": 512},
+    {"n_chunks": 16, "max_items": 16},
+    {"rungs": 6, "n_chunks": 8, "max_items": 8},
+    {"rungs": 4, "longest": 256, "n_haystacks": 1, "max_items": 4},
+    {"rungs": 3, "n_chunks": 4, "max_items": 1},
 )
 NAMES = {
-    "items": "questions of a set at each rung",
+    "max_items": "questions of a set at each rung",
     "longest": "tokens of the longest context",
-    "texts": "texts a length",
-    "chunks": "chunks of held-out text",
+    "n_haystacks": "texts a length",
+    "n_chunks": "chunks of held-out text",
     "rungs": "rungs",
 }
 LOGIT_SECONDS = 1e-7  # that a logit takes to be compared with the source's
@@ -90,10 +90,9 @@ class Rung:
 
     name: str
     path: Path
-    sha256: str
     header: GGUFHeader = field(repr=False)  # of the model, all shards as one
-    tokens: divergence.Tokens = field(repr=False)  # predictions of every scored token, beside the source's
-    trace: Trace = field(repr=False)  # the experts chosen there
+    tokens: pd.DataFrame = field(repr=False)  # see `divergence.beside_source`
+    routing: pd.DataFrame = field(repr=False)  # see `agreement`
     runs: tuple[SetRun, ...] = field(repr=False)  # a set of questions each
     items: pd.DataFrame = field(repr=False)  # of the stability curve, one row a question
     boundary: dict[str, Any] = field(repr=False)
@@ -102,11 +101,6 @@ class Rung:
     def bits_per_weight(self) -> float:
         """Bits a weight of the whole file."""
         return bits_per_weight(self.header.tensors)
-
-    @property
-    def expert_bits(self) -> float:
-        """Bits a weight of the routed experts; NaN for a dense model."""
-        return bits_per_weight([t for t in self.header.tensors if class_of(t.name) == "routed experts"])
 
 
 @dataclass(frozen=True)
@@ -117,11 +111,6 @@ class Ladder:
     settings: Settings
     conditions: dict[str, Any] = field(repr=False)
     failed: dict[str, str] = field(default_factory=dict)  # why a rung is missing, by name
-
-    @property
-    def source(self) -> Rung:
-        """The rung that all others are made from and compared with."""
-        return self.rungs[0]
 
     def __getitem__(self, name: str) -> Rung:
         return next(rung for rung in self.rungs if rung.name == name)
@@ -155,7 +144,7 @@ def collected(
     path.parent.mkdir(parents=True, exist_ok=True)
     how: dict[str, Any] = {"n_threads": settings.n_threads, "fresh": fresh, "progress": False}
     how |= {"chunk_tokens": settings.calibration_tokens, "n_chunks": settings.calibration_chunks}
-    return imatrix.collect(source, settings.calibration or settings.text, path=path, **how)
+    return imatrix.collect(source, settings.calibration or settings.text, path, **how)
 
 
 def within_budget(
@@ -166,45 +155,30 @@ def within_budget(
     The speed of the source, timed here on a few tokens, stands for that of every rung. Of the default rungs,
     those for routed experts are left out of a dense model's ladder.
     """
-    header = open_shards(source).as_one
-    rules = {name: load_recipe(name).rules for name in rungs if tuple(rungs) == RUNGS}
-    tensors = [tensor.name for tensor in header.tensors]
-    unfit = [
-        name
-        for name in rules
-        for rule in rules[name]
-        if not (rule.optional or any(rule.matches(tensor, header.n_layers) for tensor in tensors))
-    ]
-    rungs = [name for name in rungs if name not in unfit]
-    opened = OpenSettings.of(source, n_ctx=512, n_threads=settings.n_threads)
-    with open_model(source, opened) as model:
+    shards = open_shards(source)
+    dense = [name for name in RUNGS if tuple(rungs) == RUNGS and load_recipe(name).idle_rules(shards.as_one)]
+    rungs = [name for name in rungs if name not in dense]
+    with open_model(source, OpenSettings.of(source, n_ctx=512, n_threads=settings.n_threads)) as model:
         pace, load, n_vocab = probe(model), model.load_seconds, model.n_vocab
         n_chunks = len(divergence.load_text(settings.text).tokens(model)) // settings.chunk_tokens
-    sets, nbytes = question_sets(settings), open_shards(source).nbytes
+    sets = question_sets(settings)
 
     def cost(plan: dict[str, int]) -> float:
-        predicted = plan["chunks"] * settings.chunk_tokens
-        asked = sum(pace.seconds(64, each.max_tokens) * min(plan["items"], len(each.items)) for each in sets)
-        curve = pace.seconds(2 * plan["longest"] * plan["texts"], 8 * plan["texts"])
+        predicted, items = plan["n_chunks"] * settings.chunk_tokens, plan["max_items"]
+        asked = sum(pace.seconds(64, each.max_tokens) * min(items, len(each.items)) for each in sets)
+        curve = pace.seconds(2 * plan["longest"] * plan["n_haystacks"], 8 * plan["n_haystacks"])
         rung = predicted * (pace.prefill + n_vocab * LOGIT_SECONDS) + asked + curve
-        return plan["rungs"] * (rung + 3 * load + 3 * nbytes / QUANTIZED_BYTES)
+        return plan["rungs"] * (rung + 3 * load + 3 * shards.nbytes / QUANTIZED_BYTES)
 
     items = max((len(each.items) for each in sets), default=0)  # `max_items` has cut them already
-    whole = {"items": items, "longest": settings.longest, "texts": settings.n_haystacks}
-    whole |= {"chunks": min(n_chunks, settings.n_chunks or n_chunks), "rungs": len(rungs)}
-    fitted = fit(whole, CUTS, cost, seconds, NAMES)
-    cut = fitted.values
-    kept = np.linspace(0, len(rungs) - 1, cut["rungs"]).round().astype(int)
-    cut_settings = replace(
-        settings,
-        max_items=settings.max_items if cut["items"] == items else cut["items"],
-        longest=cut["longest"],
-        n_haystacks=cut["texts"],
-        n_chunks=settings.n_chunks if cut["chunks"] == whole["chunks"] else cut["chunks"],
-    )
-    dense = (f"the rung {name}: its rules match no tensor of this model" for name in unfit)
-    left_out = (*dense, *fitted.left_out)
-    return cut_settings, [rungs[at] for at in kept], replace(fitted, left_out=left_out)
+    n_chunks = min(n_chunks, settings.n_chunks or n_chunks)
+    whole = {"max_items": items, "longest": settings.longest, "n_haystacks": settings.n_haystacks}
+    fitted = fit(whole | {"n_chunks": n_chunks, "rungs": len(rungs)}, CUTS, cost, seconds, NAMES)
+    cut: dict[str, Any] = dict(fitted.values)
+    kept = np.linspace(0, len(rungs) - 1, cut.pop("rungs")).round().astype(int)
+    left_out = [f"the rung {name}: its rules match no tensor of this model" for name in dense]
+    fitted = replace(fitted, left_out=(*left_out, *fitted.left_out))
+    return replace(settings, **cut), [rungs[at] for at in kept], fitted
 
 
 def climb(
@@ -226,35 +200,52 @@ def climb(
     `LadderError`: the source itself cannot be measured. A `QuantizeError`, `PromptError` or `TextError`:
     there is no such recipe, set or text, or it is too short.
     """
-    settings, folder, shards = settings or Settings(), Path(folder), open_shards(source)
-    folder.mkdir(parents=True, exist_ok=True)
+    settings, shards = settings or Settings(), open_shards(source)
     settings = replace(settings, n_threads=settings.n_threads or threads_for(shards.paths[0]))
     top = next(iter(types_by_bytes(shards.as_one.tensors)))  # F16, BF16 or F32, checked at the first rung
     recipes = {recipe.name: recipe for recipe in map(load_recipe, rungs) if recipe.name != top}
+    pool, measured, failed = ThreadPoolExecutor(n_workers(shards, settings.n_threads)), list[Rung](), {}
     with (
         tqdm(total=1 + len(recipes), desc="rungs", disable=not progress) as bar,
-        _Climber(shards, folder, settings, matrix, fresh) as climber,
+        _Climber(shards, top, Path(folder), settings, fresh) as climber,
     ):
-        measured = climber.climb(top, recipes, bar.update)
-        return Ladder(measured, settings, climber.conditions, climber.failed)
+        try:
+            for name, steps in climber.tasks(pool, recipes, matrix).items():
+                try:
+                    (path, _), _, asked = (step.result() for step in steps)
+                    measured.append(climber.rung(name, path, asked))
+                except DfqsError as error:
+                    if name == top:
+                        what = f"the source cannot be measured: {error}"
+                        raise LadderError(what, where=source, hint="open it in notebook 03") from error
+                    failed[name] = str(error)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            child.end_all()
+            raise
+        finally:
+            pool.shutdown()
+    return Ladder(tuple(measured), settings, climber.conditions, failed)
 
 
 def n_workers(shards: ShardSet, n_threads: int) -> int:
-    """Rungs under way at once: as the cores allow, and as memory holds their models beside each other."""
+    """Children at work at once: as the cores allow, and as memory holds their models beside each other."""
     held = available_memory().available_bytes // (2 * shards.nbytes + HELD_BYTES)
     return max(1, min(usable_cores() // n_threads, held))
 
 
 class _Climber(ExitStack):
-    """One climb: what its steps share, its child processes, and which rungs failed."""
+    """What the steps of a climb share, and their child processes."""
 
-    def __init__(
-        self, shards: ShardSet, folder: Path, settings: Settings, matrix: str | Path | None, fresh: bool
-    ) -> None:
+    def __init__(self, shards: ShardSet, top: str, folder: Path, settings: Settings, fresh: bool) -> None:
         super().__init__()
-        self.shards, self.folder, self.settings = shards, folder, settings
-        self.given, self.fresh, self.failed = matrix, fresh, dict[str, str]()
         self.source, self.sha256 = shards.paths[0], sha256_of_files(shards.paths)
+        self.top, self.folder, self.settings, self.fresh = top, folder, settings, fresh
+        self.predictions, self.trace = (
+            folder / "reference.npy",
+            self._place(top) / "trace.npz",
+        )  # the source's
         self._own = threading.local()
         held_out = divergence.load_text(settings.text)
         self.conditions = {
@@ -267,42 +258,26 @@ class _Climber(ExitStack):
             "format": FORMAT,
         }
 
-    def climb(
-        self, top: str, recipes: Mapping[str, Recipe], on_rung: Callable[[], object]
-    ) -> tuple[Rung, ...]:
-        """Make and measure all rungs, as many at once as this machine holds.
+    def tasks(
+        self, pool: ThreadPoolExecutor, recipes: Mapping[str, Recipe], given: str | Path | None
+    ) -> dict[str, tuple[Future[Any], ...]]:
+        """Three steps of each rung, by its name: make it, predict the text, ask the questions.
 
-        Every task waits only for tasks that were submitted before it, so one worker is enough.
+        Each waits only for steps that were submitted before it, so one worker is enough.
         """
-        pool = ThreadPoolExecutor(n_workers(self.shards, self.settings.n_threads))
-        rungs, matrix = dict[str, Rung](), None
-        try:
-            futures = {top: pool.submit(self._measured, top, self.source, self.sha256, None)}
-            if any(recipe.weights for recipe in recipes.values()):
-                how: dict[str, Any] = {"given": self.given, "fresh": self.fresh}
-                matrix = pool.submit(collected, self.source, self.folder, self.settings, **how)
-            # all are made before the first is measured, which waits for the source's predictions
-            made = {
-                name: pool.submit(self._made, recipe, matrix if recipe.weights else None)
-                for name, recipe in recipes.items()
-            }
-            futures |= {name: pool.submit(self._rung, name, made[name], futures[top]) for name in recipes}
-            for name, future in futures.items():
-                try:
-                    rungs[name] = future.result()
-                except DfqsError as error:
-                    if name == top:
-                        what = f"the source cannot be measured: {error}"
-                        raise LadderError(what, where=self.source, hint="open it in notebook 03") from error
-                    self.failed[name] = str(error)
-                on_rung()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            child.end_all()
-            raise
-        finally:
-            pool.shutdown()
-        return tuple(rungs.values())
+        made = {self.top: pool.submit(lambda: (self.source, self.sha256))}
+        predicted = {self.top: pool.submit(self._predicted, self.top, made[self.top])}
+        matrix = None
+        if any(recipe.weights for recipe in recipes.values()):
+            how: dict[str, Any] = {"given": given, "fresh": self.fresh}
+            matrix = pool.submit(collected, self.source, self.folder, self.settings, **how)
+        asked = {self.top: pool.submit(self._asked, self.top, made[self.top])}
+        for name, recipe in recipes.items():
+            made[name] = pool.submit(self._made, recipe, matrix if recipe.weights else None)
+        for name in recipes:
+            predicted[name] = pool.submit(self._predicted, name, made[name], predicted[self.top])
+            asked[name] = pool.submit(self._asked, name, made[name])
+        return {name: (made[name], predicted[name], asked[name]) for name in made}
 
     @property
     def _worker(self) -> child.Worker:
@@ -331,52 +306,97 @@ class _Climber(ExitStack):
             return {"nbytes": done.nbytes, "sha256": sha256_of_file(path), "notes": done.notes}
 
         conditions = {"source": self.sha256, "recipe": asdict(recipe), "runtime": llama_version()}
-        conditions |= {"matrix": "" if matrix is None else matrix.sha256}
+        conditions |= {"matrix": sha256_of_file(matrix.path) if matrix else ""}
         facts = remembered(note, conditions, make, fresh=self.fresh or not path.exists())
         if facts.get("nbytes") != path.stat().st_size:  # the file is no longer what was made
             facts = remembered(note, conditions, make, fresh=True)
         return path, facts["sha256"]
 
-    def _rung(self, name: str, made: Future[tuple[Path, str]], source: Future[Rung]) -> Rung:
-        """Measure a rung beside the source."""
-        (path, sha256), base, place = made.result(), source.result(), self._place(name)
-        (place / "scores").mkdir(exist_ok=True)
-        for verdicts in self._place(base.name).glob("scores/verdicts-*.jsonl"):
-            # a program that the source wrote too has its verdict already
-            if not (place / "scores" / verdicts.name).exists():
-                shutil.copyfile(verdicts, place / "scores" / verdicts.name)
-        return self._measured(name, path, sha256, base)
-
-    def _measured(self, name: str, path: Path, sha256: str, base: Rung | None) -> Rung:
-        """Measure a rung in a child, or load an earlier measurement."""
-        place, reference = self._place(name), self.folder / "reference.npy"
-        conditions = {**self.conditions, "model": sha256, "base": base.sha256 if base else ""}
+    def _predicted(
+        self, name: str, made: Future[tuple[Path, str]], source: Future[Any] | None = None
+    ) -> dict[str, Any]:
+        """Predict the held-out text, beside the source's predictions, which come first."""
+        files = {"predictions": str(self.predictions.resolve())}
+        if source is not None:
+            source.result()
+            files["trace"] = str(self.trace.resolve())
         # the source's predictions, with which all others are compared, may have been deleted
-        gone = base is None and not reference.exists()
+        gone = source is None and not self.predictions.exists()
+        return self._measured("predict", name, made.result(), self.fresh or gone, **files)
 
-        def measured() -> dict[str, Any]:
-            files = {"path": path, "place": place, "reference": reference}
-            job: dict[str, Any] = {name: str(file.resolve()) for name, file in files.items()}
-            job |= {"work": "measure", "key": conditions_hash(conditions), "is_source": base is None}
-            job |= {"sha256": sha256, "settings": asdict(self.settings), "fresh": self.fresh}
-            return self._worker.run(job, where=path)
+    def _asked(self, name: str, made: Future[tuple[Path, str]]) -> dict[str, Any]:
+        """Ask the questions; a program that the source wrote too has its verdict already."""
+        scores = self._place(name) / "scores"
+        scores.mkdir(exist_ok=True)
+        for verdicts in self._place(self.top).glob("scores/verdicts-*.jsonl"):
+            if not (scores / verdicts.name).exists():
+                shutil.copyfile(verdicts, scores / verdicts.name)
+        return self._measured("ask", name, made.result(), self.fresh)
 
-        facts = remembered(place / "rung.json", conditions, measured, fresh=self.fresh or gone)
-        predicted = divergence.Tokens.load(place / "tokens.npz"), load_trace(place / "trace.npz")
-        runs = tuple(SetRun.of(**answered) for answered in facts["sets"])
-        asked = pd.DataFrame(facts["items"]), facts["boundary"]
-        return Rung(name, path, sha256, open_shards(path).as_one, *predicted, runs, *asked)
+    def _measured(
+        self, step: str, name: str, made: tuple[Path, str], fresh: bool, **files: str
+    ) -> dict[str, Any]:
+        """A step, done now in this thread's child or by an earlier run."""
+        place, (path, sha256) = self._place(name), made
+        job: dict[str, Any] = {"work": step, "path": str(path.resolve()), "place": str(place.resolve())}
+        job |= {"sha256": sha256, "settings": asdict(self.settings), "fresh": fresh, **files}
+        note, conditions = place / f"{step}.json", {**self.conditions, "model": sha256}
+        return remembered(note, conditions, lambda: self._worker.run(job, where=path), fresh=fresh)
+
+    def rung(self, name: str, path: Path, asked: dict[str, Any]) -> Rung:
+        """A rung from what its steps left."""
+        place = self._place(name)
+        tokens = pd.read_csv(place / "tokens.csv")
+        routing = agreement(load_trace(self.trace), load_trace(place / "trace.npz"))
+        runs = tuple(SetRun.of(**answered) for answered in asked["sets"])
+        curve = pd.DataFrame(asked["items"]), asked["boundary"]
+        return Rung(name, path, open_shards(path).as_one, tokens, routing, runs, *curve)
+
+
+def agreement(source: Trace, trace: Trace) -> pd.DataFrame:
+    """How a rung routes the source's tokens: a row a chunk and layer.
+
+    ``identical``: share of the ``n`` tokens with the same set of experts. ``overlap``: mean share of the k
+    experts that both chose. ``hashed``: the layer chooses by token id.
+    """
+    size, layers = source.conditions["chunk_tokens"], source.layers
+    n_chunks = source.n_tokens // size
+
+    def by_chunk(values: Any) -> Any:  # (tokens, layers)
+        return values.reshape(n_chunks, size, len(layers)).mean(axis=1).ravel()
+
+    columns = {"chunk": np.repeat(np.arange(n_chunks), len(layers)), "layer": np.tile(layers, n_chunks)}
+    columns |= {
+        "hashed": np.tile(source.hashed, n_chunks),
+        "identical": by_chunk(~differences(source, trace)),
+    }
+    return pd.DataFrame(columns | {"overlap": by_chunk(overlaps(source, trace))}).assign(n=size)
 
 
 # ---- the child process ----
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure one model: predictions and routing first, then scores and the stability curve."""
+def predict(job: dict[str, Any]) -> dict[str, Any]:
+    """Predictions and routing on the held-out text; the source's predictions are kept for the others."""
+    settings, place = Settings(**job["settings"]), Path(job["place"])
+    opened = OpenSettings(n_ctx=settings.chunk_tokens, n_threads=settings.n_threads)
+    with open_recorded(job["path"], opened, trial=False) as recorded:
+        if "trace" in job:  # every rung has the source's tokenizer
+            pieces = load_trace(job["trace"]).tokens.reshape(-1, settings.chunk_tokens).tolist()
+        else:
+            tokens = divergence.load_text(settings.text).tokens(recorded.model)
+            pieces = divergence.chunks(tokens, settings.chunk_tokens, settings.n_chunks, least=2)
+        kept = Path(job["predictions"])
+        scored = divergence.beside_source(recorded, pieces, kept, is_source="trace" not in job)
+        write_table(place / "tokens.csv", scored, index=False)
+        trace = recorded.trace(np.concatenate(pieces).tolist(), chunk_tokens=settings.chunk_tokens)
+        trace.save(place / "trace.npz")
+    return {"n_chunks": len(pieces)}
+
+
+def ask(job: dict[str, Any]) -> dict[str, Any]:
+    """Scores and the stability curve."""
     settings, place, fresh = Settings(**job["settings"]), Path(job["place"]), job["fresh"]
-    lost = job["is_source"] and not Path(job["reference"]).exists()
-    predict, key = lambda: _predict(job, settings, place), {"key": job["key"]}
-    remembered(place / "predicted.json", key, predict, fresh=fresh or lost)
     n_ctx = max(settings.n_ctx, settings.longest + 64)  # room for the answers
     opened = OpenSettings(n_ctx=n_ctx, n_threads=settings.n_threads)
     options = Options(fresh=fresh, allow_unsandboxed=settings.allow_unsandboxed, progress=False)
@@ -397,17 +417,3 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     ]
     items, boundary = curve.retrieval.to_dict("records"), curve.boundary().as_dict()
     return {"sets": sets, "items": items, "boundary": boundary}
-
-
-def _predict(job: dict[str, Any], settings: Settings, place: Path) -> dict[str, Any]:
-    """Predictions and routing on the held-out text; the source's predictions are kept for the others."""
-    opened = OpenSettings(n_ctx=settings.chunk_tokens, n_threads=settings.n_threads)
-    with open_recorded(job["path"], opened, trial=False) as recorded:
-        tokens = divergence.load_text(settings.text).tokens(recorded.model)
-        pieces = divergence.chunks(tokens, settings.chunk_tokens, settings.n_chunks, least=2)
-        reference = Path(job["reference"])
-        scored = divergence.beside_source(recorded, pieces, reference, is_source=job["is_source"])
-        scored.save(place / "tokens.npz")
-        trace = recorded.trace(np.concatenate(pieces).tolist(), chunk_tokens=settings.chunk_tokens)
-        trace.save(place / "trace.npz")
-    return {"n_chunks": len(pieces)}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.gguf.facts import class_sizes
-from dfqs_nb.ladder.divergence import Array, bands, estimate, summary
+from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes
+from dfqs_nb.ladder.divergence import LAST, bands, estimate, summary
 from dfqs_nb.ladder.run import Ladder, Rung
-from dfqs_nb.routing import differences, overlaps
 from dfqs_nb.scores import SetRun, compare_runs
 from dfqs_nb.stats import LEVEL, holm, mean_interval, sign_flip
 
@@ -26,15 +25,18 @@ LEVELS: dict[str, tuple[str, ...]] = {
 }
 SAME = "no evidence of a difference"
 KINDS = ("fidelity", "ability")
+LOWER_IS_BETTER = ("KL divergence", "log-perplexity")
+STEPS = ("a", "b", "metric", "kind", "n", "value_a", "value_b", "difference", "low", "high", "p")
 
 
 def table(ladder: Ladder) -> pd.DataFrame:
     """One row a rung: sizes, bits, and every metric with its 95 % interval (``_low``, ``_high``)."""
     rows = []
     for rung in ladder.rungs:
+        experts = [tensor for tensor in rung.header.tensors if class_of(tensor.name) == "routed experts"]
         row = {"rung": rung.name, "bytes": rung.header.file_size, "bits_per_weight": rung.bits_per_weight}
-        row |= {"expert_bits": rung.expert_bits, **summary(rung.tokens)}
-        row |= _share("routing", _same_experts(ladder.source, rung))
+        row |= {"expert_bits": bits_per_weight(experts), **summary(rung.tokens)}
+        row |= estimate("routing", _same_experts(rung))
         for run in rung.runs:
             name, score = _score_name(run, rung.runs), run.score
             row |= {name: score.value, f"{name}_low": score.low}
@@ -45,6 +47,11 @@ def table(ladder: Ladder) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _same_experts(rung: Rung) -> pd.Series:
+    """By chunk, the share of expert sets that are the source's, in layers that choose by score."""
+    return rung.routing[~rung.routing["hashed"]].groupby("chunk")["identical"].mean()
+
+
 def _score_name(run: SetRun, runs: Sequence[SetRun]) -> str:
     """The score's name, with its set's where several sets have that score."""
     alone = [other.score.name for other in runs].count(run.score.name) == 1
@@ -53,28 +60,8 @@ def _score_name(run: SetRun, runs: Sequence[SetRun]) -> str:
 
 def class_table(ladder: Ladder) -> pd.DataFrame:
     """Bits a weight by tensor class (rows) and rung (columns)."""
-    columns = {
-        rung.name: {row["class"]: row["bits_per_weight"] for row in class_sizes(rung.header)}
-        for rung in ladder.rungs
-    }
-    return pd.DataFrame(columns).rename_axis("class")
-
-
-def _share(name: str, same: Array) -> dict[str, float]:
-    """The mean with its interval held inside 0 to 1; NaN where there is nothing to choose."""
-    if not same.size:
-        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
-    share = estimate(name, same)
-    low, high = max(share[f"{name}_low"], 0.0), min(share[f"{name}_high"], 1.0)
-    return {name: share[name], f"{name}_low": low, f"{name}_high": high}
-
-
-def _same_experts(source: Rung, rung: Rung, layers: Array | None = None) -> Array:
-    """Whether each expert set is the source's, ``(chunks, n)``; by default in all layers with scores."""
-    same = ~differences(source.trace, rung.trace)[:, ~source.trace.hashed if layers is None else layers]
-    size = source.trace.conditions["chunk_tokens"]
-    rows: Array = same.reshape(len(same) // size, size * same.shape[1]).astype(float)  # none: a dense model
-    return rows
+    sizes = {rung.name: pd.DataFrame(class_sizes(rung.header)).set_index("class") for rung in ladder.rungs}
+    return pd.DataFrame({name: classes["bits_per_weight"] for name, classes in sizes.items()})
 
 
 def routing_table(ladder: Ladder) -> pd.DataFrame:
@@ -83,13 +70,12 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
     ``identical`` (share of equal sets among ``n``) with ``low`` and ``high``; ``overlap``: mean share of
     the k experts that both chose.
     """
-    rows, trace = [], ladder.source.trace
+    rows = []
     for rung in ladder.rungs[1:]:
-        overlap = overlaps(trace, rung.trace).mean(axis=0)
-        for column, (layer, hashed) in enumerate(zip(trace.layers, trace.hashed, strict=True)):
-            same = _share("identical", _same_experts(ladder.source, rung, np.array([column]))).values()
-            facts = rung.name, rung.bits_per_weight, layer, hashed, trace.n_tokens
-            rows.append((*facts, *same, overlap[column]))
+        for (layer, hashed), part in rung.routing.groupby(["layer", "hashed"]):
+            same = estimate("identical", part["identical"]).values()
+            facts = rung.name, rung.bits_per_weight, layer, hashed, part["n"].sum()
+            rows.append((*facts, *same, part["overlap"].mean()))
     columns = ["rung", "bits_per_weight", "layer", "hashed", "n", "identical", "low", "high", "overlap"]
     return pd.DataFrame(rows, columns=columns).astype({"hashed": bool})
 
@@ -99,14 +85,13 @@ def position_table(ladder: Ladder) -> pd.DataFrame:
 
     ``start`` and ``end`` in tokens; ``n`` tokens in ``chunks``, over which the intervals are.
     """
-    rows = []
-    for rung, (band, (start, end)) in product(
-        ladder.rungs[1:], enumerate(bands(ladder.settings.chunk_tokens))
-    ):
-        part = rung.tokens.part(band)
-        row = {"rung": rung.name, "bits_per_weight": rung.bits_per_weight, "start": start, "end": end}
-        row |= {"chunks": len(part.kld), "n": part.kld.size, **estimate("kld", part.kld)}
-        rows.append(row | _share("same_top", part.same_top.astype(float)))
+    rows, edges = [], bands(ladder.settings.chunk_tokens)
+    for rung in ladder.rungs[1:]:
+        for (start, end), (_, part) in zip(edges, rung.tokens.groupby("band"), strict=True):
+            means = part.groupby("chunk")[["kld", "same_top"]].mean()
+            row = {"rung": rung.name, "bits_per_weight": rung.bits_per_weight, "start": start, "end": end}
+            row |= {"chunks": len(means), "n": len(part)}
+            rows.append(row | estimate("kld", means["kld"]) | estimate("same_top", means["same_top"]))
     return pd.DataFrame(rows)
 
 
@@ -124,44 +109,41 @@ def steps(ladder: Ladder) -> pd.DataFrame:
     all. The source's divergence from itself is 0: the first step's says only whether anything changed.
     """
     names = [rung.name for rung in ladder.rungs]
-    pairs = dict.fromkeys([*pairwise(names), *((a, b) for _, _, a, b in _level_pairs(names))])
-    rows = [row for a, b in pairs for row in _compared(ladder.source, ladder[a], ladder[b])]
-    adjusted = iter(holm([row["p"] for row in rows if row["p"] == row["p"]]))
-    for row in rows:
-        row["p_holm"] = next(adjusted) if row["p"] == row["p"] else row["p"]  # NaN: not tested
-        better = "better" if (row["difference"] > 0) == row.pop("larger_is_better") else "worse"
-        row["verdict"] = better if row["p_holm"] < 1 - LEVEL else SAME
-        row["verdict"] = row["verdict"] if row["p"] == row["p"] else "not measured"
-    return pd.DataFrame(rows)
+    pairs = dict.fromkeys([*pairwise(names), *((a, b) for _, a, b in _level_pairs(names))])
+    rows = [row for a, b in pairs for row in _compared(ladder[a], ladder[b])]
+    table = pd.DataFrame(rows, columns=STEPS)
+    tested = table["p"].notna()
+    table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].tolist())
+    better = (table["difference"] > 0) ^ table["metric"].isin(LOWER_IS_BETTER)
+    table["verdict"] = np.where(better, "better", "worse")
+    table.loc[~(table["p_holm"] < 1 - LEVEL), "verdict"] = SAME
+    table.loc[~tested, "verdict"] = "not measured"
+    return table
 
 
-def _compared(source: Rung, a: Rung, b: Rung) -> list[dict[str, Any]]:
-    """One row a metric, from its values in each chunk, question or text."""
-    rows = list[dict[str, Any]]()
-
-    def paired(metric: str, kind: str, first: Array, second: Array, *, up: bool = True) -> None:
-        change = second - first
-        low, high = mean_interval(change)
-        row = {"a": a.name, "b": b.name, "metric": metric, "kind": kind, "n": len(change)}
-        row |= {"value_a": float(first.mean()), "value_b": float(second.mean())}
-        row |= {"difference": float(change.mean()), "low": low, "high": high}
-        rows.append(row | {"p": sign_flip(change), "larger_is_better": up})
-
-    tokens = [rung.tokens.part() for rung in (a, b)]
-    paired("KL divergence", "fidelity", *(part.kld.mean(1) for part in tokens), up=False)
-    paired("same top token", "fidelity", *(part.same_top.mean(1) for part in tokens))
-    if not source.trace.hashed.all():
-        paired("same experts", "fidelity", *(_same_experts(source, rung).mean(1) for rung in (a, b)))
-    paired("log-perplexity", "perplexity", *(part.nll.mean(1) for part in tokens), up=False)
+def _compared(a: Rung, b: Rung) -> list[tuple[Any, ...]]:
+    """One row a metric, from its values in each chunk, question or text; the columns are `STEPS`."""
+    chunks = [rung.tokens[rung.tokens["band"] == LAST].groupby("chunk") for rung in (a, b)]
+    texts = [rung.items.groupby(["length", "haystack"])["correct"].mean() for rung in (a, b)]
+    kld, same_top, nll = ([part[name].mean() for part in chunks] for name in ("kld", "same_top", "nll"))
+    rows = [_paired("KL divergence", "fidelity", *kld), _paired("same top token", "fidelity", *same_top)]
+    if len(_same_experts(a)):  # none: a dense model
+        rows.append(_paired("same experts", "fidelity", _same_experts(a), _same_experts(b)))
+    rows.append(_paired("log-perplexity", "perplexity", *nll))
     for run, other in zip(a.runs, b.runs, strict=True):
-        result = compare_runs(run, other)
-        row = {"a": a.name, "b": b.name, "metric": _score_name(run, a.runs), "kind": "ability", "n": result.n}
-        row |= {"value_a": result.a, "value_b": result.b, "difference": result.difference}
-        rows.append(row | {"low": result.low, "high": result.high, "p": result.p, "larger_is_better": True})
-    right = [rung.items.groupby(["length", "haystack"])["correct"].mean() for rung in (a, b)]
-    shared = right[0].index.intersection(right[1].index)
-    paired("retrieval", "ability", *(values[shared].to_numpy(float) for values in right))
-    return rows
+        both = compare_runs(run, other)
+        facts = both.n, both.a, both.b, both.difference, both.low, both.high, both.p
+        rows.append((_score_name(run, a.runs), "ability", *facts))
+    rows.append(_paired("retrieval", "ability", *texts))
+    return [(a.name, b.name, *row) for row in rows]
+
+
+def _paired(metric: str, kind: str, a: pd.Series, b: pd.Series) -> tuple[Any, ...]:
+    """A metric compared on the units that both have."""
+    values = pd.concat([a, b], axis=1, join="inner").to_numpy(float)
+    change = values[:, 1] - values[:, 0]
+    numbers = *values.mean(axis=0), change.mean(), *mean_interval(change), sign_flip(change)
+    return metric, kind, len(change), *map(float, numbers)
 
 
 def verdict_table(compared: pd.DataFrame) -> pd.DataFrame:
@@ -171,11 +153,11 @@ def verdict_table(compared: pd.DataFrame) -> pd.DataFrame:
     return table.loc[labelled["step"].unique(), compared["metric"].unique()].rename_axis(columns=None)
 
 
-def _level_pairs(names: Sequence[str]) -> list[tuple[str, str, str, str]]:
-    """Two levels of the hierarchy, the smallest rung of the upper one and the largest of the lower one."""
-    levels = {level: [name for name in names if name in members] for level, members in LEVELS.items()}
-    present = [(level, members) for level, members in levels.items() if members]
-    return [(above, below, a[-1], b[0]) for (above, a), (below, b) in pairwise(present)]
+def _level_pairs(names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Neighbouring levels of the hierarchy: the smallest rung of the upper, the largest of the lower one."""
+    levels = [(level, [name for name in names if name in members]) for level, members in LEVELS.items()]
+    present = [(level, members) for level, members in levels if members]
+    return [(f"{above} -> {below}", a[-1], b[0]) for (above, a), (below, b) in pairwise(present)]
 
 
 def hierarchy(ladder: Ladder, compared: pd.DataFrame) -> pd.DataFrame:
@@ -186,9 +168,9 @@ def hierarchy(ladder: Ladder, compared: pd.DataFrame) -> pd.DataFrame:
     the original and able to do less.
     """
     rows: list[dict[str, Any]] = []
-    for above, below, a, b in _level_pairs([rung.name for rung in ladder.rungs]):
+    for step, a, b in _level_pairs([rung.name for rung in ladder.rungs]):
         pair = compared[(compared["a"] == a) & (compared["b"] == b)]
-        row: dict[str, Any] = {"step": f"{above} -> {below}", "a": a, "b": b}
+        row: dict[str, Any] = {"step": step, "a": a, "b": b}
         row |= {"bits_a": ladder[a].bits_per_weight, "bits_b": ladder[b].bits_per_weight}
         row |= dict(zip(pair["metric"], pair["verdict"], strict=True))
         rows.append(row | {kind: together(pair[pair["kind"] == kind]["verdict"]) for kind in KINDS})
@@ -214,7 +196,7 @@ def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
     top, low = rungs[0], rungs[-1]
     bits = low["expert_bits"]  # NaN: a dense model
     lines = [
-        f"{ladder.source.path.name}: {len(rungs)} rungs from {top['rung']} "
+        f"{ladder.rungs[0].path.name}: {len(rungs)} rungs from {top['rung']} "
         f"({top['bits_per_weight']:.2f} bits a weight) to {low['rung']} "
         f"({low['bits_per_weight']:.2f}{f', routed experts {bits:.2f}' if bits == bits else ''})"
     ]
@@ -222,17 +204,18 @@ def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
         known = row["kld_low"] == row["kld_low"]
         interval = f"{row['kld_low']:.2g} to {row['kld_high']:.2g}" if known else "unknown"
         within = f" ({row['routing_low']:.1%} to {row['routing_high']:.1%})" if known else ""
+        counts = f"n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks"
         lines.append(
             f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {interval}, 99 % of tokens "
-            f"under {row['kld_tail']:.2g}, n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks)"
+            f"under {row['kld_tail']:.2g}, {counts})"
             + (f", same experts in {row['routing']:.1%}{within}" if row["routing"] == row["routing"] else "")
         )
     for row in levels:
         pair = compared[(compared["a"] == row["a"]) & (compared["b"] == row["b"])]
-        parts = []
+        n, parts = pair.groupby("kind")["n"].agg(["min", "max"]), []
         for kind in KINDS:
-            n = pair.loc[pair["kind"] == kind, "n"]
-            counts = f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
+            least, most = n.loc[kind]
+            counts = f"{least}" if least == most else f"{least} to {most}"
             parts.append(f"{kind} {row[kind]} (n = {counts} chunks, questions or texts)")
         ends = f"{row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}"
         lines.append(f"{row['step']} ({ends}): {'; '.join(parts)}")

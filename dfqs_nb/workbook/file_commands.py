@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -180,15 +181,15 @@ def quantize(
         raise DfqsError("no output was named", hint="pass -o FILE, or --dry-run to see what it would be")
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
-    matrix: Any = imatrix or None
-    if calibrate and chosen.weights:
-        matrix = collect(path, calibrate)
-        if not dry_run:
-            matrix.save(Path(f"{output}.imatrix.gguf"))
-    if dry_run:
-        plan = ladder.plan(path, chosen, matrix)
-    else:
-        plan = ladder.quantize(path, chosen, output, imatrix=matrix, overwrite=overwrite)
+    with TemporaryDirectory() as folder:
+        matrix: Any = imatrix or None
+        if calibrate and chosen.weights:
+            kept = f"{folder}/imatrix.gguf" if dry_run else f"{output}.imatrix.gguf"
+            matrix = collect(path, calibrate, kept)
+        if dry_run:
+            plan = ladder.plan(path, chosen, matrix)
+        else:
+            plan = ladder.quantize(path, chosen, output, imatrix=matrix, overwrite=overwrite)
     say_table(plan.by_class(), ".2f")
     total = f"{plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits a weight"
     say(*plan.notes, f"would be {total}" if dry_run else f"{output}: {total}")

@@ -9,12 +9,13 @@ import tracemalloc
 
 import llama_cpp_tools
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import log_softmax
 
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.ladder import divergence
-from dfqs_nb.ladder.divergence import TextError, Tokens
+from dfqs_nb.ladder.divergence import TextError
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
@@ -32,10 +33,10 @@ def model():
 
 def test_the_divergence_of_two_coins_is_the_closed_form():
     p, q = np.log(np.array([[0.75, 0.25]], np.float32)), np.log(np.array([[0.5, 0.5]], np.float32))
-    nll, kld, same = divergence.compare_chunk(p, q, np.array([1]))
-    assert kld[0] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
-    assert nll[0] == pytest.approx(math.log(2))
-    assert same.tolist() == [True]
+    columns = divergence.compared(p, q, np.array([1]))
+    assert columns["kld"][0] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    assert columns["nll"][0] == pytest.approx(math.log(2))
+    assert columns["same_top"].tolist() == [True]
 
 
 def test_probabilities_sum_to_one_even_far_from_zero():
@@ -67,8 +68,8 @@ def test_windows_step_by_step_equal_the_whole_computation(model, text, tmp_path,
     monkeypatch.setattr(divergence, "STEP", step)
     pieces, place = divergence.chunks(text, 128, 2), tmp_path / "base.npy"
     base = divergence.beside_source(model, pieces, place, is_source=True)
-    assert base.kld.shape == (2, 4 * 8 + 63) and base.kld.max() == 0
-    assert base.part().kld.shape == (2, 63) and base.part(0).nll.shape == (2, 8)
+    assert len(base) == 2 * (4 * 8 + 63) and base["kld"].max() == 0
+    assert base.groupby(["chunk", "band"]).size().tolist() == [8, 8, 8, 8, 63] * 2
     with llama_model.open_model(REFERENCE / "DFQS-Nano-Q8_0-00001-of-00002.gguf", SETTINGS) as other:
         scored = divergence.beside_source(other, pieces, place, is_source=False)
         for number, piece in enumerate(pieces):
@@ -79,9 +80,10 @@ def test_windows_step_by_step_equal_the_whole_computation(model, text, tmp_path,
             spans = divergence.stratified(128, number)
             at = np.concatenate([np.arange(start, end) for start, end in spans])
             exact = (np.exp(p) * (p - q)).sum(axis=1)[at]
-            assert scored.kld[number] == pytest.approx(exact, abs=2e-3, rel=0.02)
+            rows = scored[scored["chunk"] == number]
+            assert rows["kld"].to_numpy() == pytest.approx(exact, abs=2e-3, rel=0.02)
             targets = np.array(piece)[at + 1]
-            assert scored.nll[number] == pytest.approx(-q[at, targets], abs=5e-3)
+            assert rows["nll"].to_numpy() == pytest.approx(-q[at, targets], abs=5e-3)
 
 
 def test_memory_does_not_grow_with_the_context(model, text):
@@ -138,11 +140,17 @@ def test_a_text_file_is_one_document_and_a_short_one_is_refused(model, tmp_path)
         divergence.load_text(tmp_path / "missing.txt")
 
 
+def tokens_of(values: np.ndarray) -> pd.DataFrame:
+    """Tokens ``(chunks, n)`` of the last band with these losses and divergences."""
+    chunk = np.repeat(np.arange(len(values)), values.shape[1])
+    columns = {"nll": values.ravel(), "kld": values.ravel(), "same_top": values.ravel() > 0.2}
+    return pd.DataFrame({"chunk": chunk, "band": divergence.LAST, **columns})
+
+
 def test_intervals_come_from_chunks_and_widen_where_chunks_differ():
     even = np.full((8, 10), 0.5)
     apart = even + np.linspace(-0.4, 0.4, 8)[:, None]
-    tokens = [Tokens(nll, nll, nll > 2, np.full(10, divergence.LAST)) for nll in (even, apart)]
-    narrow, wide = (divergence.summary(scored) for scored in tokens)
+    narrow, wide = (divergence.summary(tokens_of(nll)) for nll in (even, apart))
     assert narrow["kld_low"] == narrow["kld_high"] == narrow["kld"] == pytest.approx(0.5)
     assert wide["kld_low"] < 0.4 and wide["kld_high"] > 0.6
     assert wide["kld_tail"] == pytest.approx(np.quantile(apart, 0.99))
@@ -151,17 +159,10 @@ def test_intervals_come_from_chunks_and_widen_where_chunks_differ():
 @pytest.mark.parametrize("n", [2, 5, 6])
 def test_few_chunks_have_no_interval(n):
     values = np.linspace(0.1, 0.5, n)[:, None] * np.ones((n, 4))
-    found = divergence.summary(Tokens(values, values, values > 0.2, np.full(4, divergence.LAST)))
+    found = divergence.summary(tokens_of(values))
     for name in ("perplexity", "kld", "same_top"):
         bounds = found[f"{name}_low"], found[f"{name}_high"]
         assert [math.isnan(bound) for bound in bounds] == [n < 6, n < 6] and found[name] >= 0
-
-
-def test_what_is_saved_is_loaded_again(tmp_path):
-    tokens = Tokens(*(np.random.default_rng(0).random((3, 4)) for _ in range(4)))
-    tokens.save(tmp_path / "t.npz")
-    found = Tokens.load(tmp_path / "t.npz")
-    assert all(np.array_equal(value, getattr(found, name)) for name, value in vars(tokens).items())
 
 
 def tool_perplexity(*arguments: object) -> str:
@@ -179,9 +180,9 @@ def value(said: str, name: str) -> tuple[float, float]:
 
 
 def summary(base: list[np.ndarray], other: list[np.ndarray], targets: list[np.ndarray]) -> dict:
-    rows = zip(*map(divergence.compare_chunk, base, other, targets), strict=True)
-    arrays = list(map(np.stack, rows))
-    return divergence.summary(Tokens(*arrays, np.full(arrays[0].shape[1], divergence.LAST)))
+    columns = map(divergence.compared, base, other, targets)
+    parts = [pd.DataFrame(each).assign(chunk=chunk) for chunk, each in enumerate(columns)]
+    return divergence.summary(pd.concat(parts).assign(band=divergence.LAST))
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_a_record_brackets_the_exact_divergence_of_a_quantization(original, reco
 @pytest.mark.slow
 def test_every_rung_of_the_ladder_is_bracketed(original, record, tmp_path):
     source = REFERENCE / "DFQS-Nano-F16.gguf"
-    matrix = collect(source, "calibration-nano", progress=False)
+    matrix = collect(source, "calibration-nano", tmp_path / "imatrix.gguf", progress=False)
     for rung in RUNGS[1:]:
         quantize(source, rung, tmp_path / f"{rung}.gguf", imatrix=matrix, progress=False)
         check_bracket(original, Record.load(record), tmp_path / f"{rung}.gguf")

@@ -35,9 +35,9 @@ def tokens() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def matrix(tokens) -> ImportanceMatrix:
+def matrix(tokens, tmp_path_factory) -> ImportanceMatrix:
     how = {"chunk_tokens": 128, "n_chunks": 2, "n_threads": 1, "progress": False}
-    return imatrix.collect(F16, "calibration-nano", **how)
+    return imatrix.collect(F16, "calibration-nano", tmp_path_factory.mktemp("matrix") / "m.gguf", **how)
 
 
 def test_each_expert_is_counted_as_often_as_the_router_chose_it(matrix, tokens):
@@ -139,9 +139,10 @@ def test_sums_without_counts_are_refused(tmp_path):
         imatrix.read_imatrix(tmp_path / "m.gguf")
 
 
-def test_too_short_a_text_is_refused():
+def test_too_short_a_text_is_refused(tmp_path):
     with pytest.raises(divergence.TextError, match="tokens fill fewer than 1 chunks of 128"):
-        imatrix.collect(F16, divergence.Text("t", (("one two",),)), chunk_tokens=128, n_threads=1)
+        text = divergence.Text("t", (("one two",),))
+        imatrix.collect(F16, text, tmp_path / "m.gguf", chunk_tokens=128, n_threads=1)
 
 
 def test_the_calibration_text_is_what_its_generator_makes_and_holds_no_scored_item():
@@ -206,7 +207,8 @@ def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path):
     )
     theirs = imatrix.read_imatrix(tmp_path / "theirs.gguf")
     text = divergence.load_text(path)
-    ours = imatrix.collect(F16, text, chunk_tokens=256, n_chunks=8, n_threads=1, progress=False)
+    how = {"chunk_tokens": 256, "n_chunks": 8, "n_threads": 1, "progress": False}
+    ours = imatrix.collect(F16, text, tmp_path / "ours.gguf", **how)
     assert set(ours.entries) == set(theirs.entries)
     assert theirs.chunk_count == ours.chunk_count == 8
     for name, entry in ours.entries.items():

@@ -20,7 +20,7 @@ from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder import divergence, figures, run, tables
 from dfqs_nb.ladder.run import Ladder, LadderError, Rung, Settings
 from dfqs_nb.ladder.tables import SAME
-from dfqs_nb.routing import differences, overlaps
+from dfqs_nb.routing import differences, load_trace, overlaps
 from dfqs_nb.stats import holm
 
 matplotlib.use("Agg")
@@ -57,8 +57,8 @@ def climbed(folder, broken):
 
 def test_the_source_is_the_first_rung_and_has_no_divergence_from_itself(climbed):
     assert [rung.name for rung in climbed.rungs] == ["F16", "Q8_0", "Q4_K_M"]
-    assert climbed.source.path == F16 and climbed.source.tokens.kld.max() == 0
-    assert climbed.source.tokens.same_top.all()
+    assert climbed.rungs[0].path == F16 and climbed.rungs[0].tokens["kld"].max() == 0
+    assert climbed.rungs[0].tokens["same_top"].all()
 
 
 def test_a_rung_that_cannot_be_made_is_named_and_does_not_end_the_climb(climbed):
@@ -77,11 +77,11 @@ def test_every_rung_has_every_measurement(climbed):
     assert set(tables.class_table(climbed).columns) == {"F16", "Q8_0", "Q4_K_M"}
 
 
-def test_routing_agreement_is_that_of_the_routing_module(climbed):
+def test_routing_agreement_is_that_of_the_routing_module(climbed, folder):
     rows = tables.routing_table(climbed)
     for rung in climbed.rungs[1:]:
         mine = rows[rows["rung"] == rung.name]
-        traces = climbed.source.trace, rung.trace
+        traces = [load_trace(folder / name / "trace.npz") for name in ("F16", rung.name)]
         assert np.allclose(mine["identical"], 1 - differences(*traces).mean(axis=0))
         assert np.allclose(mine["overlap"], overlaps(*traces).mean(axis=0))
         assert mine.loc[mine["hashed"], "identical"].eq(1).all()
@@ -106,13 +106,13 @@ def test_other_settings_measure_anew_but_quantize_nothing(folder, climbed, monke
     jobs = []
 
     def refuse(worker, job, where):
-        jobs.append((job["work"], job["path"]))
+        jobs.append(job["path"])
         raise ModelError("not now")
 
     monkeypatch.setattr(child.Worker, "run", refuse)
     with pytest.raises(LadderError, match="the source cannot be measured: .*not now"):
         ladder.climb(F16, folder, ["Q8_0"], settings=dataclasses.replace(SMALL, n_chunks=2), progress=False)
-    assert jobs == [("measure", str(F16.resolve()))]
+    assert set(jobs) == {str(F16.resolve())}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_predictions_that_are_gone_are_made_again_and_nothing_else(folder, climb
     again = ladder.climb(F16, tmp_path, [str(tmp_path / "again.toml")], settings=SMALL, progress=False)
     assert [rung.name for rung in again.rungs] == ["F16", "again"]
     assert answers.read_bytes() == before
-    assert np.array_equal(again.source.tokens.nll, climbed.source.tokens.nll)
+    pd.testing.assert_frame_equal(again.rungs[0].tokens, climbed.rungs[0].tokens)
 
 
 def test_the_divergence_by_position_counts_each_window_once(climbed):
@@ -232,15 +232,16 @@ def test_figures_are_drawn_for_dense_models_and_single_rungs_too(climbed):
 
 def test_a_note_does_not_outlive_what_it_vouches_for(climbed, folder, tmp_path, monkeypatch):
     """A climb that is killed under other settings must not leave their predictions under the old key."""
-    for name in ("rung.json", "predicted.json"):
-        (tmp_path / "F16" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "F16" / name).write_text('{"key": "old"}')
+    notes = [tmp_path / "F16" / name for name in ("predict.json", "ask.json")]
+    for note in notes:
+        note.parent.mkdir(exist_ok=True)
+        note.write_text('{"key": "old"}')
     monkeypatch.setattr(
-        child.Worker, "run", lambda worker, job, where: run.work({**job, "path": "gone.gguf"})
+        child.Worker, "run", lambda worker, job, where: run.predict({**job, "path": "gone.gguf"})
     )
     with pytest.raises(LadderError, match="gone.gguf"):
         ladder.climb(F16, tmp_path, [], settings=SMALL, progress=False)
-    assert not list((tmp_path / "F16").iterdir())
+    assert not any(note.exists() for note in notes)
 
 
 def test_the_source_s_predictions_are_kept_as_one_array_of_log_probabilities(climbed, folder):
@@ -254,8 +255,9 @@ def test_the_source_s_predictions_are_kept_as_one_array_of_log_probabilities(cli
 def rung(name: str, kld: float, right: list[list[bool]], noise: float = 0.0) -> Rung:
     """A rung with this divergence, and these answers (a row a haystack, a column a length)."""
     draw = np.random.default_rng(list(name.encode()))  # hash() would draw anew in every process
-    values = np.abs(kld + noise * draw.standard_normal((16, 8)))
-    tokens = divergence.Tokens(values + 1, values, values < 1, np.full(8, divergence.LAST))
+    values = np.abs(kld + noise * draw.standard_normal(16 * 8))
+    columns = {"nll": values + 1, "kld": values, "same_top": values < 1, "band": divergence.LAST}
+    tokens = pd.DataFrame({"chunk": np.repeat(np.arange(16), 8), **columns})
     items = pd.DataFrame(
         [
             {"haystack": h, "length": 64 * 2**k, "planned": True, "correct": correct, "question": "q"}
@@ -263,8 +265,8 @@ def rung(name: str, kld: float, right: list[list[bool]], noise: float = 0.0) -> 
             for k, correct in enumerate(row)
         ]
     )
-    trace = SimpleNamespace(hashed=np.zeros(0, bool))
-    return Rung(name, F16, "", None, tokens, trace, (), items, {"tokens": 1})
+    routing = pd.DataFrame({"chunk": [], "hashed": np.zeros(0, bool), "identical": []})
+    return Rung(name, F16, None, tokens, routing, (), items, {"tokens": 1})
 
 
 def compared_as(a: Rung, b: Rung) -> dict[str, pd.Series]:
@@ -307,7 +309,8 @@ def test_a_dense_model_has_no_expert_agreement():
 def test_a_climb_is_cut_in_the_stated_order():
     settings = Settings(n_threads=1)
     whole, rungs, fitted = ladder.within_budget(settings, F16, ladder.RUNGS, math.inf)
-    assert whole == settings and rungs == list(ladder.RUNGS) and fitted.left_out == ()
+    assert (whole.max_items, whole.n_haystacks, whole.longest, whole.n_chunks) == (64, 6, 512, 17)
+    assert rungs == list(ladder.RUNGS) and fitted.left_out == ()
     least, rungs, fitted = ladder.within_budget(settings, F16, ladder.RUNGS, 0)
     assert rungs == ["F16", "Q3_K_M", "IQ1_S-XL"], "the first, the last, and one between them"
     assert (least.max_items, least.n_haystacks, least.longest, least.n_chunks) == (1, 1, 256, 4)
