@@ -39,9 +39,6 @@ class TextError(DfqsError):
     """A text to measure on is missing, or too short."""
 
 
-# ---- texts, and chunks of their tokens ----
-
-
 @dataclass(frozen=True)
 class Text:
     """A text of this name, as documents: ``(text,)``, or ``(question, answer)`` for a chat."""
@@ -113,9 +110,6 @@ def stratified(n_tokens: int, seed: int) -> Windows:
     draw, width, (*others, last) = np.random.default_rng(seed), min(WINDOW, n_tokens >> 4), bands(n_tokens)
     starts = [int(draw.integers(start, end - width + 1)) for start, end in others]
     return [*((start, start + width) for start in starts), last]
-
-
-# ---- predictions ----
 
 
 def feed(model: Model | RecordedModel, piece: Sequence[int], step: int = 0) -> Iterator[tuple[int, Array]]:
@@ -205,9 +199,6 @@ def beside_source(
                 parts.append(pd.DataFrame({"chunk": chunk, "band": band[place], **columns}))
         del base, kept  # flushes them
     return pd.concat(parts, ignore_index=True)
-
-
-# ---- estimates ----
 
 
 def estimate(name: str, values: Any) -> dict[str, float]:

@@ -18,11 +18,7 @@ import pandas as pd
 from annotated_types import Ge, Le, MinLen
 from pydantic import AfterValidator, BaseModel, ValidationError
 
-from dfqs_nb.core.display import tqdm
-from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import whole_file
-from dfqs_nb.core.journal import Journal
-from dfqs_nb.core.paths import tilde
+from dfqs_nb.core import display, errors, files, journal, paths
 from dfqs_nb.ladder.divergence import Array, load_text, log_probs
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
@@ -35,7 +31,7 @@ FORMS = {"extra_bits_per_byte": "+.4f", "same_top": ".1%", "kl_low": ".4f", "kl_
 MOST_OTHERS = 0.1  # of the answers may have tokens that the model lacks; more: another tokenizer
 
 
-class RecordError(DfqsError):
+class RecordError(errors.DfqsError):
     """A record is broken, or does not fit the model."""
 
 
@@ -98,17 +94,14 @@ class Record:
             fault = error.errors()[0]
             what = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ")
             hint = f'its first line must name the format, "record": "{FORMAT}"; docs/fidelity.md describes it'
-            raise RecordError(f"line {number}: {what}", where=tilde(path), hint=hint) from error
+            raise RecordError(f"line {number}: {what}", where=paths.tilde(path), hint=hint) from error
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is empty"
             hint = "make one with: dfqs-nb record MODEL -o record.jsonl"
-            raise RecordError(f"cannot be read ({why})", where=tilde(path), hint=hint) from error
+            raise RecordError(f"cannot be read ({why})", where=paths.tilde(path), hint=hint) from error
         if not lines:
-            raise RecordError("the record holds no prompt", where=tilde(path), hint="make it again")
+            raise RecordError("the record holds no prompt", where=paths.tilde(path), hint="make it again")
         return cls(head, lines)
-
-
-# ---- making a record ----
 
 
 def load_prompts(source: str, limit: int = 0, *, chat: bool = True) -> dict[str, tuple[str, bool]]:
@@ -144,19 +137,19 @@ def write_record(
     path = Path(path)
     head = Head(record=FORMAT, date=date.today().isoformat(), top_k=top_k, **facts)
     key = head.model_dump(exclude={"date"}) | dict(conditions or {}) | {"prompts": dict(prompts)}
-    journal = Journal(path.with_name(f".{path.name}.journal"), key)
-    for name, (text, chat) in tqdm(prompts.items(), desc="prompts", leave=False):
-        if name not in journal:
+    kept = journal.Journal(path.with_name(f".{path.name}.journal"), key)
+    for name, (text, chat) in display.tqdm(prompts.items(), desc="prompts", leave=False):
+        if name not in kept:
             steps = [Step.model_validate(step).model_dump() for step in continue_(text, chat)]
             if steps:  # a model that ends at once predicted nothing
-                journal.add(name, prompt=text, chat=chat, steps=steps)
-    if not (rows := journal.rows()):
+                kept.add(name, prompt=text, chat=chat, steps=steps)
+    if not (rows := kept.rows()):
         what = "every answer ended at once, or began with a control token, such as a mark of thinking"
         raise RecordError(what, where=head.source, hint="give other prompts, or plain texts with --plain")
-    with whole_file(path) as file:
+    with files.whole_file(path) as file:
         for row in [head.model_dump(), *rows]:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    journal.path.unlink(missing_ok=True)
+    kept.path.unlink(missing_ok=True)
     return head
 
 
@@ -181,9 +174,6 @@ def continuation(model: Model, text: str, chat: bool, n_tokens: int, top_k: int)
         if left:
             logits = model.evaluate([token])
     return steps
-
-
-# ---- comparing a model with it ----
 
 
 def kl_bounds(top: Array, ours: Array, rest: Array, cap: float) -> tuple[float, float]:
@@ -268,16 +258,13 @@ class Fidelity:
 def compare_record(model: Model, record: Record) -> Fidelity:
     """Predict a record's continuations with an open model.
 
-    Raises:
-        RecordError: the model has another tokenizer, no prompt fits into the context, or a chat's record
-            meets a model without a template.
-        ModelError: the model's chat template refuses a prompt. DecodeError: llama.cpp fails.
+    A `RecordError`: the model has another tokenizer, or no template for chats, or no prompt fits its context.
     """
     if any(line.chat for line in record.lines) and not model.header.text("tokenizer.chat_template"):
         hint = "record plain texts: dfqs-nb record MODEL --plain -o record.jsonl"
         raise RecordError("the record holds chats, the model has no template", where=model.path, hint=hint)
     vocabulary, n_others, rows = _vocabulary(model), 0, list[dict[str, Any]]()
-    for line in tqdm(record.lines, desc="prompts", leave=False):
+    for line in display.tqdm(record.lines, desc="prompts", leave=False):
         prompt = prompt_tokens(model, line.prompt, line.chat)
         ids = [vocabulary.get(bytes.fromhex(step.token), -1) for step in line.steps]
         if -1 in ids:

@@ -97,25 +97,24 @@ def routing_by_bits(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def divergence_by_position(positions: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """KL divergence from the source by the depth of a token, a line a rung (`tables.position_table`)."""
-    ax, rungs = new_axes(ax, 3.8), list(dict.fromkeys(positions["rung"]))
-    shades = plt.get_cmap("plasma")(np.linspace(0.05, 0.88, len(rungs)))
-    for number, (rung, colour) in enumerate(zip(rungs, shades, strict=True)):
-        rows = positions[positions["rung"] == rung]
+    ax, rungs = new_axes(ax, 3.8), positions.groupby("rung", sort=False)
+    for number, (rung, rows) in enumerate(rungs):
+        colour = plt.get_cmap("plasma")(0.05 + 0.83 * number / max(len(rungs) - 1, 1))
         at = (rows["start"] + rows["end"]) / 2 * (1 + 0.02 * (number - len(rungs) / 2))
         bounds = (rows[name].clip(lower=1e-7) for name in ("kld_low", "kld", "kld_high"))
         _intervals(ax, at, *bounds, color=colour, fmt="o-", markersize=4, label=rung)
-    token_axis(ax, sorted(set(positions["start"]) - {0} | set(positions["end"])), "tokens before (bands)")
+    token_axis(ax, sorted({*positions["start"], *positions["end"]} - {0}), "tokens before (bands)")
     ax.set_yscale("log")
     n, chunks = positions["n"], positions["chunks"].iloc[0]
     counts = f"n = {n.min():,} to {n.max():,} tokens a band in {chunks} chunks"
     kind = _interval_kind(positions["kld_low"])
     ax.set_ylabel(f"KL divergence (nats a token)\n{kind}\n{counts}", fontsize=9)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    ends = positions.groupby("rung", sort=False)
     known = bool(positions["kld_low"].notna().all())
-    low, high = ("kld_low", "kld_high") if known else ("kld", "kld")
-    apart = int((ends[low].last() > ends[high].first()).sum())
-    more = "clearly more" if known else "more, without intervals,"
+    low, high, more = (
+        ("kld_low", "kld_high", "clearly more") if known else ("kld", "kld", "more, without intervals,")
+    )
+    apart = int((rungs[low].last() > rungs[high].first()).sum())
     set_title(ax, f"{apart} of {len(rungs)} rungs diverge {more} in the last band than in the first")
     return ax
 
@@ -128,13 +127,10 @@ def _intervals(ax: Axes, bits: Any, low: Any, value: Any, high: Any, **style: An
 
 def _bit_axis(ax: Axes, bits: Any, label: str = "bits a weight (log scale)") -> None:
     """Bits on a log2 axis with round ticks, most on the left: down the ladder is to the right."""
-    ax.set_xscale("log", base=2)
     low, high = bits.min() / 1.2, bits.max() * 1.2
     ticks = [tick for tick in TICKS if low < tick < high]
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
+    token_axis(ax, ticks, label)
     ax.set_xlim(high, low)
-    ax.set_xlabel(label)
 
 
 def _label_rungs(ax: Axes, table: pd.DataFrame, heights: pd.Series) -> None:

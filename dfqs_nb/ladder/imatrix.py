@@ -133,9 +133,6 @@ class ImportanceMatrix:
         return replace(self, path=str(path))
 
 
-# ---- files ----
-
-
 def read_imatrix(path: str | Path) -> ImportanceMatrix:
     """Read an importance matrix of llama.cpp in GGUF; a `DfqsError` if the file is none."""
     header = read_header(path)
@@ -165,9 +162,6 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
         raise broken("it holds no entry")
     n, size = (header.count(f"imatrix.chunk_{name}") for name in ("count", "size"))
     return ImportanceMatrix(entries, tuple(map(str, header.get("imatrix.datasets", []))), n, size, str(path))
-
-
-# ---- collecting ----
 
 
 class Collector:
@@ -253,11 +247,8 @@ def collect(
 
     ``source``: the model, in the precision that the quantization starts from. ``text``: or the name of a
     prompt set or a text file. ``path``: the file that it is written to; one from the same text and model is
-    read, unless ``fresh``. ``n_chunks``: the most; 0: all. ``n_threads``: 0: as suits the model's size.
-
-    Raises:
-        TextError, PromptError: there is no such text, or it has fewer tokens than one chunk.
-        ImatrixError: a node could not be read. ModelError, DecodeError: llama.cpp fails.
+    read, unless ``fresh``. ``n_chunks``: the most; 0: all. ``n_threads``: 0: as suits the model's size. A
+    `TextError` or `PromptError`: there is no such text, or it is too short.
     """
     text, path = load_text(text, "calibration") if isinstance(text, str) else text, Path(path)
     known: dict[str, Any] = {"source": sha256_of_files(open_shards(source).paths), "text": asdict(text)}

@@ -18,11 +18,8 @@ from typing import Any
 
 import pandas as pd
 
-from dfqs_nb.core import child
-from dfqs_nb.core.display import quoted, tqdm
+from dfqs_nb.core import child, display, files, machine
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
-from dfqs_nb.core.files import sha256_of_files, whole_path
-from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes
 from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, Tensor, check_layout, padded, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
@@ -47,9 +44,6 @@ TENSOR = re.compile(
     r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?"
 )
 FALLBACK = re.compile(r"warning: +(\S+) +- (ncols.*?)\) .*?(-> falling back to +\S+)")
-
-
-# ---- the plan ----
 
 
 @dataclass(frozen=True)
@@ -85,13 +79,10 @@ def plan(
 ) -> Plan:
     """Ask llama.cpp in a dry run what it would make of a model by a recipe. Writes nothing.
 
-    ``source``: a GGUF with F32, F16 or BF16 weights, or any of its shards. ``imatrix``: an importance matrix,
-    or its file; a recipe with ``weights`` uses it. ``worker``: a child of the ladder, for several calls.
-
-    Raises:
-        QuantizeError: the recipe does not fit the model, or a type needs an importance matrix.
-        ImatrixError: the importance matrix is broken, or of another model.
-        HeaderError, ShardError, LayoutError: not a sound model. ModelError: llama.cpp dies on it.
+    ``source``: a GGUF with F32, F16 or BF16 weights, or any of its shards. ``imatrix``: an importance matrix
+    that lies in a file, or that file; a recipe with ``weights`` uses it. ``worker``: a child, for several
+    calls. A `QuantizeError`: the recipe does not fit the model, or a type needs an importance matrix. An
+    `ImatrixError`: that is broken, or of another model. A `ModelError`: llama.cpp dies on the source.
     """
     recipe, shards = load_recipe(recipe) if isinstance(recipe, str) else recipe, open_shards(source)
     where, matrix, notes = shards.paths[0], None, list[str]()
@@ -194,9 +185,6 @@ def _file_bytes(shards: ShardSet, tensors: Sequence[Tensor], keys: Mapping[str, 
     return padded(nbytes, DEFAULT_ALIGNMENT) + sum(padded(t.nbytes, DEFAULT_ALIGNMENT) for t in tensors)
 
 
-# ---- the work ----
-
-
 def quantize(
     source: str | Path,
     recipe: Recipe | str,
@@ -212,11 +200,8 @@ def quantize(
     """Quantize a model into one file, which appears whole or not at all; returns what was written.
 
     See `plan`; shards need no merge first. The result does not depend on ``n_threads`` (0: the usable cores).
-    ``source_sha256``: where it is known; else the source is hashed.
-
-    Raises:
-        OutputError, SpaceError: the output exists, is the source, or finds no room; nothing was written.
-        IntegrityError: what llama.cpp wrote is not what was planned. And those of `plan`.
+    ``source_sha256``: where it is known. An `OutputError` or a `SpaceError`: the output exists, is the
+    source, or finds no room. An `IntegrityError`: what llama.cpp wrote is not what was planned.
     """
     output, shards = Path(output), open_shards(source)
     if any(output.exists() and output.samefile(path) for path in shards.paths):
@@ -232,10 +217,12 @@ def quantize(
             what = f"needs {planned.nbytes:,} bytes and {free:,} are free"
             hint = f"free {planned.nbytes - free:,} bytes, or take another disk"
             raise SpaceError(what, where=output.parent, hint=hint)
-        job = planned.job | {"n_threads": n_threads or usable_cores()}
-        job["keys"]["dfqs.source_sha256"] = source_sha256 or sha256_of_files(shards.paths)
-        bar = tqdm(total=len(planned.tensors), desc=planned.recipe.name, unit="tensor", disable=not progress)
-        with whole_path(output) as part, bar:
+        job = planned.job | {"n_threads": n_threads or machine.usable_cores()}
+        job["keys"]["dfqs.source_sha256"] = source_sha256 or files.sha256_of_files(shards.paths)
+        bar = display.tqdm(
+            total=len(planned.tensors), desc=planned.recipe.name, unit="tensor", disable=not progress
+        )
+        with files.whole_path(output) as part, bar:
             job["output"] = str(part)
             serving.run(job, where=source, on_message=lambda message: bar.update(message["tensor"] - bar.n))
             _check_written(part, planned)
@@ -280,7 +267,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     log = "".join(lines)
     if status:
         reason = [*re.findall(r"failed to quantize: (.*)", log)[-1:], "llama.cpp could not quantize it"][0]
-        hint = f"correct the recipe, or check the source: `dfqs-nb verify {quoted(job['source'])}`"
+        hint = f"correct the recipe, or check the source: `dfqs-nb verify {display.quoted(job['source'])}`"
         raise QuantizeError(reason, where=job["source"], hint=hint)
     fallbacks = [" ".join(f"{name}: {why}) {what}".split()) for name, why, what in FALLBACK.findall(log)]
     types = [(name, (new or old).upper()) for name, old, new in TENSOR.findall(log)]

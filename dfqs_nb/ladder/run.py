@@ -40,6 +40,7 @@ from dfqs_nb.scores import ItemSet, Options, SetRun, find_sandbox, score_set
 
 RUNGS = ("F16", "Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "IQ2_XXS", "IQ1_M", "IQ1_S-XL")
 FORMAT = 6  # of what is kept: raised when an older one must not be used
+PREDICTIONS = "reference.npy"  # of the source, with which all others are compared
 HELD_BYTES = 512 << 20  # of a child beside its model: context, Python and its libraries
 # What a climb that exceeds its budget gives up, in this order; the first and the last rung stay.
 CUTS: tuple[dict[str, int], ...] = (
@@ -187,7 +188,7 @@ def climb(
     rungs: Sequence[str] = RUNGS,
     *,
     settings: Settings | None = None,
-    matrix: str | Path | None = None,
+    matrix: imatrix.ImportanceMatrix | None = None,
     fresh: bool = False,
     progress: bool = True,
 ) -> Ladder:
@@ -197,13 +198,14 @@ def climb(
     names (or files) of recipes; the source's own type is passed over. ``matrix``: collected by default.
 
     A rung that llama.cpp refuses or dies of is named in ``failed`` and does not end the climb. A
-    `LadderError`: the source itself cannot be measured. A `QuantizeError`, `PromptError` or `TextError`:
-    there is no such recipe, set or text, or it is too short.
+    `LadderError`: the source itself cannot be measured.
     """
     settings, shards = settings or Settings(), open_shards(source)
     settings = replace(settings, n_threads=settings.n_threads or threads_for(shards.paths[0]))
     top = next(iter(types_by_bytes(shards.as_one.tensors)))  # F16, BF16 or F32, checked at the first rung
     recipes = {recipe.name: recipe for recipe in map(load_recipe, rungs) if recipe.name != top}
+    if matrix is None and any(recipe.weights for recipe in recipes.values()):
+        matrix = collected(source, folder, settings, fresh=fresh)
     pool, measured, failed = ThreadPoolExecutor(n_workers(shards, settings.n_threads)), list[Rung](), {}
     with (
         tqdm(total=1 + len(recipes), desc="rungs", disable=not progress) as bar,
@@ -230,9 +232,12 @@ def climb(
 
 
 def n_workers(shards: ShardSet, n_threads: int) -> int:
-    """Children at work at once: as the cores allow, and as memory holds their models beside each other."""
+    """Children at work at once: as the cores allow, and as memory holds their models beside each other.
+
+    Of small models one more, because each waits now and then for the disk or the sandbox.
+    """
     held = available_memory().available_bytes // (2 * shards.nbytes + HELD_BYTES)
-    return max(1, min(usable_cores() // n_threads, held))
+    return max(1, min(usable_cores() // n_threads + (n_threads == 1), held))
 
 
 class _Climber(ExitStack):
@@ -242,11 +247,7 @@ class _Climber(ExitStack):
         super().__init__()
         self.source, self.sha256 = shards.paths[0], sha256_of_files(shards.paths)
         self.top, self.folder, self.settings, self.fresh = top, folder, settings, fresh
-        self.predictions, self.trace = (
-            folder / "reference.npy",
-            self._place(top) / "trace.npz",
-        )  # the source's
-        self._own = threading.local()
+        self.base, self._own = self._place(top), threading.local()
         held_out = divergence.load_text(settings.text)
         self.conditions = {
             **asdict(settings),
@@ -259,25 +260,23 @@ class _Climber(ExitStack):
         }
 
     def tasks(
-        self, pool: ThreadPoolExecutor, recipes: Mapping[str, Recipe], given: str | Path | None
+        self,
+        pool: ThreadPoolExecutor,
+        recipes: Mapping[str, Recipe],
+        matrix: imatrix.ImportanceMatrix | None,
     ) -> dict[str, tuple[Future[Any], ...]]:
         """Three steps of each rung, by its name: make it, predict the text, ask the questions.
 
         Each waits only for steps that were submitted before it, so one worker is enough.
         """
-        made = {self.top: pool.submit(lambda: (self.source, self.sha256))}
-        predicted = {self.top: pool.submit(self._predicted, self.top, made[self.top])}
-        matrix = None
-        if any(recipe.weights for recipe in recipes.values()):
-            how: dict[str, Any] = {"given": given, "fresh": self.fresh}
-            matrix = pool.submit(collected, self.source, self.folder, self.settings, **how)
-        asked = {self.top: pool.submit(self._asked, self.top, made[self.top])}
-        for name, recipe in recipes.items():
-            made[name] = pool.submit(self._made, recipe, matrix if recipe.weights else None)
-        for name in recipes:
-            predicted[name] = pool.submit(self._predicted, name, made[name], predicted[self.top])
-            asked[name] = pool.submit(self._asked, name, made[name])
-        return {name: (made[name], predicted[name], asked[name]) for name in made}
+        made = pool.submit(lambda: (self.source, self.sha256))
+        source = pool.submit(self._predicted, self.top, made)
+        tasks = {self.top: (made, source, pool.submit(self._asked, self.top, made))}
+        files = [pool.submit(self._made, each, matrix if each.weights else None) for each in recipes.values()]
+        for name, made in zip(recipes, files, strict=True):
+            predicted = pool.submit(self._predicted, name, made, source)
+            tasks[name] = made, predicted, pool.submit(self._asked, name, made)
+        return tasks
 
     @property
     def _worker(self) -> child.Worker:
@@ -292,54 +291,53 @@ class _Climber(ExitStack):
         place.mkdir(parents=True, exist_ok=True)
         return place
 
-    def _made(self, recipe: Recipe, collected: Future[imatrix.ImportanceMatrix] | None) -> tuple[Path, str]:
+    def _made(self, recipe: Recipe, matrix: imatrix.ImportanceMatrix | None) -> tuple[Path, str]:
         """A rung's file, made now or by an earlier run, and its SHA-256."""
-        place, matrix = self._place(recipe.name), collected.result() if collected else None
-        path, note = place / "model.gguf", place / "made.json"
+        place = self._place(recipe.name)
+        path = place / "model.gguf"
 
         def make() -> dict[str, Any]:
             for torn in place.glob(f".{path.name}.*.part"):  # left by a kill
                 torn.unlink()
             how: dict[str, Any] = {"n_threads": self.settings.n_threads, "overwrite": True}
             how |= {"progress": False, "source_sha256": self.sha256, "worker": self._worker}
-            done = quantizer.quantize(self.source, recipe, path, imatrix=matrix, **how)
-            return {"nbytes": done.nbytes, "sha256": sha256_of_file(path), "notes": done.notes}
+            quantizer.quantize(self.source, recipe, path, imatrix=matrix, **how)
+            return {"sha256": sha256_of_file(path)}
 
         conditions = {"source": self.sha256, "recipe": asdict(recipe), "runtime": llama_version()}
         conditions |= {"matrix": sha256_of_file(matrix.path) if matrix else ""}
-        facts = remembered(note, conditions, make, fresh=self.fresh or not path.exists())
-        if facts.get("nbytes") != path.stat().st_size:  # the file is no longer what was made
-            facts = remembered(note, conditions, make, fresh=True)
+        facts = remembered(place / "made.json", conditions, make, fresh=self.fresh or not path.exists())
         return path, facts["sha256"]
 
     def _predicted(
         self, name: str, made: Future[tuple[Path, str]], source: Future[Any] | None = None
     ) -> dict[str, Any]:
         """Predict the held-out text, beside the source's predictions, which come first."""
-        files = {"predictions": str(self.predictions.resolve())}
         if source is not None:
             source.result()
-            files["trace"] = str(self.trace.resolve())
-        # the source's predictions, with which all others are compared, may have been deleted
-        gone = source is None and not self.predictions.exists()
-        return self._measured("predict", name, made.result(), self.fresh or gone, **files)
+        gone = source is None and not (self.folder / PREDICTIONS).exists()
+        return self._measured("predict", name, made.result(), self.fresh or gone)
 
     def _asked(self, name: str, made: Future[tuple[Path, str]]) -> dict[str, Any]:
         """Ask the questions; a program that the source wrote too has its verdict already."""
         scores = self._place(name) / "scores"
         scores.mkdir(exist_ok=True)
-        for verdicts in self._place(self.top).glob("scores/verdicts-*.jsonl"):
+        for verdicts in self.base.glob("scores/verdicts-*.jsonl"):
             if not (scores / verdicts.name).exists():
                 shutil.copyfile(verdicts, scores / verdicts.name)
         return self._measured("ask", name, made.result(), self.fresh)
 
-    def _measured(
-        self, step: str, name: str, made: tuple[Path, str], fresh: bool, **files: str
-    ) -> dict[str, Any]:
+    def _measured(self, step: str, name: str, made: tuple[Path, str], fresh: bool) -> dict[str, Any]:
         """A step, done now in this thread's child or by an earlier run."""
         place, (path, sha256) = self._place(name), made
-        job: dict[str, Any] = {"work": step, "path": str(path.resolve()), "place": str(place.resolve())}
-        job |= {"sha256": sha256, "settings": asdict(self.settings), "fresh": fresh, **files}
+        job: dict[str, Any] = {
+            "work": step,
+            "sha256": sha256,
+            "settings": asdict(self.settings),
+            "fresh": fresh,
+        }
+        folders = {"path": path, "place": place, "base": self.base}
+        job |= {folder: str(where.resolve()) for folder, where in folders.items()}
         note, conditions = place / f"{step}.json", {**self.conditions, "model": sha256}
         return remembered(note, conditions, lambda: self._worker.run(job, where=path), fresh=fresh)
 
@@ -347,7 +345,7 @@ class _Climber(ExitStack):
         """A rung from what its steps left."""
         place = self._place(name)
         tokens = pd.read_csv(place / "tokens.csv")
-        routing = agreement(load_trace(self.trace), load_trace(place / "trace.npz"))
+        routing = agreement(load_trace(self.base / "trace.npz"), load_trace(place / "trace.npz"))
         runs = tuple(SetRun.of(**answered) for answered in asked["sets"])
         curve = pd.DataFrame(asked["items"]), asked["boundary"]
         return Rung(name, path, open_shards(path).as_one, tokens, routing, runs, *curve)
@@ -378,16 +376,16 @@ def agreement(source: Trace, trace: Trace) -> pd.DataFrame:
 
 def predict(job: dict[str, Any]) -> dict[str, Any]:
     """Predictions and routing on the held-out text; the source's predictions are kept for the others."""
-    settings, place = Settings(**job["settings"]), Path(job["place"])
+    settings, place, base = Settings(**job["settings"]), Path(job["place"]), Path(job["base"])
     opened = OpenSettings(n_ctx=settings.chunk_tokens, n_threads=settings.n_threads)
     with open_recorded(job["path"], opened, trial=False) as recorded:
-        if "trace" in job:  # every rung has the source's tokenizer
-            pieces = load_trace(job["trace"]).tokens.reshape(-1, settings.chunk_tokens).tolist()
-        else:
+        if place == base:
             tokens = divergence.load_text(settings.text).tokens(recorded.model)
             pieces = divergence.chunks(tokens, settings.chunk_tokens, settings.n_chunks, least=2)
-        kept = Path(job["predictions"])
-        scored = divergence.beside_source(recorded, pieces, kept, is_source="trace" not in job)
+        else:  # every rung has the source's tokenizer
+            pieces = load_trace(base / "trace.npz").tokens.reshape(-1, settings.chunk_tokens).tolist()
+        kept = base.parent / PREDICTIONS
+        scored = divergence.beside_source(recorded, pieces, kept, is_source=place == base)
         write_table(place / "tokens.csv", scored, index=False)
         trace = recorded.trace(np.concatenate(pieces).tolist(), chunk_tokens=settings.chunk_tokens)
         trace.save(place / "trace.npz")

@@ -95,9 +95,6 @@ def position_table(ladder: Ladder) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# ---- pairs ----
-
-
 def steps(ladder: Ladder) -> pd.DataFrame:
     """Compare neighbours, and the pairs of `hierarchy`, on every metric; one row a pair and metric.
 
@@ -185,9 +182,6 @@ def together(verdicts: Iterable[str]) -> str:
     """
     differing = set(verdicts) & {"better", "worse"}
     return "mixed" if len(differing) == 2 else differing.pop() if differing else SAME
-
-
-# ---- handing on ----
 
 
 def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:

@@ -116,7 +116,7 @@ def test_other_settings_measure_anew_but_quantize_nothing(folder, climbed, monke
 
 
 @pytest.mark.parametrize(
-    "cores, threads, memory, workers", [(2, 1, 8e9, 2), (8, 4, 8e9, 2), (2, 2, 8e9, 1), (64, 1, 2e9, 3)]
+    "cores, threads, memory, workers", [(2, 1, 8e9, 3), (8, 4, 8e9, 2), (2, 2, 8e9, 1), (64, 1, 2e9, 3)]
 )
 def test_as_many_rungs_run_at_once_as_cores_and_memory_hold(monkeypatch, cores, threads, memory, workers):
     monkeypatch.setattr(run, "usable_cores", lambda: cores)
