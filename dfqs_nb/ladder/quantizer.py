@@ -30,10 +30,6 @@ from dfqs_nb.llama.build import ERROR, LOG
 from dfqs_nb.llama.settings import llama_version
 
 BLOCKS = {name: (code, block, nbytes) for code, (name, block, nbytes) in TENSOR_TYPES.items()}
-# llama.cpp refuses these without an importance matrix, but for the embedding and the output
-# (tensor_requires_imatrix in src/llama-quant.cpp)
-NEED_MATRIX = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
-NO_MATRIX = {"token_embd.weight", "per_layer_token_embd.weight", "output.weight"}
 BUFFER_BYTES = 512 << 20  # of rows that the child holds at once
 MAX_TEXT_BYTES = 127  # of a key's value, as llama.cpp overrides it
 SPLIT_KEYS = {"split.no", "split.count", "split.tensors.count"}
@@ -109,8 +105,10 @@ def plan(
     with nullcontext(worker) if worker else child.Worker(CHILD) as serving:
         answer = serving.run({**job, "dry_run": True}, where=where)
     chosen = dict(answer["tensors"])
-    if fault := _fault(recipe, rules, before, chosen, matrix):
-        raise QuantizeError(fault[0], where=where, hint=fault[1])
+    if set(chosen) != set(before):
+        what = "llama.cpp's dry run names other tensors than the header"
+        raise QuantizeError(what, where=where, hint=REPORT)
+    _check_rules(recipe, rules, chosen, where)
     tensors = []
     for name, kind in chosen.items():
         code, block, nbytes = BLOCKS[kind]
@@ -120,33 +118,19 @@ def plan(
     return Plan(recipe, shards, tuple(tensors), nbytes, (*answer["fallbacks"], *notes), matrix, job)
 
 
-def _fault(
-    recipe: Recipe,
-    rules: Mapping[str, Rule | None],
-    before: Mapping[str, Tensor],
-    chosen: Mapping[str, str],
-    matrix: ImportanceMatrix | None,
-) -> tuple[str, str] | None:
-    """Why llama.cpp's choice of types is not what the recipe means, and what to do about it."""
-    if set(chosen) != set(before):
-        return "llama.cpp's dry run names other tensors than the header", REPORT
+def _check_rules(
+    recipe: Recipe, rules: Mapping[str, Rule | None], chosen: Mapping[str, str], where: Path
+) -> None:
+    """Refuse a rule without effect: no tensor is its own, or llama.cpp gives them all another type."""
     for rule in recipe.rules:
         names = [name for name, its_rule in rules.items() if its_rule == rule]
         if not names and not rule.optional:
             what = f"no tensor matches {rule.pattern!r} of the recipe {recipe.name}"
-            return what, "correct the pattern, or say optional = true"
+            raise QuantizeError(what, where=where, hint="correct the pattern, or say optional = true")
         if names and all(chosen[name] != rule.type for name in names):
             # it leaves norms, routers and vectors as they are, and takes another type for some shapes
             what = f"llama.cpp gives {chosen[names[0]]} to {names[0]}, whatever {rule.pattern!r} says"
-            return what, "take the rule out, or give a type of blocks of 32"
-    known = NO_MATRIX | (matrix.entries.keys() if matrix else set())
-    need = [name for name, kind in chosen.items() if kind in NEED_MATRIX and kind != before[name].type]
-    if bare := [name for name in need if name not in known]:
-        more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
-        hint = "add --calibrate with a text, or --imatrix with a file of llama-imatrix"
-        hint = "collect it over more text, or give these tensors another type" if matrix else hint
-        return f"{chosen[bare[0]]} needs an importance matrix for {bare[0]}{more}", hint
-    return None
+            raise QuantizeError(what, where=where, hint="take the rule out, or give a type of blocks of 32")
 
 
 def _keys(recipe: Recipe, used: ImportanceMatrix | None) -> dict[str, str | int]:
@@ -268,6 +252,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     if status:
         reason = [*re.findall(r"failed to quantize: (.*)", log)[-1:], "llama.cpp could not quantize it"][0]
         hint = f"correct the recipe, or check the source: `dfqs-nb verify {display.quoted(job['source'])}`"
+        if re.search("imatrix|importance matrix", reason):
+            hint = "add --calibrate with a text, or --imatrix with a file of llama-imatrix"
         raise QuantizeError(reason, where=job["source"], hint=hint)
     fallbacks = [" ".join(f"{name}: {why}) {what}".split()) for name, why, what in FALLBACK.findall(log)]
     types = [(name, (new or old).upper()) for name, old, new in TENSOR.findall(log)]

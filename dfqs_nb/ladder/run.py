@@ -90,7 +90,6 @@ class Rung:
     """One rung, measured."""
 
     name: str
-    path: Path
     header: GGUFHeader = field(repr=False)  # of the model, all shards as one
     tokens: pd.DataFrame = field(repr=False)  # see `divergence.beside_source`
     routing: pd.DataFrame = field(repr=False)  # see `agreement`
@@ -348,7 +347,7 @@ class _Climber(ExitStack):
         routing = agreement(load_trace(self.base / "trace.npz"), load_trace(place / "trace.npz"))
         runs = tuple(SetRun.of(**answered) for answered in asked["sets"])
         curve = pd.DataFrame(asked["items"]), asked["boundary"]
-        return Rung(name, path, open_shards(path).as_one, tokens, routing, runs, *curve)
+        return Rung(name, open_shards(path).as_one, tokens, routing, runs, *curve)
 
 
 def agreement(source: Trace, trace: Trace) -> pd.DataFrame:

@@ -190,7 +190,7 @@ def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
     top, low = rungs[0], rungs[-1]
     bits = low["expert_bits"]  # NaN: a dense model
     lines = [
-        f"{ladder.rungs[0].path.name}: {len(rungs)} rungs from {top['rung']} "
+        f"{ladder.rungs[0].header.path.name}: {len(rungs)} rungs from {top['rung']} "
         f"({top['bits_per_weight']:.2f} bits a weight) to {low['rung']} "
         f"({low['bits_per_weight']:.2f}{f', routed experts {bits:.2f}' if bits == bits else ''})"
     ]

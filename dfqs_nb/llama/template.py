@@ -23,7 +23,7 @@ from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
 
 CLOCK = datetime(2026, 1, 1, 12)
-SECONDS = 10.0
+SECONDS, START_SECONDS = 10.0, 120.0  # of a prompt, and of the child's start
 MAX_CHARACTERS = 1 << 24  # of a rendered chat
 MEMORY_BYTES = 1 << 30  # of address space that a template may take
 PLAIN = "use a file with a sound chat template; in Python, llama.complete(model, text) needs none"
@@ -39,6 +39,7 @@ class ChatTemplate:
         self._job = {"question": "render", "source": source, "bos": bos, "eos": eos}
         self.where, self.dated = where, "strftime_now" in source
         self._worker, self._lock = child.Worker("dfqs_nb.llama"), threading.Lock()
+        self._started = False
         self._fault = ""  # that of a child that had to be killed: no other prompt waits for that long
 
     def render(self, question: str, variables: Mapping[str, bool] | None = None) -> str:
@@ -51,6 +52,10 @@ class ChatTemplate:
             answer = {"fault": self._fault}
             try:
                 if not self._fault:
+                    if not self._started:  # a busy machine needs longer for that than a template may take
+                        nothing = {**self._job, "source": "", "chat": {"messages": []}}
+                        self._worker.run(nothing, timeout_seconds=START_SECONDS)
+                        self._started = True
                     answer = self._worker.run({**self._job, "chat": chat}, timeout_seconds=SECONDS)
             except child.ChildDied as error:
                 limit = f"{SECONDS:.0f} seconds" if error.cause == "timeout" else "memory"

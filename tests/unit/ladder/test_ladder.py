@@ -57,7 +57,7 @@ def climbed(folder, broken):
 
 def test_the_source_is_the_first_rung_and_has_no_divergence_from_itself(climbed):
     assert [rung.name for rung in climbed.rungs] == ["F16", "Q8_0", "Q4_K_M"]
-    assert climbed.rungs[0].path == F16 and climbed.rungs[0].tokens["kld"].max() == 0
+    assert climbed.rungs[0].header.path == F16 and climbed.rungs[0].tokens["kld"].max() == 0
     assert climbed.rungs[0].tokens["same_top"].all()
 
 
@@ -266,7 +266,7 @@ def rung(name: str, kld: float, right: list[list[bool]], noise: float = 0.0) -> 
         ]
     )
     routing = pd.DataFrame({"chunk": [], "hashed": np.zeros(0, bool), "identical": []})
-    return Rung(name, F16, None, tokens, routing, (), items, {"tokens": 1})
+    return Rung(name, None, tokens, routing, (), items, {"tokens": 1})
 
 
 def compared_as(a: Rung, b: Rung) -> dict[str, pd.Series]:

@@ -162,7 +162,7 @@ def test_quantize_plans_to_the_byte_and_writes_what_it_planned(tmp_path, capsys)
 def test_quantize_collects_the_importance_matrix_that_a_recipe_needs(tmp_path, capsys):
     out, text = tmp_path / "rung.gguf", tmp_path / "text.txt"
     asked = ("quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", str(out))
-    assert cli.main([*asked]) == 1 and "needs an importance matrix" in capsys.readouterr().err
+    assert cli.main([*asked]) == 1 and "requires an imatrix" in capsys.readouterr().err
     assert not out.exists()
     documents = load_prompts("calibration-nano", Documents).calibration
     text.write_text("\n".join(" ".join(document) for document in documents)[:10_000], encoding="utf-8")
