@@ -59,6 +59,7 @@ NAMES = {
 }
 LOGIT_SECONDS = 1e-7  # that a logit takes to be compared with the source's
 QUANTIZED_BYTES = 20e6  # of the source that are quantized, hashed and read in a second
+Tasks = dict[str, tuple[Future[Any], ...]]
 
 
 class LadderError(DfqsError):
@@ -263,14 +264,14 @@ class _Climber(ExitStack):
         pool: ThreadPoolExecutor,
         recipes: Mapping[str, Recipe],
         matrix: imatrix.ImportanceMatrix | None,
-    ) -> dict[str, tuple[Future[Any], ...]]:
+    ) -> Tasks:
         """Three steps of each rung, by its name: make it, predict the text, ask the questions.
 
         Each waits only for steps that were submitted before it, so one worker is enough.
         """
         made = pool.submit(lambda: (self.source, self.sha256))
         source = pool.submit(self._predicted, self.top, made)
-        tasks = {self.top: (made, source, pool.submit(self._asked, self.top, made))}
+        tasks: Tasks = {self.top: (made, source, pool.submit(self._asked, self.top, made))}
         files = [pool.submit(self._made, each, matrix if each.weights else None) for each in recipes.values()]
         for name, made in zip(recipes, files, strict=True):
             predicted = pool.submit(self._predicted, name, made, source)

@@ -60,8 +60,11 @@ def _score_name(run: SetRun, runs: Sequence[SetRun]) -> str:
 
 def class_table(ladder: Ladder) -> pd.DataFrame:
     """Bits a weight by tensor class (rows) and rung (columns)."""
-    sizes = {rung.name: pd.DataFrame(class_sizes(rung.header)).set_index("class") for rung in ladder.rungs}
-    return pd.DataFrame({name: classes["bits_per_weight"] for name, classes in sizes.items()})
+    columns = {
+        rung.name: {row["class"]: row["bits_per_weight"] for row in class_sizes(rung.header)}
+        for rung in ladder.rungs
+    }
+    return pd.DataFrame(columns).rename_axis("class")
 
 
 def routing_table(ladder: Ladder) -> pd.DataFrame:
