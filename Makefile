@@ -18,6 +18,8 @@ INSTALL  := "$(or $(ANY),$(PYTHON))" tools/install.py
 SANITIZE := $(firstword $(wildcard tests/notebooks/nbval_sanitize.cfg tests/nbval_sanitize.cfg))
 NBVAL    := --nbval --nbval-current-env --nbval-sanitize-with $(SANITIZE)
 version   = $(shell "$(1)" -c "import sys; print('%d.%d' % sys.version_info[:2])" 2>/dev/null)
+# Containers often set this. Then every child process would compile pandas and scipy again.
+unexport PYTHONDONTWRITEBYTECODE
 # What the user typed reaches the shell through its environment: spaces, quotes and $ survive.
 export PYTHON
 export DFQS_MAKE_MODEL  := $(value MODEL)

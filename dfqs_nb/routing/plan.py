@@ -66,6 +66,7 @@ class Condition:
     against: str  # the name of the run to compare with; empty: a reference, or the profile
     settings: OpenSettings
     n_prefill: int | None = None  # tokens evaluated in batches, the others one by one; None: all
+    restored: bool = False  # after each call the state is saved, the context cleared, and the state put back
     process: str = "main"  # conditions of one process share one load of the weights
     model: str = ""  # another file
     texts: tuple[int, ...] = ()  # of a load: text numbers, by the sequence that evaluates them
@@ -167,6 +168,8 @@ def _changes(prefill: Condition, decode: Condition, max_threads: int) -> Iterato
         made[name] = replace(base, name=name, kind=" and ".join(changed), against=against, process=process)
         made[name] = replace(made[name], settings=replace(base.settings, **changed))
         yield made[name]
+    same = {"against": "n_batch 64", "kind": "saved state"}
+    yield replace(made["n_batch 64"], name="saved state restored", restored=True, **same)
 
 
 def seconds(planned: Iterable[Condition], costs: Mapping[str, float]) -> float:

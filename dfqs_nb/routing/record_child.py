@@ -52,7 +52,8 @@ class Recording:
         about: dict[str, Any] = {"condition": condition.name, "scale": scale}
         if not condition.texts and condition.kind != "profile":
             tokens = self.text[:1] + self.text[len(self.text) + 1 - round(len(self.text) * scale) :]
-            return record(self.recorded, tokens, condition.n_prefill, n_output=self.job["n_output"], **about)
+            about |= {"n_output": self.job["n_output"], "restored": condition.restored}
+            return record(self.recorded, tokens, condition.n_prefill, **about)
         if condition.texts:
             n = max(2, round(LOAD_TOKENS * scale))
             # a text that is too short begins again

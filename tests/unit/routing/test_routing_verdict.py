@@ -15,8 +15,9 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
+from dfqs_nb.routing import plan as routing_plan
 from dfqs_nb.routing.experiment import Condition, run_experiment
-from dfqs_nb.routing.recorder import calls
+from dfqs_nb.routing.recorder import calls, open_recorded, record
 from dfqs_nb.routing.trace import COMPARED, RoutingError, Trace, compare, differences, overlaps
 from dfqs_nb.routing.verdict import advice, claims, judge, sensitivities
 from dfqs_nb.stats import at_most
@@ -318,3 +319,19 @@ def test_a_dense_model_is_judged_by_its_logits(tmp_path, monkeypatch):
 @pytest.mark.parametrize("n_prefill", [None, 0, 5, 99])
 def test_calls_cover_the_text_once(n_prefill):
     assert [i for call in calls(20, n_prefill, 4) for i in call] == list(range(20))
+
+
+def test_a_state_that_is_saved_and_put_back_goes_on_as_if_nothing_had_happened(monkeypatch):
+    tokens = list(range(5, 165))
+    with open_recorded(NANO, OpenSettings(n_ctx=256, n_batch=64, n_ubatch=64), trial=False) as recorded:
+        plain, put_back, restore = record(recorded, tokens), [], recorded.model.restore
+        monkeypatch.setattr(recorded.model, "restore", lambda state: put_back.append(state) or restore(state))
+        restored = record(recorded, tokens, restored=True)
+    assert [state.n_tokens for state in put_back] == [64, 128]
+    assert (restored.digest == plain.digest).all() and not differences(plain, restored).any()
+
+
+def test_the_plan_compares_a_restored_state_with_the_same_calls():
+    planned = {each.name: each for each in routing_plan.conditions(OpenSettings(n_threads=1), 384, 2, {}, 16)}
+    one, other = planned["saved state restored"], planned["n_batch 64"]
+    assert one.restored and one.against == other.name and one.settings == other.settings
