@@ -319,7 +319,7 @@ def _warnings(model: Model) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ReuseCheck:
-    """Logits after a question asked from a saved state, against those of the same tokens evaluated afresh."""
+    """Logits after a question asked from a saved state, against those of the same calls without one."""
 
     allowed: bool
     largest_difference: float  # over all logits and questions
@@ -338,7 +338,10 @@ class ReuseCheck:
 def check_reuse(
     model: Model, text: Sequence[int], questions: Sequence[Sequence[int]], tolerance: float = TOLERANCE
 ) -> ReuseCheck:
-    """Whether questions to a saved state equal fresh ones: logits within a tolerance, the same best token."""
+    """Whether questions to a saved state equal fresh ones: logits within a tolerance, the same best token.
+
+    Both evaluate the text first, then the question: other calls would round differently, saved state or not.
+    """
     model.clear()
     model.decode(text)
     state, reused, fresh = model.save(), [], []
@@ -347,7 +350,8 @@ def check_reuse(
         reused.append(model.evaluate(question))
     for question in questions:
         model.clear()
-        fresh.append(model.evaluate([*text, *question]))
+        model.decode(text)
+        fresh.append(model.evaluate(question))
     model.clear()
     largest = float(np.abs(np.subtract(reused, fresh)).max())
     same = np.array_equal(np.argmax(reused, axis=1), np.argmax(fresh, axis=1))
