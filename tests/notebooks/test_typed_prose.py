@@ -51,8 +51,8 @@ ALONE = {
     "04": {
         METHOD: ["It scores all experts", "The same in sentences", "- **Free**", "This matters only"]
         + ["- **Fix for equal logits**", "Recording itself slightly"]
-        + ["The others are other texts", "- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
-        + ["- how often the", "Below the table, we regress", "The heat map has"],
+        + ["- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
+        + ["The heat map has"],
     },
     "05": {
         METHOD: ["The context must hold", "Every text hides the", "So the plan costs about", "The curve may take"]
@@ -72,7 +72,7 @@ ALONE = {
         + ["Guess rates of retrieval", "How little a model", "the evidence agrees", "the evidence says otherwise"]
         + ["KL divergence, most likely", "Ability: scores", "What only the paper", "Two reports are compared", "the documents say otherwise"]
         + ["Other programs used", "The curve closest to", "How far a model's", "The accuracy falls and", "Measured on fewer"]
-        + ["The boundary lies beyond"],
+        + ["The boundary lies beyond", "So 1.00 says", "Beside each value stands", "If at least half"],
         "published, with its source beside it": ["The driver takes about", "Others logged far larger"],
     },
     "docs/long_context.md": {"follows from the plan's lengths": ["Questions come on top"]},
