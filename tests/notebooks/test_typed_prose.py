@@ -68,8 +68,8 @@ ALONE = {
         OPEN: ["This did **not show** how a large", "Start llama.cpp's server with", "Start Ollama with"],
     },
     "words.txt": {
-        METHOD: ["A score is the share", "The curve is the accuracy", "The number of keys", "In brackets stands", "The boundary is"]
-        + ["Guess rates of retrieval", "How little a model", "the evidence agrees", "the evidence says otherwise"]
+        METHOD: ["A score is the share", "The curve is the accuracy", "The number of keys", "The boundary is"]
+        + ["How little a model", "the evidence agrees", "the evidence says otherwise"]
         + ["KL divergence, most likely", "Ability: scores", "What only the paper", "Two reports are compared", "the documents say otherwise"]
         + ["Other programs used", "The curve closest to", "How far a model's", "The accuracy falls and", "Measured on fewer"]
         + ["The boundary lies beyond", "So 1.00 says", "Beside each value stands", "If at least half"],
