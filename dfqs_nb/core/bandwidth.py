@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,16 +51,17 @@ def disk_bandwidth(path: str | Path, piece_bytes: int = PIECE_BYTES, at_once: in
     """Bytes a second of pieces from random places of a file, as experts lie all over it.
 
     ``path``: the file, or a folder, in which a temporary file is made. ``at_once``: pieces that are asked for
-    together, as the paging help does. None if the file holds under 64 pieces, or the kernel did not count
-    them as read from the disk.
+    together, as the paging help does. None if the file holds under 64 pieces, the folder has no room for one,
+    or the kernel did not count the pieces as read from the disk.
     """
     if Path(path).is_dir():
-        with tempfile.NamedTemporaryFile(dir=path) as made:
+        with suppress(OSError), tempfile.NamedTemporaryFile(dir=path) as made:
             for seed in range(DISK_BYTES // PIECE_BYTES):
                 made.write(random.Random(seed).randbytes(PIECE_BYTES))
             made.flush()
             os.fsync(made.fileno())
             return disk_bandwidth(made.name, piece_bytes, at_once)
+        return None
     counters = getattr(psutil.Process(), "io_counters", None)
     n_pieces = Path(path).stat().st_size // piece_bytes
     if counters is None or not hasattr(os, "posix_fadvise") or n_pieces < MIN_PIECES:

@@ -37,7 +37,7 @@ def quantization_mix(tensors: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for colour, kind in zip(cycle(PALETTE), mix.columns):
         ax.bar(mix.index, mix[kind], bottom=bottom, color=colour, label=kind, width=0.8)
         bottom = bottom + mix[kind]
-    ax.set_ylim(0, 1.05 * float(mix.sum(axis=1).max()))
+    ax.set_ylim(0, 1.05 * float(mix.sum(axis=1).max()) if len(mix) else 1)
     ax.yaxis.set_major_formatter(BYTES)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("layer")

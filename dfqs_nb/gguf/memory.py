@@ -95,8 +95,8 @@ def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list
     heads = heads * header.n_layers if len(heads) == 1 else heads
     head_dim = header.count("attention.key_length")
     if not head_dim:
-        n_heads = max(1, *_stated(header, "attention.head_count"))
-        head_dim = max(_stated(header, "embedding_length")) // n_heads
+        n_heads = _stated(header, "attention.head_count")[0]  # of the first layer, as llama.cpp has it
+        head_dim = max(_stated(header, "embedding_length")) // max(1, n_heads)
     value_dim = header.count("attention.value_length") or head_dim
     latent = bool(header.arch("attention.key_length_mla"))  # 0: llama.cpp's own tools write every key
     values = [0 if latent else _row_bytes(n * value_dim, type_v) for n in heads]

@@ -210,9 +210,8 @@ def _ranged(url: str, is_hub: bool, start: int, end: int) -> tuple[bytes, int]:
         elif answer.status_code == 200 and start == 0 and length.isdigit() and int(length) <= SMALL_BYTES:
             size = int(length)
         else:
-            raise ValueError(
-                "the server gives no byte ranges, only whole files: download it, inspect it here"
-            )
+            what = "the server gives no byte ranges, only whole files"
+            raise RegistryError(what, where=models.shown(url), hint="download the file, and inspect it here")
         data, latest = bytearray(), time.monotonic() + TIMEOUT_SECONDS + (end - start) / SLOWEST
         for chunk in answer.iter_raw():
             data += chunk

@@ -94,6 +94,11 @@ class Model:
         self.has_template, self.n_past, self.n_vocab = bool(source), 0, int(self.llama.n_vocab())
         self.bos = int(special[0]) if vocabulary.add_bos_token() else -1
 
+    def __repr__(self) -> str:
+        """In a notebook: the file's name, without the folders of this machine."""
+        how = f"n_ctx={self.settings.n_ctx}, n_threads={self.settings.n_threads}"
+        return f"Model({self.path.name}, {self.header.architecture}, {how}{'' if self.llama else ', closed'})"
+
     def __enter__(self) -> Model:
         return self
 

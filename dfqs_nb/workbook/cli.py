@@ -250,10 +250,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Exception as error:
         kind = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        folder = outputs_dir() if os.access(outputs_dir(), os.W_OK) else Path(tempfile.gettempdir())
-        with suppress(OSError), (folder / LOG).open("a", encoding="utf-8", errors="replace") as log:
-            log.write(traceback.format_exc() + "\n")
-        return _fail(f"unexpected {kind}; its place in the code is in {tilde(folder / LOG)}")
+        for folder in (outputs_dir(), Path(tempfile.gettempdir())):
+            # the first may not be there, or be full
+            with suppress(OSError), (folder / LOG).open("a", encoding="utf-8", errors="replace") as log:
+                print(traceback.format_exc(), file=log, flush=True)
+                return _fail(f"unexpected {kind}; its place in the code is in {tilde(folder / LOG)}")
+        return _fail(f"unexpected {kind}")
 
 
 def _fail(message: str, status: int = 1) -> int:

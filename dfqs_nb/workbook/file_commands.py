@@ -17,7 +17,7 @@ from dfqs_nb.core.bandwidth import disk_bandwidth, memory_bandwidth
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
 from dfqs_nb.core.machine import available_memory
-from dfqs_nb.core.paths import outputs_dir, tilde
+from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf import facts, memory, models, placement, remote
 from dfqs_nb.gguf.diff import compare
 from dfqs_nb.gguf.header import read_header
@@ -245,7 +245,7 @@ def plan(
             source = CARD_BUFFERS if placed.devices[0].compute_bytes is not None else "unknown for this model"
             say(f"a card's compute buffer: {source}; 1 GiB of each card is left beside it, or for it")
             say("there, llama-server also places without these flags (--fit), and plans that buffer")
-        name = known.paths[0].name if far else tilde(known.paths[0])
+        name = known.paths[0].name if far else str(known.paths[0])
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
             name = next(iter(known.places)).name if far else model
         words = ["llama-server", "-m", name, "-c", str(context), *placed.flags, "-np", "1"]

@@ -207,11 +207,8 @@ def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) 
     try:
         with kernel_environment(progress=live.bars), live:
             kernel = {"kernel_name": KERNEL, "cwd": path.parent, "extra_arguments": [QUIET]}
-            kernel |= {
-                "engine_name": use(live),
-                "coalesce_streams": True,
-            }  # a text that is streamed is one output
-            execute_notebook(path, target, parameters, progress_bar=False, **kernel)
+            kernel["coalesce_streams"] = True  # a text that is streamed is one output
+            execute_notebook(path, target, parameters, engine_name=use(live), progress_bar=False, **kernel)
     except KeyboardInterrupt:
         print(f"\nstopped in {live.name}, cell {plain(live.place)}; {so_far}", file=sys.stderr)
         report = f"`dfqs-nb report {quoted(target.parent.name)}` reports what there is"

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from dfqs_nb import __version__
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import write_table
+from dfqs_nb.core.files import is_file, write_table
 from dfqs_nb.core.journal import Journal, conditions_hash
 from dfqs_nb.core.paths import run_dir, tilde
 from dfqs_nb.gguf import models as registry
@@ -94,7 +94,7 @@ def _model(text: str, base: Path) -> tuple[str, list[tuple[str, int, int]]]:
         return text, []
     path = (base / Path(text).expanduser()).absolute()  # links stay: a shard's name is the link's
     files = [path.with_name(name) for name in registry.siblings(path.name)]
-    if missing := [file.name for file in files if not text or not file.is_file()]:
+    if missing := [file.name for file in files if not text or not is_file(file)]:
         what = f"no model {text!r}: {', '.join(missing)} not beside the table, and no registered name"
         raise DfqsError(what if text else "the cell model is empty", hint=f"registered: {', '.join(known)}")
     return str(path), [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]

@@ -60,7 +60,8 @@ def test_a_run_of_these_sources_is_taken_without_the_injected_cells(checkout):
 
 
 @pytest.mark.parametrize(
-    "what", ["a source changed", "a notebook is missing", "another parameter", "failed", "a resumed run"]
+    "what",
+    ["a source changed", "a notebook is missing", "another parameter", "failed", "cut", "a resumed run"],
 )
 def test_any_other_run_is_not_taken(checkout, what):
     run = checkout / "outputs" / "nano"
@@ -72,6 +73,8 @@ def test_any_other_run_is_not_taken(checkout, what):
         change_record(checkout, parameters={"run_name": "nano", "n_ctx": 512})
     elif what == "failed":
         change_record(checkout, exception=True)
+    elif what == "cut":
+        (run / "scores.json").write_text('{"stage": "scores", "left_out": ["4 texts, not 8"]}')
     else:  # its first notebook began after a file of the folder was made
         later = datetime.fromtimestamp(time.time() + 60, UTC).isoformat()
         path = run / "00_start.ipynb"

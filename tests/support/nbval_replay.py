@@ -2,11 +2,13 @@
 
 nbval starts a kernel for a notebook and compares what the cells print. Here it gets a kernel that repeats what papermill
 kept in ``outputs/nano/``: the comparison stays nbval's. That holds only for a run from nothing, of all notebooks, with
-their own parameters, and of the sources as they are now (`executed`); else the notebooks are executed.
+their own parameters, which no budget cut, and of the sources as they are now (`executed`); else the notebooks are
+executed.
 """
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterable
 from datetime import datetime
@@ -33,6 +35,9 @@ def executed(run: Path = RUN, root: Path = ROOT) -> dict[str, list[Any]]:
     made = [notebook.metadata.get("papermill", {}) for notebook in notebooks.values()]
     given = {name for record in made for name in record.get("parameters", {})}
     if given - OWN or not all(record.get("end_time") and not record.get("exception") for record in made):
+        return {}
+    stages = [json.loads(path.read_text(encoding="utf-8")) for path in run.glob("*.json")]
+    if any(isinstance(stage, dict) and stage.get("left_out") for stage in stages):
         return {}
     begin = datetime.fromisoformat(made[0]["start_time"]).timestamp()
     if _newest(root / name for name in SOURCES) > begin or _oldest(run) < begin:

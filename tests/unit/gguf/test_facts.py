@@ -50,3 +50,10 @@ def test_the_attention_figures_title_is_about_this_model(tmp_path, architecture,
     (tmp_path / "m.gguf").write_bytes(gguf_bytes(fields, []))
     layers = facts.attention_layers(read_header(tmp_path / "m.gguf"))
     assert title in figures.attention_layout(pd.DataFrame(layers)).get_title(loc="left")
+
+
+def test_a_model_without_layers_of_a_decoder_has_a_figure_of_its_types() -> None:
+    tensors = pd.DataFrame({"layer": [-1], "type": ["F16"], "bytes": [2]})  # T5's are enc.blk.0 and so on
+    with pytest.warns(UserWarning, match="No artists with labels"):
+        ax = figures.quantization_mix(tensors)
+    assert ax.get_title(loc="left").startswith("All 0 layers")

@@ -223,6 +223,13 @@ def test_heads_by_layer_and_sliding_windows_are_said_to_be_a_bound(tmp_path):
     assert {row["kind"] for row in attention_layers(header)} == {"window or full"}
 
 
+def test_the_width_of_a_head_is_that_of_the_first_layer(tmp_path):
+    """As in llama.cpp's load_hparams: n_embd / n_head(0), where the header states no width."""
+    sizes = {"block_count": 2, "embedding_length": 256, "attention__head_count_kv": 2}
+    header = write_header(tmp_path / "heads.gguf", "llama", **sizes, attention__head_count=[4, 8])
+    assert kv_cache_bytes(read_header(header), 1024).total == 2 * 2 * (2 * 64) * 2 * 1024
+
+
 def test_missing_or_odd_keys_are_named(tmp_path):
     header = read_header(
         write_header(

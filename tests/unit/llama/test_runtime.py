@@ -394,6 +394,10 @@ def test_any_shard_opens_the_model(nano, merged_reference):
         assert active_bytes(model.header) == active_bytes(read_header(merged_reference)), "of all shards"
 
 
+def test_a_notebook_shows_no_folder_of_this_machine(nano):
+    assert repr(nano) == f"Model({NANO.name}, deepseek4, n_ctx=512, n_threads=1)"
+
+
 def test_errors_name_the_path_as_it_was_given(tmp_path, monkeypatch):
     set_key(tmp_path, "expert_used_count", 200)
     monkeypatch.chdir(tmp_path)

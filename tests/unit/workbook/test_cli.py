@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from dfqs_nb import merge as merging
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.prompts import load_prompts
 from dfqs_nb.gguf import broken as specimens
@@ -199,6 +202,13 @@ def test_what_nobody_foresaw_is_one_line_and_a_traceback_in_a_log(tmp_path, monk
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "unexpected ZeroDivisionError: a bug; " in error
     assert "in broken" in (tmp_path / cli.LOG).read_text()
+    (tmp_path / cli.LOG).unlink()
+    (tmp_path / cli.LOG).symlink_to("/dev/full")  # as on a full disk
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    assert cli.main(["models"]) == 1
+    assert f"{tmp_path}/tmp/{cli.LOG}" in capsys.readouterr().err
+    assert "in broken" in (tmp_path / "tmp" / cli.LOG).read_text()
 
 
 def test_text_from_a_file_does_not_steer_the_terminal(capsys):
@@ -254,6 +264,17 @@ def test_plan_prints_the_command_and_other_machines_only_if_asked():
     assert done.returncode == 1 and "'lots' is no size; write 64GB" in done.stderr
     done = dfqs("plan", FIRST, "--context", "9999999")
     assert done.returncode == 1 and "give --context" in done.stderr
+
+
+def test_the_command_of_a_plan_names_the_file_wherever_it_is_typed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tmp_path / "models" / "m.gguf"
+    model.parent.mkdir()
+    merging.merge_model([FIRST], model)
+    for place in (model, "models/m.gguf", "dfqs-nano-iq1_s-xl"):
+        done = dfqs("plan", place, "--context", "256", "--ram-gbs", "10", "--ram", "64GB", cwd=tmp_path)
+        words = shlex.split(done.stdout.split("\n\n")[-1])
+        assert words[:2] == ["llama-server", "-m"] and (tmp_path / words[2]).is_file(), done.stdout
 
 
 def test_plan_reads_a_routing_profile(tmp_path):

@@ -144,6 +144,7 @@ def test_the_run_is_named_after_the_model_and_a_path_stands_beside_the_table(tmp
         (["model,n", f"{NANO},1,2"], "line 2: has not 2 cells, as the header"),
         (["model,n", ",1"], "line 2: the cell model is empty"),
         (["model", "nowhere.gguf"], "line 2: no model 'nowhere.gguf'"),
+        (["model", "x" * 300], "line 2: no model 'xxx"),
         (["model", "hf://owner"], "line 2: "),
         (["model,run", f"{NANO},../up"], "line 2: '../up' is not a run name"),
         (["model", NANO, NANO], f"line 3: has the run name '{NANO}', as line 2"),
