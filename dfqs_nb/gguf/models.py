@@ -201,7 +201,7 @@ def parse_address(address: str) -> HubFile:
     from huggingface_hub import constants, parse_hf_uri
     from huggingface_hub.errors import HfUriError
 
-    with suppress(HfUriError):
+    with suppress(HfUriError, ValueError):  # such as a bracket in a host's name
         uri = parse_hf_uri(address, endpoint=constants.ENDPOINT)
         file, _, revision = uri.path_in_repo.partition("@")
         parts = re.split("/|%2F", f"{uri.id}/{file}/{uri.revision or revision or 'main'}")

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, RegistryError
 from dfqs_nb.gguf import models
@@ -114,6 +114,7 @@ def headers_of(address: str) -> Iterator[tuple[Path, dict[Path, str], int]]:
 
 def _located(address: str) -> tuple[str, str, models.HubFile | None]:
     """The URL of an address, the file's name, and its place on the hub, if it is there."""
+    import httpx2
     from huggingface_hub import hf_hub_url
 
     try:
@@ -122,11 +123,14 @@ def _located(address: str) -> tuple[str, str, models.HubFile | None]:
         if address.startswith("hf://"):
             raise
         file = None
-    name = unquote(urlsplit(address).path if file is None else file.file).rpartition("/")[2] or "index"
+    hint = "check the address"
+    try:
+        name = unquote(file.file if file else httpx2.URL(address).path).rpartition("/")[2] or "index"
+    except httpx2.InvalidURL as error:
+        what = f"no address of a file ({error})"
+        raise RegistryError(what, where=models.shown(address), hint=hint) from None
     if len(name.encode()) > 255 or "\0" in name or name in (".", ".."):
-        raise RegistryError(
-            "no file can have such a name", where=models.shown(address), hint="check the address"
-        )
+        raise RegistryError("no file can have such a name", where=models.shown(address), hint=hint)
     url = hf_hub_url(file.repo, file.file, revision=file.revision) if file else address
     return url, name, file
 

@@ -142,6 +142,13 @@ def test_what_a_server_does_not_give_is_one_message(server, where, words, monkey
     assert "mine" not in str(caught.value), "no secret of an address is shown"
 
 
+@pytest.mark.parametrize("where", ["http://h:x/m.gguf", "https://[x/m.gguf", "https://[::1/m.gguf"])
+def test_what_is_no_address_is_one_message_about_it(where):
+    with pytest.raises(RegistryError, match="check the address") as caught, remote.headers_of(where):
+        pass
+    assert caught.value.where == where
+
+
 def test_a_server_without_ranges_is_named(server):
     server.ranges = False
     try:
