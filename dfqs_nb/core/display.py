@@ -177,14 +177,14 @@ MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
 
 
 def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
-    """Facts as a one-column table: names by `label`, thousands separators, long texts cut."""
+    """Facts as a one-column table, with thousands separators; long texts are cut."""
     import pandas as pd
 
     def shown(value: Any) -> str:
         text = f"{value:,}" if type(value) is int else plain(value)
         return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
-    return pd.DataFrame({name: {label(key): shown(value) for key, value in values.items()}})
+    return pd.DataFrame({name: {key: shown(value) for key, value in values.items()}})
 
 
 def say(*lines: object) -> None:
