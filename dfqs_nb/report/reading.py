@@ -199,6 +199,8 @@ def contradictions(report: Mapping[str, Any]) -> list[str]:
         low, high = (value if own[end] is None else own[end] for end in ("low", "high"))
         if value != own["value"]:
             wrong.append(f"{name} is {value} and {own['value']}")
+        elif name == BOUNDARY and own.get("tokens") != value:  # the sentences show these
+            wrong.append(f"{name} is {value} and {own.get('tokens')} tokens")
         elif isinstance(value, list):
             if len(value) != len(own["lengths"]):
                 wrong.append("the curve has another number of points than of lengths")
@@ -268,7 +270,7 @@ def _scores(report: Mapping[str, Any], path: Path) -> dict[str, SetRun]:
 def _score_items(path: Path) -> pd.DataFrame:
     try:
         items = pd.read_csv(path, keep_default_na=False, dtype=COLUMNS, usecols=list(COLUMNS))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
     return items.assign(correct=items["grade"].isin(RIGHT))
 

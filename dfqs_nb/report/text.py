@@ -79,7 +79,8 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     for name, (question, section, demand) in QUESTIONS.items():
         row = rows.get(demand, {"verdict": NOT_TESTED, "evidence": "not judged in this report"})
         mark = marks.get(name, MARKS[row["verdict"]])
-        if name == "runs" and mark == YES and details[SPEED].get("contended"):
+        timed = details[SPEED].get("notebook_03") or details[SPEED]
+        if name == "runs" and mark == YES and timed.get("contended"):
             mark = PARTLY
         answer, _, caveat = sentence(name, report, row["evidence"], mark).partition("\n")
         answer, caveat = (text[:1].upper() + text[1:] for text in (answer, caveat))

@@ -239,7 +239,9 @@ def claims(again: Verdict, ranked: pd.DataFrame, at: pd.Series) -> pd.DataFrame:
     same = again.passed and it["logits_equal"] == 1.0 and it["same_output"]
     known = it["n_runs_differ"] or it["n_runs"] and not it["failed_runs"]
     answers = "equal" if it["same_output"] else "different"
-    seen = f"{again.text} {it['logits_equal']:.2%} of tokens have equal logits; greedy answers are {answers}."
+    seen = again.text
+    if it["n_runs"]:
+        seen += f" {it['logits_equal']:.2%} of tokens have equal logits; greedy answers are {answers}."
     exact = (CONFIRMED if same else CONTRADICTED) if known else NOT_TESTABLE, seen
     stable = pressure = NOT_TESTABLE, "no routed experts, or no change of settings was tried"
     if len(runtime):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
+from pydantic import SkipValidation, TypeAdapter
 
 from dfqs_nb.core import files, paths
 from dfqs_nb.core.errors import PromptError
@@ -85,9 +86,10 @@ class ItemSet:
     licence: str = "not stated"
     source: str = "not stated"
     guess_rule: str = "not stated"
-    sha256: str = ""  # this and the next two: of the whole file, and never as the first line has it
-    items: tuple[Item, ...] = field(default=(), repr=False)
-    n_whole: int = 0  # items of the whole set
+    # of the whole file: what the first line has under these names has no effect
+    sha256: SkipValidation[str] = ""
+    items: SkipValidation[tuple[Item, ...]] = field(default=(), repr=False)
+    n_whole: SkipValidation[int] = 0  # items of the whole set
 
     @property
     def name(self) -> str:
@@ -198,8 +200,6 @@ def _fault(head: ItemSet, item: Item) -> str:
 @cache
 def _reader(kind: type) -> Any:
     """Reads a line as that dataclass, each value of exactly the type that the field states."""
-    from pydantic import TypeAdapter
-
     return TypeAdapter(kind)
 
 

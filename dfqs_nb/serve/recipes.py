@@ -295,6 +295,8 @@ def _settings(
     if not least <= (n_ctx or least) <= most:
         what = f"a context of {n_ctx or least:,} tokens is not between {least:,} and {most:,}"
         raise DfqsError(what, hint="leave it out, or take another target")
+    if layers < 0:
+        raise DfqsError(f"{layers} GPU layers", hint="give 0 or more, or leave --gpu-layers out")
     n_ctx = n_ctx or max(least, min(held, most))
     if header and n_gpu_layers is None:
         layers = placement.place(shape, n_ctx, *here, whole=True).n_gpu_layers

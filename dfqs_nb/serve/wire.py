@@ -158,9 +158,9 @@ class Wire:
             return broken(words, self.url)
         what = f"the server refuses the request: {status} ({words})"
         hint = "the answer to this request will not change: change the request"
-        for name in body.keys() - {"model", "prompt", "messages"}:
-            if re.search(rf"\b{re.escape(name)}\b", words):
-                hint = f"leave it out with --field {name}=, or rename it with --field {name}=NEWNAME"
+        optional = "|".join(map(re.escape, body.keys() - {"model", "prompt", "messages"}))
+        if optional and (name := re.search(rf"\b({optional})\b", words)):
+            hint = f"leave it out with --field {name[1]}=, or rename it with --field {name[1]}=NEWNAME"
         if status in BUSY or status >= 500:
             hint = "wait, lower the concurrency, or read the server's log"
             busy = TemporaryError(f"the server says {status} ({words})", where=self.url, hint=hint)

@@ -200,6 +200,15 @@ def test_items_that_do_not_give_the_reports_numbers_are_refused(pair, name, chan
         compare_reports(pair)
 
 
+def test_a_count_that_is_too_large_is_refused(pair):
+    path = pair[1] / "score_items.csv"
+    items = pd.read_csv(path, dtype=str, keep_default_na=False)
+    items.assign(sample=10**30).to_csv(path, index=False)
+    reseal(pair[1], rehash=True)
+    with pytest.raises(REFUSED, match="cannot be read"):
+        compare_reports(pair)
+
+
 def test_different_questions_are_refused(tmp_path, pair):
     other = make_run(tmp_path / "three", "Three", n_code=20)
     with pytest.raises(REFUSED, match="did not answer the same items"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,9 @@ def test_the_speed_of_notebook_03_stands_where_06_did_not_run(made, partial):
     assert "notebook 06 is withheld: notebook 06 did not run" in line.caveat
     assert made["metrics"]["cpu_tokens_per_sec"] is None
     assert "notebook 03 timed 92.1 tokens/s" in text.texts(made, partial)["report.md"]
+    busy = copy.deepcopy(made)
+    busy["details"]["cpu_tokens_per_sec"]["notebook_03"]["contended"] = True
+    assert (line.mark, lines_of(busy)["Does it run here, and how fast?"].mark) == ("yes", "in part")
 
 
 def test_without_notebook_03_too_no_speed_is_shown(tmp_path):

@@ -180,6 +180,11 @@ def test_statements_are_confirmed_or_contradicted_by_counts():
         table["evidence"].iloc[0].startswith("at least 83.33% of expert sets stay the same under each of 1")
     )
     assert "extreme begins at 8,192 tokens" in table["evidence"].iloc[2]
+    nothing = claims(
+        judge(table_of(("again", "identical", "x", A, A)).assign(status="left out")), ranked, pd.Series([1])
+    ).loc[1]
+    assert nothing["status"] == "not testable here"
+    assert nothing["evidence"] == "Not judged: no repetition fits into the budget."
     longer = ranked.assign(n_tokens=10_000, n_layers=2)
     for at, status in ((np.arange(9_000, 9_100), "confirmed"), (np.arange(100), "contradicted")):
         assert claims(again, longer, pd.Series(at)).loc[2, "status"] == status

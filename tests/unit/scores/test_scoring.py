@@ -494,11 +494,13 @@ def test_a_broken_set_is_refused_with_its_line_and_field(tmp_path, lines, messag
 
 def test_a_set_may_hold_any_text_and_fields_of_its_own(tmp_path):
     text = "a\u2028b\x85c\U0001f600"
-    rows = [{**HEAD, "stop": ["x"], "note": 1}, {**ITEM, "prompt": text, "guess": 1, "note": [2]}]
+    own = {"note": 1, "items": 1, "sha256": None, "n_whole": "one"}
+    rows = [{**HEAD, "stop": ["x"], **own}, {**ITEM, "prompt": text, "guess": 1, "note": [2]}]
     lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\n\n")
     loaded = ItemSet.load(tmp_path / "x.jsonl")
     assert loaded.items[0].prompt == text and loaded.stop == ("x",)
+    assert len(loaded.items) == loaded.n_whole == 1 and len(loaded.sha256) == 64
 
 
 def test_a_set_of_ones_own_is_found_in_its_folder(tmp_path):

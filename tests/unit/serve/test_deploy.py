@@ -423,6 +423,11 @@ def test_contexts_that_cannot_be_are_refused(tmp_path):
     assert write_recipe("hermes-agent", SHARD, tmp_path).settings["n_ctx"] == 65_536
 
 
+def test_gpu_layers_below_none_are_refused(tmp_path):
+    with pytest.raises(DfqsError, match="-1 GPU layers"):
+        write_recipe("jan", SHARD, tmp_path, n_gpu_layers=-1)
+
+
 def test_the_chat_template_is_the_headers(tmp_path):
     recipe = write_recipe("vllm", SHARD, tmp_path)
     template = read_header(specimens.reference_shards().paths[0])["tokenizer.chat_template"]

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import traceback
+from types import SimpleNamespace
 
 import pytest
 from faulty_server import TEXT, FaultyServer
@@ -222,6 +223,16 @@ def test_a_field_that_is_refused_can_be_left_out(server, name):
     other = client.connect(server.url, stream=name == "stream_options", fields={name: ""})
     assert other.chat("x").text == TEXT and name not in server.asked[-1]
     assert other.conditions()["request_fields"] == {name: ""}
+
+
+@pytest.mark.parametrize("first", ["max_tokens", "temperature", "seed", "stop"])
+def test_the_hint_is_about_the_first_field_that_a_refusal_names(first):
+    """A server that refuses a field often names another one that serves in its place."""
+    body = dict.fromkeys(("model", "stop", "seed", "max_tokens", "temperature"), 1)
+    words = f"{first} is not supported beside {', '.join(sorted(body))}".encode()
+    response = SimpleNamespace(status_code=400, reason_phrase="Bad Request")
+    error = wire.Wire("http://a/v1")._refusal(response, words, body)
+    assert f"--field {first}=," in str(error)
 
 
 def test_a_field_can_have_another_name(server, tmp_path, monkeypatch):
