@@ -82,10 +82,7 @@ def plan(
     """
     recipe, shards = load_recipe(recipe) if isinstance(recipe, str) else recipe, open_shards(source)
     where, matrix, notes = shards.paths[0], None, list[str]()
-    if quantized := [t for t in shards.tensors if t.type not in (*FLOATS, *INTEGER_TYPES)]:
-        what = f"{quantized[0].name} is quantized already ({quantized[0].type})"
-        hint = "quantize the original F32, F16 or BF16 model: losses add up"
-        raise QuantizeError(what, where=where, hint=hint)
+    _check_source(shards)
     if imatrix is not None and recipe.weights:
         given = imatrix if isinstance(imatrix, ImportanceMatrix) else read_imatrix(imatrix)
         matrix, odd = given.fitting(shards.as_one, recipe.weights)
@@ -116,6 +113,18 @@ def plan(
         tensors.append(replace(before[name], type=kind, type_code=code, nbytes=nbytes))
     nbytes = _file_bytes(shards, tensors, job["keys"])
     return Plan(recipe, shards, tuple(tensors), nbytes, (*answer["fallbacks"], *notes), matrix, job)
+
+
+def _check_source(shards: ShardSet) -> None:
+    """Refuse what is quantized already, and what llama.cpp would make an unreadable file of."""
+    what, hint = "", "quantize the original F32, F16 or BF16 model: losses add up"
+    if quantized := [t for t in shards.tensors if t.type not in (*FLOATS, *INTEGER_TYPES)]:
+        what = f"{quantized[0].name} is quantized already ({quantized[0].type})"
+    elif (alignment := shards.headers[0].alignment) != DEFAULT_ALIGNMENT:  # it pads to 32, and keeps the key
+        what = f"its tensors are aligned to {alignment:,} bytes: llama.cpp would write a file that it refuses"
+        hint = f"write the source again with an alignment of {DEFAULT_ALIGNMENT}"
+    if what:
+        raise QuantizeError(what, where=shards.paths[0], hint=hint)
 
 
 def _check_rules(

@@ -256,6 +256,20 @@ def test_what_llama_cpp_cannot_load_is_an_error_with_its_words(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
 
 
+def test_a_source_of_another_alignment_is_refused_before_the_work(tmp_path):
+    source = tmp_path / "source.gguf"
+    writer = gguf.GGUFWriter(source, "deepseek4")
+    writer.add_custom_alignment(64)
+    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((32, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(QuantizeError, match="aligned to 64 bytes"):
+        quantize(source, Recipe("r", "Q8_0"), tmp_path / "out.gguf", **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
+
+
 # ---- recipes ----
 
 
