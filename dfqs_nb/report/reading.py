@@ -199,8 +199,8 @@ def contradictions(report: Mapping[str, Any]) -> list[str]:
         low, high = (value if own[end] is None else own[end] for end in ("low", "high"))
         if value != own["value"]:
             wrong.append(f"{name} is {value} and {own['value']}")
-        elif name == BOUNDARY and value is not None and own.get("tokens") != value:  # which sentences show
-            wrong.append(f"{name} is {value} and {own.get('tokens')} tokens")
+        elif name == BOUNDARY and value is not None and own["tokens"] != value:  # sentences show these
+            wrong.append(f"{name} is {value} and {own['tokens']} tokens")
         elif isinstance(value, list):
             if len(value) != len(own["lengths"]):
                 wrong.append("the curve has another number of points than of lengths")
