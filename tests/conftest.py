@@ -17,7 +17,6 @@ REFERENCE = data_dir() / "reference"
 collect_ignore = [
     "support/transformers_peer.py",
     "support/record_remote.py",
-    "support/greedy_remote.py",
     "benchmarks",
 ]
 

@@ -56,7 +56,7 @@ def placements(program: str, path: Path, cards: list[int], contexts: list[int], 
     header = open_shards(path).as_one
     asked = [(vram, n_ctx) for vram in cards for n_ctx in contexts]
     placed = [place(Model(header), n_ctx, ram, [vram]) for vram, n_ctx in asked]
-    words = [f"n_ctx={each.n_ctx} {words_of(each.flags)}" for each in placed]
+    words = [f"n_ctx={n_ctx} {words_of(each.flags)}" for (_, n_ctx), each in zip(asked, placed, strict=True)]
     rows = []
     for (vram, n_ctx), ours, answer in zip(asked, placed, ask(program, path, words), strict=True):
         row = {"card": vram, "n_ctx": n_ctx, "flags": " ".join(ours.flags)}

@@ -1,7 +1,7 @@
 """GGUF files made by hand: small ones, hostile ones, one of the real artifact's shape, and shards.
 
 The writer knows nothing of the package under test. Block sizes come from gguf-py, and
-`split_like_llama` is held to hashes recorded from llama.cpp's own tool (tests/test_reference_tools.py).
+`split_like_llama` is held to hashes recorded from llama.cpp's own tool (tests/integration/test_reference_tools.py).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `source()` fetches that source once (pip, with the lock file's hash) into a cache: ``$DFQS_CACHE``, else
 ``~/.cache/dfqs-nb``. `tool("llama-gguf-split")` compiles one file against the libraries that
 llama-cpp-python installed from the same source, in seconds; a tool that needs more of llama.cpp goes
-through llama.cpp's CMake build, in minutes. By hand: ``python tests/llama_cpp_tools.py llama-gguf-split``.
+through llama.cpp's CMake build, in minutes. By hand: ``python tests/support/llama_cpp_tools.py llama-gguf-split``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What llama.cpp's tools and gguf-py answer, recorded in tests/data so that every test run can compare.
 
-``python tests/record_references.py`` writes the records again; the slow tests derive them again and
-compare (tests/test_reference_tools.py). They change with llama-cpp-python's version and with the
+``python tests/support/record_references.py`` writes the records again; the slow tests derive them again and
+compare (tests/integration/test_reference_tools.py). They change with llama-cpp-python's version and with the
 reference model, never by hand.
 """
 

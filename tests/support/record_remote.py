@@ -1,6 +1,6 @@
 """Record the routing of a model on the CPU and on RPC devices, and print how they compare, as JSON.
 
-    LLAMA_CPP_LIB_PATH=BUILD_WITH_RPC python tests/record_remote.py MODEL HOST:PORT [HOST:PORT ...]
+    LLAMA_CPP_LIB_PATH=BUILD_WITH_RPC python tests/support/record_remote.py MODEL HOST:PORT [HOST:PORT ...]
 
 A process of its own: which build of llama.cpp is loaded is decided when ``llama_cpp`` is imported.
 """

@@ -1,6 +1,6 @@
 """A tiny random DeepSeek-V4 model by ``transformers``: written as GGUF, evaluated, and its routers overheard.
 
-    python tests/transformers_peer.py MODEL.gguf ONE_SEQUENCE.npz BATCH.npz
+    python tests/support/transformers_peer.py MODEL.gguf ONE_SEQUENCE.npz BATCH.npz
 
 Needs torch and transformers (``pip install --group peer``). Names of tensors: llama.cpp's conversion/deepseek.py and
 transformers' conversion_mapping.py for ``deepseek_v4``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from gguf_fixtures import real_size_header
 from llama_fit import replay
 
 from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.gguf import memory, placement
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.header import read_header
@@ -135,3 +137,18 @@ def test_a_profile_keeps_the_hot_experts_in_memory(flash):
         cache = sum(alike.caches(4096))
         placed = placement.place(placement.Model(flash, reads), 4096, dense + cache + routed // 2)
         assert placed.disk_token_bytes == pytest.approx(share * routed * used / n, rel=1e-3)
+
+
+def test_the_benchmark_of_a_card_asks_about_every_placement(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "tests" / "benchmarks")
+    card_memory, asked = importlib.import_module("card_memory"), list[str]()
+
+    def no_card(_program, _path, words):
+        asked.extend(words)
+        return [{"error": "no card"} for _ in words]
+
+    monkeypatch.setattr(card_memory, "ask", no_card)
+    path, contexts = reference_shards().paths[0], [256, 512]
+    for table in (card_memory.placements, card_memory.fits):
+        assert len(table("program", path, [GB], contexts, 8 * GB)) >= len(contexts)
+    assert [words.split()[0] for words in asked[:2]] == ["n_ctx=256", "n_ctx=512"]
