@@ -168,8 +168,8 @@ def _changes(prefill: Condition, decode: Condition, max_threads: int) -> Iterato
         made[name] = replace(base, name=name, kind=" and ".join(changed), against=against, process=process)
         made[name] = replace(made[name], settings=replace(base.settings, **changed))
         yield made[name]
-    same = {"against": "n_batch 64", "kind": "saved state"}
-    yield replace(made["n_batch 64"], name="saved state restored", restored=True, **same)
+    batches = replace(made["n_batch 64"], kind="saved state", against="n_batch 64")
+    yield replace(batches, name="saved state restored", restored=True)
 
 
 def seconds(planned: Iterable[Condition], costs: Mapping[str, float]) -> float:

@@ -10,7 +10,8 @@ from decimal import Decimal, InvalidOperation
 from symtable import Function, SymbolTable, symtable
 
 # A fence opens anywhere in a line (models glue it behind words), and closes with the same marks or never.
-FENCED = re.compile(r"(`{3,}|~{3,})[^`~\n]*\n(.*?)(?:\1|\Z)", re.DOTALL)
+# Marks are taken as a whole: a model that writes nothing else must not cost a quadratic time.
+FENCED = re.compile(r"((?<!`)`{3,}+|(?<!~)~{3,}+)[^`~\n]*\n(.*?)(?:\1|\Z)", re.DOTALL)
 CODE_LINE = re.compile(r"[ \t]*(def|async def|class|from|import|@)\b|[ \t]*[A-Za-z_]\w*[ \t]*=[^=]")
 MOST_DIGITS = 1000  # of a number that is compared as a number
 MOST_TRIES = 400  # pieces of plain text that may be code

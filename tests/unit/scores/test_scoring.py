@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from no_hang import no_hang
 
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import data_dir
@@ -196,6 +197,11 @@ def test_an_answer_without_the_function_has_no_code(text):
 
 def test_code_with_a_fault_is_run_so_that_the_fault_is_seen():
     assert "return any(" in code_in("```python\ndef has_close(x):\n    return any(\n```", "has_close")
+
+
+def test_an_answer_of_fences_alone_takes_no_quadratic_time():
+    with no_hang():
+        assert code_in("`" * 1_000_000, "f") is None
 
 
 def test_code_that_is_thought_about_is_not_the_program():
