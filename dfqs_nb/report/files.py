@@ -15,8 +15,17 @@ from dfqs_nb.core.paths import public_address, tilde
 from dfqs_nb.core.stage import UNSEALED, Stage, read_stage
 from dfqs_nb.report import claims, reading, requirements
 from dfqs_nb.report.metrics import METRICS
-from dfqs_nb.report.reading import AGAIN, CURVE, FILE, ReportError, check_report, read_answers, stages_in
-from dfqs_nb.report.template import sentence, words
+from dfqs_nb.report.reading import (
+    AGAIN,
+    CURVE,
+    FILE,
+    SCORES,
+    ReportError,
+    check_report,
+    read_answers,
+    stages_in,
+)
+from dfqs_nb.report.template import FEW_QUESTIONS, sentence, words
 from dfqs_nb.report.text import texts, verdict
 
 SEALED = "dfqs_report"  # the stage of notebook 07
@@ -99,7 +108,10 @@ def check_run(folder: str | Path) -> list[str]:
 
 
 def hub_forms(report: Mapping[str, Any]) -> dict[str, str]:
-    """The files that the hub reads, by name; "" without metrics. The curve has no entry: both take numbers.
+    """The files that the hub reads, by name; "" without metrics.
+
+    Both take numbers alone, so a curve, a boundary that is censored or provisional, and a score of fewer than
+    `FEW_QUESTIONS` have no entry.
 
     ``model-index.yml``: the block ``model-index`` for the front matter of a card.
     ``.eval_results/dfqs.yaml``: the file of that name in a model's repository.
@@ -111,7 +123,14 @@ def hub_forms(report: Mapping[str, Any]) -> dict[str, str]:
     index, entries, address = [], [], public_address()
     for name, (_, _, kind, _) in METRICS.items():
         detail = report["details"][name]
-        if detail["withheld"] or not kind:
+        is_few = name in SCORES and detail["n"] < FEW_QUESTIONS
+        if (
+            detail["withheld"]
+            or not kind
+            or is_few
+            or detail.get("right_censored")
+            or detail.get("provisional")
+        ):
             continue
         stated, questions = sentence("metric", name, detail), detail.get("set") or f"{report['tier']}-{name}"
         value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")

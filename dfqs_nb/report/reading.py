@@ -120,14 +120,15 @@ def is_file_of(sha256: str | None, names: Sequence[str] = ()) -> bool:
     return bool(sha256) and sha256 in hashes
 
 
-def rerun(stages: Sequence[str], run_name: str) -> str:
+def rerun(stages: Sequence[str], run_name: str, budget_minutes: int = 0) -> str:
     """The command that runs the notebooks of some stages, and the report after them, in that run.
 
-    >>> rerun(["scores"], "nano")
-    '`dfqs-nb run 06 07 --run nano`'
+    >>> rerun(["scores"], "nano"), rerun(["scores"], "nano", 120)
+    ('`dfqs-nb run 06 07 --run nano`', '`dfqs-nb run 06 07 --run nano --budget-minutes 120`')
     """
     numbers = [NOTEBOOKS[name][:2] for name in stages]
-    return f"`{' '.join(['dfqs-nb run', *numbers, '07 --run', quoted(run_name)])}`"
+    budget = ["--budget-minutes", str(budget_minutes)] if budget_minutes else []
+    return f"`{' '.join(['dfqs-nb run', *numbers, '07 --run', quoted(run_name), *budget])}`"
 
 
 def not_run(missing: Sequence[str], run_name: str) -> str:

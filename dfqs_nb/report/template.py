@@ -16,7 +16,7 @@ from dfqs_nb.report.reading import rerun
 from dfqs_nb.report.spec import CLAIM_VERDICTS, spec_table
 
 FEW_TEXTS = 12  # below, a boundary is provisional
-FEW_QUESTIONS = 10  # a score of fewer is no cross
+FEW_QUESTIONS = 12  # a score of fewer is no cross, and does not go to the hub
 
 
 @lru_cache(maxsize=3)

@@ -22,6 +22,7 @@ from dfqs_nb.report.template import FEW_QUESTIONS, render, sentence, words
 
 YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
 SYMBOLS = {YES: "✓", NO: "✗", PARTLY: "~", UNKNOWN: "?", NOT_APPLICABLE: "–"}
+NEAR_GUESSING = 0.1  # a score is a cross where its interval excludes more than this above guessing
 MARKS = {MET: YES, NOT_MET: NO, NOT_TESTED: UNKNOWN, NOT_APPLICABLE: NOT_APPLICABLE}  # of a requirement
 # By the macro that answers it: the question, the section that has the evidence, and the demand that decides.
 QUESTIONS = {
@@ -97,7 +98,7 @@ def _carries(boundary: Mapping[str, Any]) -> str:
 
 
 def _scores(details: Mapping[str, Any]) -> str:
-    """A tick means better than guessing; few questions give no cross."""
+    """A tick: better than guessing; a cross: the interval excludes that by much; else nobody knows."""
     marks = set()
     for score in (*(details[name] for name in SCORES), details["reasoning_score"].get("choices")):
         if score is None:
@@ -107,16 +108,22 @@ def _scores(details: Mapping[str, Any]) -> str:
         elif score["low"] > score["guess_rate"]:
             marks.add(YES)
         else:
-            marks.add(NO if score["n"] >= FEW_QUESTIONS else UNKNOWN)
+            is_near = score["high"] <= score["guess_rate"] + NEAR_GUESSING
+            marks.add(NO if is_near and score["n"] >= FEW_QUESTIONS else UNKNOWN)
     return marks.pop() if len(marks) == 1 else PARTLY if YES in marks else NO
 
 
 def _demands(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    binding = {row["verdict"] for row in rows.values() if row["level"] in ("SHALL", "MUST", "condition")}
-    binding -= {NOT_APPLICABLE}
+    """A cross where a demand is refuted. A metric that was not measured refutes none."""
+    own = [row for row in rows.values() if row["level"] in ("SHALL", "MUST", "condition")]
+    binding = {NOT_TESTED if _is_unmeasured(row) else row["verdict"] for row in own} - {NOT_APPLICABLE}
     if not binding:
         return UNKNOWN
     return NO if NOT_MET in binding else YES if binding == {MET} else PARTLY
+
+
+def _is_unmeasured(row: Mapping[str, Any]) -> bool:
+    return (row["id"], row["verdict"]) == ("metrics", NOT_MET)
 
 
 def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:

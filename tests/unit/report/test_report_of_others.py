@@ -14,7 +14,7 @@ from sealed_run import make_run, recorded
 from dfqs_nb import report
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.report import text
+from dfqs_nb.report import files, text
 from dfqs_nb.report.spec import spec_table
 from dfqs_nb.workbook import cli
 
@@ -179,3 +179,50 @@ def test_no_sentence_is_senseless(made, partial):
     assert not re.search(
         r"\bnan\b|\bNone\b|\bUndefined\b|\b0 of 0\b|\. \.|(?<!\.)\.\.(?!\.)|;\s*\.|\s\.\s", content
     )
+
+
+@pytest.fixture(scope="module")
+def hurried(tmp_path_factory):
+    """What a base model leaves under a budget of five minutes: two cut answers and 25 of multiple choice."""
+    few = {"set": "standard-reasoning", "n": 2, "value": 0.0, "low": 0.0, "high": 0.66, "guess_rate": 0.01}
+    score = recorded("scores")["scores"][0] | few | {"truncated": 2}
+    choices = {"set": "standard-choices", "n": 25, "guess_rate": 0.25}
+    for name in ("acc", "acc_norm"):
+        choices |= {name: 0.24, f"{name}_low": 0.11, f"{name}_high": 0.43}
+    scores = {"scores": [score], "choices": choices, "left_out": ["the set standard-code"]}
+    conditions = recorded("scores")["conditions"] | {"model": SHA256}
+    scores["conditions"] = conditions | {"standard-reasoning": conditions["nano-reasoning"]}
+    held = {"status": "right_censored", "right_censored": True, "tokens": 2048, "low": 2048, "high": None}
+    context = {"boundary": recorded("long_context")["boundary"] | held | {"n_haystacks": 4}}
+    changed = {"scores": scores, "long_context": context | {"failure_boundary_tokens": 2048}}
+    return report.build_report(
+        run_of_gemma(tmp_path_factory.mktemp("hurried"), **changed), ask_llama_cpp=False
+    )
+
+
+def test_scores_that_nobody_can_tell_from_guessing_are_unknown_and_name_the_next_command(hurried):
+    line = lines_of(hurried)["What does it score?"]
+    assert line.symbol == "?" and "the budget left it out" in line.answer
+    assert "In standard-reasoning, 2 of 2 answers were truncated. " in line.caveat
+    assert "standard-reasoning has too few questions to tell (n = 2). " in line.caveat
+    assert "`dfqs-nb run 06 07 --run gemma --budget-minutes 120`" in line.caveat
+
+
+def test_a_budget_that_was_short_refutes_no_demand(hurried):
+    line = lines_of(hurried)["Which demands of DFQS are met?"]
+    assert line.symbol == "~" and "not met, because this run did not measure code_score" in line.caveat
+    assert "not applicable" not in line.caveat
+    (command,) = re.findall(r"`dfqs-nb ([^`]+)`", line.caveat)
+    name, *words = command.split()
+    assert words == ["06", "07", "--run", "gemma", "--budget-minutes", "120"]
+    assert cli.program().commands[name].make_context(name, words)
+
+
+def test_the_hub_gets_no_bound_and_no_score_of_a_few_questions(hurried):
+    forms = files.hub_forms(hurried)
+    assert (
+        hurried["metrics"]["reasoning_score"] == 0.0 and hurried["metrics"]["failure_boundary_tokens"] == 2048
+    )
+    for form in forms.values():
+        assert "tokens/s" in form
+        assert "reasoning_score" not in form and "failure_boundary" not in form
