@@ -109,7 +109,8 @@ def run(
     paths = workbook.find_notebooks(notebooks or [])
     if odd := [assignment for assignment in parameter if "=" not in assignment]:
         raise DfqsError(f"{odd[0]!r} is not of the form name=value", hint="write -p n_ctx=4096")
-    texts = dict(assignment.split("=", 1) for assignment in parameter) | ({"model": model} if model else {})
+    texts = {name.strip(): text for name, _, text in (given.partition("=") for given in parameter)}
+    texts |= {"model": model} if model else {}
     values = workbook.parse_parameters(texts, workbook.parameter_types(paths))
     name = values.pop("run_name", "")
     name = run or name or workbook.default_run_name(values.get("model"))

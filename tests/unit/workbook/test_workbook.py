@@ -201,6 +201,8 @@ def test_command_line_runs_types_values_and_prints_the_summary(outputs, pair, mo
     assert cli.main(["run", "--run", "mine", "-p", "n_ctx=99"]) == 0
     printed = capsys.readouterr().out
     assert "merge saw 99" in printed and "Where it is" in printed and "02_read: " in printed
+    assert cli.main(["run", "--run", "mine", "-p", "n_ctx = 98"]) == 0
+    assert "merge saw 98" in capsys.readouterr().out
     assert cli.main(["run", "-p", "n_ctx=many"]) == 1
     error = capsys.readouterr().err
     assert error == "dfqs-nb: parameter n_ctx takes int, not 'many'; give n_ctx=VALUE\n"
