@@ -30,6 +30,7 @@ OPENING_BYTES = 4096
 MAX_PARTS = 10_000  # headers followed inside one file
 AGAIN = "get it from its source again"
 RESUME = "resume the download; or, if a merge with --consume was stopped, run the same command again"
+PART = "resume the download, or repeat it; if it is a part of a file, name its parts like model.gguf.part1of2"
 ENCODER = re.compile(r"(v|mm|a)\.")  # tensors of a vision or audio encoder
 FORMATS = {  # what other files are, by their first bytes
     rb"PK\x03\x04|\x1f\x8b|\x28\xb5\x2f\xfd|Rar!|7z\xbc\xaf": "an archive, perhaps a PyTorch checkpoint",
@@ -272,7 +273,8 @@ def _by_headers(path: Path, size: int) -> Diagnosis:
         kind = REFUSED.get(error.hint, Kind.DAMAGED)
         what = "a GGUF that llama.cpp does not read"
         what = f"cut off inside its header, after {size:,} bytes" if kind is Kind.UNFINISHED else what
-        return Diagnosis(path, kind, f"{what}: {error.what}", error.hint, size)
+        step = PART if error.hint == CUT_OFF else error.hint
+        return Diagnosis(path, kind, f"{what}: {error.what}", step, size)
     last = headers[-1]
     end = start or (last.end_offset if size >= last.end_offset else last.data_end)
     inside = Diagnosis(path, Kind.SINGLE_FILE, "", "", size, tuple(headers), start or size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,13 +20,13 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from dfqs_nb.core.display import quoted, tqdm
-from dfqs_nb.core.errors import IntegrityError
-from dfqs_nb.core.files import read_json, sha256_of_file, write_json
+from dfqs_nb.core.errors import IntegrityError, ShardError
+from dfqs_nb.core.files import read_json, sha256_of_file, sha256_of_files, write_json
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards, tensor_data, tensor_hashes
 from dfqs_nb.merge.disk import Identity
-from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
+from dfqs_nb.merge.kind import Diagnosis, Kind, byte_parts, diagnose
 from dfqs_nb.merge.plan import Copy, Plan, identities
 
 if TYPE_CHECKING:
@@ -77,11 +78,12 @@ def verify_model(
     """Read a model once, and compare it with all there is to compare it with.
 
     That is: the hash given; the hash published for a file of its name and size (``data/models.toml``); its
-    manifest; the tensors of the shards that it was made from. ``data``: read the tensors once more, and look
+    manifest; the tensors of its shards, or its byte parts. ``data``: read the tensors once more, and look
     for runs of zeros and for scales that are not numbers. `IntegrityError`: bytes differ (it names the
     tensors, where it can). `HeaderError`, `LayoutError`, `ShardError`: a file is too broken to compare.
     """
     path, began = Path(path), time.perf_counter()
+    parts = _parts_given(path, against) if against else ()
     diagnosis, before, manifest = diagnose(path), identities([path]), read_manifest(path)
     headers = diagnosis.headers
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
@@ -92,11 +94,13 @@ def verify_model(
     equal: list[str] = []
     if manifest:
         equal.append(_compared(path, tensors, manifest.tensors, "its manifest"))
-    if against:
+    if against and not parts:
         hashes = tensor_hashes(open_shards(against).headers)
         equal.append(_compared(path, tensors, hashes, "the tensors of its shards"))
     kept = manifest.sha256 if manifest else None
     wholes = {"the SHA-256 that was given": sha256, "the SHA-256 in its manifest": kept}
+    if parts:
+        wholes["the SHA-256 of its byte parts joined"] = sha256_of_files(parts)
     for what, other in {**wholes, "its published SHA-256": known}.items():
         if other and other.lower() != digest:
             inner = "; its tensors are those of its manifest, so header or padding was changed"
@@ -114,6 +118,18 @@ def verify_model(
             raise IntegrityError(what, where=path, hint=diagnosis.next_step)
         save_manifest(MergeResult(path, nbytes, digest, tensors, (), time.perf_counter() - began), path)
     return Verification(path, nbytes, digest, tensors, tuple(equal), published, diagnosis)
+
+
+def _parts_given(path: Path, against: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """All byte parts, if ``against`` names one; else (). `ShardError`: it names a hash or a manifest."""
+    first = str(against if isinstance(against, (str, Path)) else against[0])
+    own = f"`dfqs-nb verify {quoted(path)}"
+    if re.fullmatch("[0-9a-fA-F]{64}", first) and not Path(first).exists():
+        raise ShardError("a hash is no shard to compare with", hint=f"{own} --sha256 {first}`")
+    if first.endswith(".json"):
+        what = f"a manifest is no shard; {manifest_path(path).name} beside the model is used by itself"
+        raise ShardError(what, where=first, hint=f"{own}`")
+    return byte_parts(first) if Path(first).is_file() else ()
 
 
 def _published(path: Path, sha256: str) -> tuple[str, str]:

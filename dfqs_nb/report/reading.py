@@ -66,7 +66,8 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     run = stages_in(folder, sealed=True)
     if "merge" not in run:
-        hint = f"run {NOTEBOOKS['merge']} first, with this folder's name as run_name"
+        own = quoted(folder.absolute().name)
+        hint = f"notebook 01 begins a run: `dfqs-nb run --run {own} --model MODEL`"
         raise ReportError("this folder has no run", where=tilde(folder), hint=hint)
     drawn = {name: stage for name, stage in run.items() if name in DRAWN_ON}
     own = sha256_of(run["merge"])

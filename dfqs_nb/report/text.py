@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from dfqs_nb.core.display import plain
+from dfqs_nb.core.display import plain, quoted
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.report import requirements
 from dfqs_nb.report.envelope import envelope_tables
@@ -250,6 +250,11 @@ def _beside(folder: Path) -> dict[str, list[str]]:
         for name, stage in stages.items()
         for missing in stage.get("left_out") or ()
     ]
+    if lines["left_out"]:
+        model = stages.get("merge", {}).get("conditions", {}).get("model", "MODEL")
+        run = folder.absolute().name
+        command = f"dfqs-nb run --model {quoted(model)} --run {quoted(run)} --budget-minutes 120"
+        lines["left_out"].append(f"Two hours for the whole run, for example, measure more: `{command}`")
     return {name: [spaced(str(line)) for line in own] for name, own in lines.items() if own}
 
 

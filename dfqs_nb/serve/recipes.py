@@ -349,6 +349,7 @@ def _values(
     return {
         "target": target,
         "source": source,
+        "architecture": header.architecture if header else "deepseek4" * (source.original == WEIGHTS_FROM),
         "name": name,
         "served": _filled(target.served_name, {"name": name}, str),
         "placement": Markup(shlex.join(flags)),

@@ -111,9 +111,14 @@ def run(
         raise DfqsError(f"{odd[0]!r} is not of the form name=value", hint="write -p n_ctx=4096")
     texts = {name.strip(): text for name, _, text in (given.partition("=") for given in parameter)}
     texts |= {"model": model} if model else {}
-    values = workbook.parse_parameters(texts, workbook.parameter_types(paths))
+    types = workbook.parameter_types(paths)
+    if "model" in texts and "model" not in types:
+        workbook.refuse_model(texts["model"], paths, run or texts.get("run_name", ""))
+    values = workbook.parse_parameters(texts, types)
     name = values.pop("run_name", "")
     name = run or name or workbook.default_run_name(values.get("model"))
+    if given := values.get("model"):
+        workbook.check_model(given, values.get("output_dir") or outputs_dir() / name)
     result = workbook.run_workbook(name, values, paths, fresh, sys.stderr, tier, budget_minutes, say)
     say(f"\n{workbook.summary_text(result)}")
     raise typer.Exit(int(any(notebook.failed for notebook in result.notebooks)))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dfqs_nb.core.budget import counted
 from dfqs_nb.core.display import did_you_mean, markdown, plain, quoted
@@ -88,6 +88,30 @@ def check_parameters(parameters: Iterable[str], declared: Iterable[str]) -> None
     if unknown := sorted(set(parameters) - set(known)):
         hint = f"{did_you_mean(unknown[0], known)}known: {', '.join(known) or 'none'}"
         raise DfqsError(f"no notebook has a parameter {', '.join(map(repr, unknown))}", hint=hint)
+
+
+def refuse_model(model: str, notebooks: Iterable[Path], run: str = "") -> NoReturn:
+    """Say how notebooks without a parameter ``model`` are given one: by the run's folder."""
+    numbers, own = [path.stem[:2] for path in notebooks], ["--run", run or default_run_name(model)]
+    here = " ".join(map(quoted, ["run", *numbers, *own]))
+    other = " ".join(map(quoted, ["run", "01", *numbers, "--model", model, *own]))
+    hint = f"for the model of that run: `dfqs-nb {here}`; to prepare this model first: `dfqs-nb {other}`"
+    raise DfqsError("these notebooks take the model that notebook 01 prepared in the run's folder", hint=hint)
+
+
+def check_model(model: str, merged_to: str | Path) -> None:
+    """Refuse a model that notebook 01 would refuse, as far as names and headers tell; nothing is written.
+
+    ``merged_to``: where an earlier merge may have put it. Errors as `dfqs_nb.merge.open_source`.
+    """
+    from dfqs_nb.gguf import models as registry
+    from dfqs_nb.merge import open_source
+
+    known = registry.registered().get(model)
+    if registry.ADDRESS.match(model):
+        registry.parse_address(model)
+    elif known is None or not registry.ADDRESS.match(known.source):
+        open_source(model, merged_to=Path(merged_to))
 
 
 def parameter_types(notebooks: Iterable[Path]) -> dict[str, str]:
@@ -194,7 +218,7 @@ def _absolute(value: Any) -> Any:
 
     Links stay as they are: in a hub cache a shard's name is the link's, not its target's.
     """
-    is_path = isinstance(value, str) and ("/" in value or value.lower().endswith(".gguf"))
+    is_path = isinstance(value, str) and ("/" in value or ".gguf" in value.lower())
     return str(Path(value).absolute()) if is_path and there_is(value) else value
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.paths import data_dir, outputs_dir
 from dfqs_nb.core.stage import read_stage
@@ -58,7 +59,8 @@ def ladder_source(run: str) -> str:
         return str(path)
     kind = main_type(tensors)
     what = f"{path.name} is quantized already (mostly {kind}), and a ladder starts from F16 weights"
-    hint = "to climb one, run this again with -p ladder_source=FILE, the same model at F16"
+    command = f"dfqs-nb run 08 --run {quoted(run)} -p ladder_source=FILE"
+    hint = f"to climb one, put the same model at F16 for FILE: `{command}`"
     raise DfqsError(what, hint=hint)
 
 

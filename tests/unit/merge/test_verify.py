@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from llama_cpp_tools import Unavailable, tool
 
-from dfqs_nb.core.errors import IntegrityError, LayoutError
+from dfqs_nb.core.errors import IntegrityError, LayoutError, ShardError
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import models as registry
@@ -103,6 +103,21 @@ def test_damaged_tensor_is_named(model):
         verify(model, against=SHARDS)
     with pytest.raises(IntegrityError, match="SHA-256 is .* the SHA-256 that was given is"):
         verify(model, sha256=MERGED_SHA256)
+
+
+def test_what_is_compared_may_be_byte_parts_and_what_is_no_shard_gets_its_own_form(model):
+    whole = model.read_bytes()
+    parts = [model.with_name(f"cut.gguf.part{number}of2") for number in (1, 2)]
+    for part, piece in zip(parts, (whole[:2_000_000], whole[2_000_000:]), strict=True):
+        part.write_bytes(piece)
+    assert "the SHA-256 of its byte parts joined" in verify(model, against=parts[1]).compared
+    flip(parts[1], 1_000_000)
+    with pytest.raises(IntegrityError, match="the SHA-256 of its byte parts joined is"):
+        verify(model, against=[str(part) for part in parts])
+    with pytest.raises(ShardError, match=f"`dfqs-nb verify .*model.gguf --sha256 {MERGED_SHA256}`"):
+        verify(model, against=MERGED_SHA256)
+    with pytest.raises(ShardError, match="model.gguf.manifest.json beside the model is used by itself"):
+        verify(model, against=manifest_path(model))
 
 
 def test_two_damaged_tensors_are_named(model):

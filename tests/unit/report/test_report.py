@@ -302,7 +302,7 @@ def test_mixed_tiers_are_refused(merged_reference, tmp_path):
 
 
 def test_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ReportError, match="has no run.*01_merge_shards"):
+    with pytest.raises(ReportError, match="has no run.*`dfqs-nb run --run .* --model MODEL`"):
         reading.read_run(tmp_path)
 
 

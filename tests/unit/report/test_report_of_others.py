@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ def run_of_gemma(folder: Path, *, without: tuple[str, ...] = (), **changed: dict
 def partial(tmp_path_factory):
     """The newcomer's run: notebooks 01 to 04."""
     return run_of_gemma(tmp_path_factory.mktemp("partial"), without=("scores", "long_context"))
+
+
+def test_what_was_left_out_comes_with_the_command_that_measures_more(partial, made):
+    model, run = json.loads((partial / "merge.json").read_text())["conditions"]["model"], partial.name
+    command = f"`dfqs-nb run --model {model} --run {run} --budget-minutes 120`"
+    assert command in text.texts(made, partial)["report.md"]
 
 
 @pytest.fixture(scope="module")

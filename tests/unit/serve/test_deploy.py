@@ -122,6 +122,21 @@ def check_notebook(text: str) -> None:
             compile(re.sub(r"^%", "#%", cell.source, flags=re.M), "cell", "exec")
 
 
+def test_what_limits_one_architecture_is_not_told_to_another(tmp_path):
+    fields = [gguf_fixtures.field("general.architecture", "STRING", "gemma3")]
+    keys = {"block_count": 1, "embedding_length": 64, "context_length": 512, "attention.head_count": 1}
+    fields += [gguf_fixtures.field(f"gemma3.{name}", "UINT32", value) for name, value in keys.items()]
+    model, limits = tmp_path / "gemma.gguf", deploy.targets()["llama-cpp-source"].limits
+    model.write_bytes(
+        gguf_fixtures.gguf_bytes(fields, [gguf_fixtures.Spec("blk.0.attn_q.weight", "F32", (64, 64))])
+    )
+    told = [
+        "\n".join(write_recipe("llama-cpp-source", source, tmp_path / source.stem).notes)
+        for source in (model, SHARD)
+    ]
+    assert limits in told[1] and limits not in told[0] and "fork" not in told[0]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_recipe_for_the_local_file(target, odd_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DFQS_TEST_KEY", SECRET)
