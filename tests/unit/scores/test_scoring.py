@@ -202,6 +202,7 @@ def test_code_with_a_fault_is_run_so_that_the_fault_is_seen():
 def test_an_answer_of_fences_alone_takes_no_quadratic_time():
     with no_hang():
         assert code_in("`" * 1_000_000, "f") is None
+        assert normalised("`" * 100_000) == "`" * 100_000
 
 
 def test_code_that_is_thought_about_is_not_the_program():
