@@ -35,10 +35,17 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None
         ax.errorbar(part["length"], part["accuracy"], yerr=whiskers(part, "accuracy"), **style)
     ax.plot(curve["length"], curve["fit"], color=PALETTE[0], linewidth=1, alpha=0.7)
     shortest = curve["length"].min()
-    for name in ("threshold", "guess_rate"):
-        level, note = boundary[name], f"{name.replace('_', ' ')} {boundary[name]:.2f}"
+    levels = sorted((boundary[name], name.replace("_", " ")) for name in ("threshold", "guess_rate"))
+    for (level, name), side in zip(
+        levels, ("top", "bottom"), strict=True
+    ):  # beside the axes, never over data
         ax.axhline(level, color=INK, linewidth=0.8, linestyle=":")
-        ax.annotate(note, (shortest, level), (0, -3), textcoords="offset points", fontsize=8, va="top")
+        beside: dict[str, Any] = {
+            "xycoords": ("axes fraction", "data"),
+            "textcoords": "offset points",
+            "va": side,
+        }
+        ax.annotate(f"{name} {level:.2f}", (1, level), (4, 0), fontsize=8, **beside)
     if boundary["status"] == "measured":
         right = boundary["high"] or curve["length"].max()
         ax.axvspan(boundary["low"] or shortest, right, color=PALETTE[0], alpha=0.13, linewidth=0)

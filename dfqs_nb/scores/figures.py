@@ -5,9 +5,11 @@ A text comes out where there is nothing to draw, and says why.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator
+from matplotlib.transforms import ScaledTranslation
 
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis, whiskers
 from dfqs_nb.scores.speed import metric_row
@@ -36,8 +38,7 @@ def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(-0.02, 1.02)
     share_axis(ax.xaxis, "right answers (95 % Wilson interval)")
-    below = (0.0, -0.24 if len(table) < 14 else -0.12)
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=below, ncols=len(sets) + 1)
+    _legend_below(ax, len(sets) + 1)
     above = int(((table["low"] > table["guess_rate"]) & (table["correct"] > 0)).sum())
     set_title(ax, f"{above} of {len(table)} families are answered better than by guessing")
     return ax
@@ -67,11 +68,23 @@ def decode_roofline(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
     ax.set_yscale("log")
     ax.set_xticks(decode["depth"], [f"{depth:,}" for depth in decode["depth"]])
     ax.minorticks_off()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     ax.set_ylim(decode["median"].min() / 3, decode["roof"].max() * 2)
     ax.set_xlabel("tokens in the context")
     ax.set_ylabel("tokens a second")
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.4, 0.5))
+    _legend_below(ax, 2)
     busy = " (the machine was busy)" if decode["contended"].any() else ""
     set_title(ax, f"Decode at depth {row['depth']:,} reaches {row['utilisation']:.1%} of the roof{busy}")
     return ax
+
+
+def _legend_below(ax: Axes, columns: int) -> None:
+    """Put the legend below the label of the x axis: as far below in a high figure as in a low one."""
+    down = ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)  # inches
+    place: dict[str, Any] = {
+        "bbox_to_anchor": (0.0, 0.0),
+        "bbox_transform": ax.transAxes + down,
+        "loc": "upper left",
+    }
+    ax.legend(frameon=False, fontsize=8, ncols=columns, **place)

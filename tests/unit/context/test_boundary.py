@@ -201,6 +201,16 @@ def test_no_figure_is_drawn_of_a_single_length():
     assert figures.context_curve(empty, {}) == "No figure of the curve: retrieval was measured at no length."
 
 
+@pytest.mark.parametrize("right", [1.0, 0.2])
+def test_the_names_of_the_levels_stand_beside_the_axes_and_not_on_one_another(right):
+    counts = same_answers([right, right], guess=0.25, lengths=[256, 512])
+    ax = figures.context_curve(counts.curve(), counts.boundary().as_dict())
+    ax.figure.draw_without_rendering()
+    names = [text.get_window_extent() for text in ax.texts]
+    assert len(names) == 2 and not names[0].overlaps(names[1])
+    assert all(name.x0 > ax.bbox.x1 and name.x1 <= ax.figure.bbox.x1 for name in names)
+
+
 # ---- the largest fall ----
 
 

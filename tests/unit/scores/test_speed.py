@@ -80,3 +80,21 @@ def test_the_metric_and_the_figure_have_the_same_depth():
     assert speed.metric_row(table.iloc[:1])["depth"] == 128
     alone = figures.decode_roofline(table.iloc[1:2])
     assert alone.startswith("No figure of decode by depth: only depth 512 was timed; ") and "10.0%" in alone
+
+
+def test_the_legend_lies_on_nothing_and_the_speeds_have_ticks():
+    """A small model near its roof: one line over the other, and less than a power of ten between them."""
+    rows = [("decode", n, rate, 88.0, rate / 88, False, (rate,)) for n, rate in ((128, 70.0), (512, 67.0))]
+    columns = ["phase", "depth", "median", "roof", "utilisation", "contended", "values"]
+    families = [
+        {"set": "s", "family": f"f{i}", "length": "short", "n": 5, "correct": 2, "accuracy": 0.4}
+        | {"low": 0.1, "high": 0.8, "guess_rate": 0.25}
+        for i in range(3)
+    ]
+    speeds = figures.decode_roofline(pd.DataFrame(rows, columns=columns))
+    for ax in (speeds, figures.score_families(pd.DataFrame(families))):
+        ax.figure.draw_without_rendering()
+        legend, label = ax.get_legend().get_window_extent(), ax.xaxis.label.get_window_extent()
+        assert legend.y0 >= 0 and legend.y1 <= label.y0 and legend.x1 <= ax.figure.bbox.x1
+    low, high = speeds.get_ylim()
+    assert sum(low <= tick <= high for tick in speeds.get_yticks()) >= 2
