@@ -930,7 +930,7 @@ def test_a_tick_is_explained_only_where_one_stands(made):
     for name in ("reasoning_score", "code_score"):
         few["details"][name] |= {"n": 2, "value": 0.0, "low": 0.0, "high": 0.66}
     line = line_of(few, "What does it score")
-    assert line.mark == "unknown" and "tick" not in line.caveat and "too few questions" in line.caveat
+    assert line.mark == "unknown" and "tick" not in line.caveat and "Too few questions" in line.caveat
 
 
 def test_report_errors_are_the_package_s_own():

@@ -211,7 +211,7 @@ def test_scores_that_nobody_can_tell_from_guessing_are_unknown_and_name_the_next
     line = lines_of(hurried)["What does it score?"]
     assert line.symbol == "?" and "the budget left it out" in line.answer
     assert "In standard-reasoning, 2 of 2 answers were truncated. " in line.caveat
-    assert "standard-reasoning has too few questions to tell (n = 2). " in line.caveat
+    assert "Too few questions of standard-reasoning to tell (n = 2). " in line.caveat
     assert "`dfqs-nb run 06 07 --run gemma --budget-minutes 120`" in line.caveat
 
 
