@@ -89,7 +89,7 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
             )
             raise ShardError(what, where=files[0].parent, hint="name one of them, or each of them once")
         return Source(parts, first.kind, plan_join(parts))
-    if alone and not (first.sound or first.headers):
+    if alone and (first.kind is Kind.UNFINISHED or not (first.sound or first.headers)):
         raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)
     if first.kind is Kind.RAW_CONCATENATION and alone:
         shards = check_set(first.headers, glued=True)

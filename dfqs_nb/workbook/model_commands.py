@@ -16,7 +16,7 @@ from dfqs_nb.core.display import markdown_table, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.machine import usable_cores, watched_load
-from dfqs_nb.core.paths import run_dir, tilde
+from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
 from dfqs_nb.workbook import cli
 from dfqs_nb.workbook.cli import MEASURE, Context, Fresh, Gguf, Run, Threads, app, say, say_table
 
@@ -315,7 +315,7 @@ def deploy(
     if not model:
         raise DfqsError("no model was named", hint=f"dfqs-nb deploy {quoted(target)} MODEL")
     sizes: dict[str, Any] = {"n_ctx": n_ctx, "n_gpu_layers": gpu_layers, "port": port}
-    folder = output or run_dir(f"deploy-{target}")
+    folder = output or outputs_dir() / f"deploy-{target}"
     recipe = recipes.write_recipe(
         target, model, folder, **sizes, key_variable=key_variable, overwrite=overwrite
     )

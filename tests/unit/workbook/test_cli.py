@@ -238,12 +238,14 @@ def test_a_model_that_is_none_is_refused_before_anything_runs(tmp_path, monkeypa
         ("gemma-3-270m", "no model is called 'gemma-3-270m'"),
         (str(tmp_path / "none.gguf"), "no such file"),
         (str(tmp_path / "header.gguf"), "cut off inside its header.*resume the download, or repeat it"),
-        (str(tmp_path / "data.gguf"), "data.gguf"),
+        (str(tmp_path / "data.gguf"), "cut off: .* bytes short.*resume the download"),
         ("hf://owner", "not the address of a GGUF file"),
     ):
         assert cli.main(["run", "00", "01", "--model", model]) == 1
         told = capsys.readouterr()
         assert re.search(words, told.err) and not told.out and not outputs.exists()
+    assert cli.main(["deploy", "nothing", FIRST]) == 1
+    assert "no target is called 'nothing'" in capsys.readouterr().err and not outputs.exists()
 
 
 def test_notebooks_that_take_the_model_of_the_run_say_so(tmp_path, monkeypatch, capsys):
