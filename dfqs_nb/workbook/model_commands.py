@@ -17,7 +17,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.machine import usable_cores, watched_load
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
-from dfqs_nb.workbook import cli
+from dfqs_nb.workbook import cli, file_commands  # noqa: F401 (its commands are listed before these)
 from dfqs_nb.workbook.cli import MEASURE, Context, Fresh, Gguf, Run, Threads, app, say, say_table
 
 COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output"

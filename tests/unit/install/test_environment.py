@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -163,6 +164,17 @@ def test_the_public_address_stands_in_one_place_only():
     holders = [name for name, text in tracked_texts() if slug in without_stamps(name, text)]
     assert holders == ["pyproject.toml"]
     assert (REPOSITORY / "pyproject.toml").read_text().count(slug) == 1
+
+
+def test_commands_are_listed_in_one_order_whatever_is_imported_first():
+    words = "from dfqs_nb.workbook import %s, cli; print(*cli.program().commands)"
+    orders = {
+        subprocess.run(
+            [sys.executable, "-c", words % name], capture_output=True, text=True, check=True
+        ).stdout
+        for name in ("file_commands", "model_commands")
+    }
+    assert len(orders) == 1 and "merge" in orders.pop()
 
 
 def test_badges_and_setup_cells_are_stamped():
