@@ -29,7 +29,10 @@ def numbers(text: str, kind: Any = int) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise DfqsError(f"{text!r} is no list of numbers", hint="write 1,2,4") from None
+        raise typer.BadParameter(f"{text!r} is no list of numbers: write 1,2,4") from None
+
+
+fractions = partial(numbers, kind=float)
 
 
 def stage_dir(run: str, model: str, stage: str = "") -> Path:
@@ -360,7 +363,7 @@ def tasks(
 @app.command(rich_help_panel=MEASURE)
 def loops(
     model: Gguf,
-    temperature: str = Option("0,1", help="Values with commas."),
+    temperature: Any = Option("0,1", parser=fractions, metavar="X,...", help="0: greedy."),
     cache_type: str = Option("f16,q8_0", help="Types of keys and values, with commas."),
     answers: int = Option(12, min=1, max=24, help="Answers under each condition."),
     tokens: int = Option(512, min=64, help="Tokens of a long answer."),
@@ -377,7 +380,7 @@ def loops(
     from dfqs_nb.llama import OpenSettings
 
     settings = OpenSettings.of(model, n_ctx=tokens + 512, n_threads=threads)
-    options: dict[str, Any] = {"temperatures": numbers(temperature, float), "fresh": fresh}
+    options: dict[str, Any] = {"temperatures": temperature, "fresh": fresh}
     options |= {"cache_types": cache_type.split(","), "n_answers": answers, "n_tokens": tokens}
     options["budget_seconds"] = 60 * budget_minutes
     folder = stage_dir(run, model, "long_context")

@@ -82,8 +82,8 @@ def test_loops_are_counted_by_temperature_and_cache_type(tmp_path, capsys):
     assert main([*asked, "--run", "x"]) == 0
     assert "looped" in capsys.readouterr().out
     assert len(pd.read_csv(tmp_path / "x" / "long_context" / "loops.csv")) == 2
-    assert main([*asked, "--temperature", "warm"]) == 1
-    assert "'warm' is no list of numbers" in capsys.readouterr().err
+    assert main([*asked, "--temperature", "warm"]) == 2
+    assert "'--temperature': 'warm' is no list of numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "mark"), [("b.csv", "n_threads"), ("b.json", '"n_threads"'), ("b.md", "|")])
@@ -93,10 +93,14 @@ def test_the_sweep_writes_three_formats(tmp_path, capsys, name, mark):
     assert mark in (tmp_path / name).read_text() and "pp8" in capsys.readouterr().out
 
 
+def test_a_list_that_is_none_names_its_option(capsys):
+    assert main(["bench", MODEL, "--threads", "two"]) == 2
+    assert "'--threads': 'two' is no list of numbers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", MODEL, "--threads", "two"], "'two' is no list of numbers"),
         (["bench", MODEL, "-o", "speeds.xlsx"], "end it in .csv, .json or .md"),
         (["fidelity", MODEL, MODEL], "line 1"),
         (["fidelity", MODEL, "missing.jsonl"], "dfqs-nb record MODEL -o record.jsonl"),
