@@ -6,15 +6,17 @@ from dfqs_nb.core.doors import lazy
 
 if TYPE_CHECKING:
     from dfqs_nb.ladder import figures, tables
+    from dfqs_nb.ladder.imatrix import collect, read_imatrix
     from dfqs_nb.ladder.quantizer import plan, quantize
-    from dfqs_nb.ladder.run import RUNGS, Settings, climb, collected, within_budget
+    from dfqs_nb.ladder.run import RUNGS, Settings, climb, within_budget
 
-__all__ = ["RUNGS", "Settings", "climb", "collected", "figures", "plan", "quantize", "tables"]
+__all__ = ["RUNGS", "Settings", "climb", "collect", "figures", "plan", "quantize", "read_imatrix", "tables"]
 __all__ += ["within_budget"]
 
 __getattr__ = lazy(
     __name__,
-    **dict.fromkeys(("RUNGS", "Settings", "climb", "collected", "within_budget"), "run"),
+    **dict.fromkeys(("RUNGS", "Settings", "climb", "within_budget"), "run"),
+    **dict.fromkeys(("collect", "read_imatrix"), "imatrix"),
     **dict.fromkeys(("plan", "quantize"), "quantizer"),
     figures="figures",
     tables="tables",

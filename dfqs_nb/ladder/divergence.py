@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,7 @@ from dfqs_nb.routing import RecordedModel
 from dfqs_nb.stats import mean_interval
 
 Array = NDArray[Any]
-Windows = list[tuple[int, int]]
 TAIL = 0.99  # of the tokens lie below the tail that stands beside the mean KL divergence
-LAST = 4  # number of the last of the `bands`
-WINDOW = 32  # positions that are scored of each band before the last
 STEP = 128  # tokens whose logits are held at once
 
 
@@ -56,6 +52,18 @@ class Text:
                 ids += model.with_bos(model.tokenize("\n".join(document), special=False))
             ids += [end] if end >= 0 and len(self.documents) > 1 else []
         return ids
+
+    def chunks(self, model: Model, size: int, limit: int = 0, *, least: int = 1) -> list[list[int]]:
+        """Whole pieces of ``size`` tokens, at most ``limit`` (0: all); BOS replaces the first token of each.
+
+        A `TextError`: there are fewer than ``least``.
+        """
+        tokens, first = self.tokens(model), [model.bos] if model.bos >= 0 else []
+        starts = range(0, len(tokens) - size + 1, size)
+        if len(starts) < least:
+            what = f"{len(tokens):,} tokens of {self.name} fill fewer than {least} chunks of {size:,}"
+            raise TextError(what, hint="take a longer text, or smaller chunks")
+        return [[*first, *tokens[at + len(first) : at + size]] for at in starts[: limit or None]]
 
 
 class Documents(PromptSet):
@@ -82,51 +90,6 @@ def load_text(source: str | Path, part: str = "held_out") -> Text:
     return Text(name, getattr(prompts, part))
 
 
-def chunks(tokens: Sequence[int], size: int, limit: int = 0, *, least: int = 1) -> list[list[int]]:
-    """Whole pieces of ``size`` tokens, at most ``limit`` (0: all); a `TextError` for fewer than ``least``.
-
-    >>> chunks([1, 2, 3, 4, 5], 2)
-    [[1, 2], [3, 4]]
-    """
-    pieces = [list(tokens[at : at + size]) for at in range(0, len(tokens) - size + 1, size)]
-    if len(pieces) < least:
-        what = f"{len(tokens):,} tokens fill fewer than {least} chunks of {size:,}"
-        raise TextError(what, hint="take a longer text, or smaller chunks")
-    return pieces[: limit or None]
-
-
-def bands(n_tokens: int) -> Windows:
-    """Stretches of a text that double in width; the last is what llama-perplexity scores of a chunk.
-
-    >>> bands(1024)
-    [(0, 64), (64, 128), (128, 256), (256, 512), (512, 1023)]
-    """
-    edges = [0, *(n_tokens >> shift for shift in (4, 3, 2, 1)), n_tokens - 1]
-    return list(pairwise(edges))
-
-
-def stratified(n_tokens: int, seed: int) -> Windows:
-    """The whole last of the `bands`, and up to 32 positions at a random place of each other."""
-    draw, width, (*others, last) = np.random.default_rng(seed), min(WINDOW, n_tokens >> 4), bands(n_tokens)
-    starts = [int(draw.integers(start, end - width + 1)) for start, end in others]
-    return [*((start, start + width) for start in starts), last]
-
-
-def feed(model: Model | RecordedModel, piece: Sequence[int], step: int = 0) -> Iterator[tuple[int, Array]]:
-    """Evaluate a chunk from a cleared context, its first token replaced by BOS where the vocabulary adds it.
-
-    Yields where a step (of at most ``n_batch`` tokens) begins, and the logits after each of its tokens: a
-    view float32 ``(step, n_vocab)`` that the next step overwrites.
-    """
-    opened = model.model if isinstance(model, RecordedModel) else model
-    bos, n_batch = opened.bos, opened.settings.n_batch
-    piece, step = [bos, *piece[1:]] if bos >= 0 else list(piece), min(step or n_batch, n_batch)
-    opened.clear()  # what is recorded goes on
-    for at in range(0, len(piece), step):
-        part = piece[at : at + step]
-        yield at, model.feed(part) if isinstance(model, RecordedModel) else next(model.logits(part))
-
-
 def log_probs(logits: Array) -> Array:
     """Natural logarithms of the softmax along the last axis, summed in float64, as float32.
 
@@ -139,19 +102,18 @@ def log_probs(logits: Array) -> Array:
     return rows
 
 
-def predictions(
-    model: Model | RecordedModel, piece: Sequence[int], windows: Windows, step: int = 0
-) -> Iterator[tuple[Array, Array]]:
-    """Evaluate a chunk; its predictions in the windows, float32 ``(n, n_vocab)``, and the tokens that came.
+def predictions(recorded: RecordedModel, piece: Sequence[int]) -> Iterator[tuple[Array, Array]]:
+    """Evaluate a chunk; its predictions in the second half, float32 ``(n, n_vocab)``, and what came.
 
-    A window is ``(start, end)`` of predicting positions. Only one step's logits are held, so their memory
-    does not grow with the length of the chunk.
+    Only the logits of `STEP` tokens are held, so their memory does not grow with the chunk.
     """
-    for at, logits in feed(model, piece, step or STEP):
-        for start, end in windows:
-            first, last = max(start, at), min(end, at + len(logits))
-            if first < last:
-                yield log_probs(logits[first - at : last - at]), np.asarray(piece[first + 1 : last + 1])
+    recorded.model.clear()  # what is recorded goes on
+    half, last = len(piece) // 2, len(piece) - 1
+    for at in range(0, len(piece), STEP):
+        logits = recorded.feed(piece[at : at + STEP])
+        first, end = max(half, at), min(last, at + STEP)
+        if first < end:
+            yield log_probs(logits[first - at : end - at]), np.asarray(piece[first + 1 : end + 1])
 
 
 def compared(base: Array, other: Array, targets: Array) -> dict[str, Array]:
@@ -172,31 +134,27 @@ def compared(base: Array, other: Array, targets: Array) -> dict[str, Array]:
 
 
 def beside_source(
-    model: Model | RecordedModel, pieces: Sequence[Sequence[int]], reference: Path, *, is_source: bool
+    recorded: RecordedModel, pieces: Sequence[Sequence[int]], reference: Path, *, is_source: bool
 ) -> pd.DataFrame:
-    """The predictions in the `stratified` windows of each chunk, beside the source's in ``reference``.
+    """The predictions in the second half of each chunk, beside the source's in the file ``reference``.
 
-    One row a token: ``chunk``, ``band`` (number of the `bands`), and the columns of `compared`.
-    ``is_source``: write that file, float32 ``(chunks, n, n_vocab)``, in place of reading it.
+    One row a token: ``chunk``, and the columns of `compared`. ``is_source``: write that file, float32
+    ``(chunks, n, n_vocab)``, in place of reading it; it need not fit in memory.
     """
-    n_vocab = (model.model if isinstance(model, RecordedModel) else model).n_vocab
-    windows = [stratified(len(piece), seed) for seed, piece in enumerate(pieces)]
-    band = np.repeat(np.arange(LAST + 1), [end - start for start, end in windows[0]])
+    size, parts = len(pieces[0]), list[pd.DataFrame]()
     with whole_path(reference) if is_source else nullcontext(reference) as path:
-        if is_source:  # it need not fit in memory
-            shape = len(pieces), len(band), n_vocab
+        if is_source:
+            shape = len(pieces), size - 1 - size // 2, recorded.model.n_vocab
             base = np.lib.format.open_memmap(path, "w+", np.float32, shape)
         else:
             base = np.load(path, mmap_mode="r")
-        parts = []
-        for chunk, (kept, piece, spans) in enumerate(zip(base, pieces, windows, strict=True)):
+        for chunk, (kept, piece) in enumerate(zip(base, pieces, strict=True)):
             n_done = 0
-            for predicted, targets in predictions(model, piece, spans):
+            for predicted, targets in predictions(recorded, piece):
                 place = slice(n_done, n_done := n_done + len(targets))
                 if is_source:
                     kept[place] = predicted
-                columns = compared(kept[place], predicted, targets)
-                parts.append(pd.DataFrame({"chunk": chunk, "band": band[place], **columns}))
+                parts.append(pd.DataFrame({"chunk": chunk, **compared(kept[place], predicted, targets)}))
         del base, kept  # flushes them
     return pd.concat(parts, ignore_index=True)
 
@@ -213,8 +171,7 @@ def estimate(name: str, values: Any) -> dict[str, float]:
 
 
 def summary(tokens: pd.DataFrame) -> dict[str, Any]:
-    """Estimates of ``perplexity``, ``kld``, ``same_top`` in the last band, counts, and the ``kld_tail``."""
-    tokens = tokens[tokens["band"] == LAST]
+    """Estimates of ``perplexity``, ``kld`` and ``same_top``, counts, and the ``kld_tail``."""
     means = tokens.groupby("chunk")[["nll", "kld", "same_top"]].mean()
     return {
         "n_tokens": len(tokens),

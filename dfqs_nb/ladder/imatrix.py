@@ -24,7 +24,7 @@ from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.gguf.facts import class_of
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.ladder.divergence import Array, Text, chunks, feed, load_text
+from dfqs_nb.ladder.divergence import Array, Text, load_text
 from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.graph import Tensor, ggml_function
 from dfqs_nb.llama.model import open_model
@@ -79,8 +79,8 @@ class ImportanceMatrix:
                 hint = "collect it again; if that repeats, get the model again"
                 raise ImatrixError(what, where=self.path or None, hint=hint)
 
-    def fitting(self, header: GGUFHeader, pattern: str = "") -> tuple[ImportanceMatrix, list[str]]:
-        """The entries of a model whose name contains a match of the pattern, and the names that do not fit.
+    def fitting(self, header: GGUFHeader, pattern: re.Pattern[str]) -> list[str]:
+        """The names of the entries that a model's tensors can use, and whose name contains a match.
 
         llama-quantize refuses an entry that has not a value for each column (and expert) of its tensor, as of
         ``attn_output_a`` of ``deepseek4``, whose columns llama.cpp multiplies in groups. An `ImatrixError`:
@@ -89,17 +89,12 @@ class ImportanceMatrix:
         sizes = {t.name: t.shape[0] * (t.shape[2] if len(t.shape) > 2 else 1) for t in header.tensors}
         odd = [name for name, entry in self.entries.items() if sizes.get(name) != entry.sums.size]
         if 2 * len(odd) > len(self.entries):
-            n_values, size = self.entries[odd[0]].sums.size, sizes.get(odd[0])
-            why = "no such tensor" if size is None else f"{n_values:,} values, not {size:,}"
-            what = (
-                f"the importance matrix is of another model: {len(odd):,} of its {len(self.entries):,} "
-                f"entries do not fit this one ({odd[0]}: {why})"
-            )
+            what = f"{len(odd):,} of {len(self.entries):,} entries, as of {odd[0]}, do not fit this model"
             hint = "collect one on this model: `--calibrate calibration-nano` does, or llama-imatrix"
-            raise ImatrixError(what, where=self.path or None, hint=hint)
-        wanted = {name: entry for name, entry in self.entries.items() if re.search(pattern, name)}
-        kept = {name: entry for name, entry in wanted.items() if name not in odd}
-        return replace(self, entries=kept), sorted(wanted.keys() - kept.keys())
+            raise ImatrixError(
+                f"the importance matrix is of another model: {what}", where=self.path or None, hint=hint
+            )
+        return [name for name in self.entries if pattern.search(name) and name not in odd]
 
     def coverage(self) -> pd.DataFrame:
         """By weight: the fewest and the most rows counted in one of its matrices, and how many had none."""
@@ -113,12 +108,8 @@ class ImportanceMatrix:
         """Write a GGUF that llama-quantize and llama-imatrix read; the matrix with its path."""
         import gguf
 
-        class Writer(gguf.GGUFWriter):
-            def add_architecture(self) -> None:
-                """Write none: it is not a model."""
-
         with whole_path(path) as part:
-            writer = Writer(part, "")
+            writer = gguf.GGUFWriter(part, "imatrix")
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", list(self.datasets) or ["not stated"])
             writer.add_uint32("imatrix.chunk_count", self.chunk_count)
@@ -241,7 +232,6 @@ def collect(
     n_chunks: int = 24,
     n_threads: int = 0,
     fresh: bool = False,
-    progress: bool = True,
 ) -> ImportanceMatrix:
     """Collect an importance matrix over a text, in whole chunks that each begin from a cleared context.
 
@@ -256,21 +246,19 @@ def collect(
     dataset = f"{text.name} {conditions_hash(known)}"
     if path.exists() and not fresh and (kept := read_imatrix(path)).datasets == (dataset,):
         return kept
-    collector, settings = (
-        Collector(),
-        OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads or threads_for(source)),
-    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    collector, n_threads = Collector(), n_threads or threads_for(source)
     with default_params(cb_eval=collector.callback):
-        model = open_model(source, settings)
+        model = open_model(source, OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads))
     with model:
-        pieces = chunks(text.tokens(model), chunk_tokens, n_chunks)
-        for piece in tqdm(pieces, desc="importance matrix", disable=not progress):
-            deque(feed(model, piece), maxlen=0)
+        pieces = text.chunks(model, chunk_tokens, n_chunks)
+        for piece in tqdm(pieces, desc="importance matrix", leave=False):
+            model.clear()
+            deque(model.logits(piece), maxlen=0)  # of every token: only those pass the last layer
     if collector.error or not collector.totals:
         why = f"the collector failed ({collector.error})" if collector.error else "no weight was used"
         raise ImatrixError(why, hint="report the architecture") from collector.error
     entries = {
-        name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
-        for name, (sums, counts) in collector.totals.items()
+        name: Entry(sums.astype(np.float32), counts) for name, (sums, counts) in collector.totals.items()
     }
     return ImportanceMatrix(entries, (dataset,), len(pieces), chunk_tokens).save(path)

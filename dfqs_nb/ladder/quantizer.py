@@ -1,7 +1,7 @@
 """Quantize a model with llama.cpp's own quantizer, tensor by tensor as a recipe says.
 
 ``llama_model_quantize`` runs in a child process, which may die of a broken header. A dry run of llama.cpp
-itself tells beforehand what it will write, to the byte.
+itself tells beforehand which tensors it will write.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import ctypes
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,24 @@ import pandas as pd
 from dfqs_nb.core import child, display, files, machine
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes
-from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, Tensor, check_layout, padded, read_header
+from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, Tensor, check_layout, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix
-from dfqs_nb.ladder.recipes import FLOATS, QuantizeError, Recipe, Rule, file_types, load_recipe
+from dfqs_nb.ladder.recipes import QuantizeError, Recipe, file_types, load_recipe
 from dfqs_nb.llama.build import ERROR, LOG
 from dfqs_nb.llama.settings import llama_version
 
 BLOCKS = {name: (code, block, nbytes) for code, (name, block, nbytes) in TENSOR_TYPES.items()}
 BUFFER_BYTES = 512 << 20  # of rows that the child holds at once
+HEADER_BYTES = 1 << 20  # that a new header may need beyond the source's, with padding
 MAX_TEXT_BYTES = 127  # of a key's value, as llama.cpp overrides it
-SPLIT_KEYS = {"split.no", "split.count", "split.tensors.count"}
 REPORT = "report this file and recipe as a bug of the workbook"
 CHILD = "dfqs_nb.ladder"
-# lines of llama.cpp's log
+IN_A_CHILD: Callable[..., dict[str, Any]] = partial(child.run, CHILD)
 TENSOR = re.compile(
     r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?"
-)
-FALLBACK = re.compile(r"warning: +(\S+) +- (ncols.*?)\) .*?(-> falling back to +\S+)")
+)  # a line of llama.cpp's log
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,12 @@ class Plan:
     recipe: Recipe
     source: ShardSet = field(repr=False)
     tensors: tuple[Tensor, ...] = field(repr=False)  # as they will be, in the order of the file
-    nbytes: int  # of the file, exactly
-    notes: tuple[str, ...] = ()  # to read first: shapes that do not suit a type, unused entries of the matrix
-    matrix: ImportanceMatrix | None = field(repr=False, default=None)  # the entries that are used
     job: dict[str, Any] = field(repr=False, default_factory=dict)  # of the child, without its output
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors; the file's header, about as long as the source's, comes on top."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def bits_per_weight(self) -> float:
@@ -70,55 +71,59 @@ class Plan:
 def plan(
     source: str | Path,
     recipe: Recipe | str,
-    imatrix: str | Path | ImportanceMatrix | None = None,
-    worker: child.Worker | None = None,
+    imatrix: ImportanceMatrix | None = None,
+    run: Callable[..., dict[str, Any]] = IN_A_CHILD,
 ) -> Plan:
     """Ask llama.cpp in a dry run what it would make of a model by a recipe. Writes nothing.
 
     ``source``: a GGUF with F32, F16 or BF16 weights, or any of its shards. ``imatrix``: an importance matrix
-    that lies in a file, or that file; a recipe with ``weights`` uses it. ``worker``: a child, for several
-    calls. A `QuantizeError`: the recipe does not fit the model, or a type needs an importance matrix. An
-    `ImatrixError`: that is broken, or of another model. A `ModelError`: llama.cpp dies on the source.
+    that lies in a file; a recipe with ``weights`` uses it. ``run``: does the child's job, for several calls.
+    A `QuantizeError`: the recipe does not fit the model, or a type needs an importance matrix. An
+    `ImatrixError`: that is of another model. A `ModelError`: llama.cpp dies on the source.
     """
     recipe, shards = load_recipe(recipe) if isinstance(recipe, str) else recipe, open_shards(source)
-    where, matrix, notes = shards.paths[0], None, list[str]()
+    where, header = shards.paths[0], shards.as_one
     _check_source(shards)
-    if imatrix is not None and recipe.weights:
-        given = imatrix if isinstance(imatrix, ImportanceMatrix) else read_imatrix(imatrix)
-        matrix, odd = given.fitting(shards.as_one, recipe.weights)
-        if odd:
-            names = ", ".join(odd[:3]) + (", ..." if len(odd) > 3 else "")
-            notes.append(f"{len(odd)} entries of the importance matrix do not fit and are not used: {names}")
-    before, rules = {tensor.name: tensor for tensor in shards.tensors}, recipe.chosen(shards.as_one)
-    types = {name: rule.type if rule else before[name].type for name, rule in rules.items()}
+    for rule in recipe.idle_rules(header):
+        what = f"no tensor matches {rule.pattern.pattern!r} of the recipe {recipe.name}"
+        raise QuantizeError(what, where=where, hint="correct the pattern, or say optional = true")
+    before = {tensor.name: tensor for tensor in shards.tensors}
+    types = {name: rule.type if rule else before[name].type for name, rule in recipe.chosen(header).items()}
     job: dict[str, Any] = {
         "work": "quantize",
         "source": str(where.resolve()),
         "mix": file_types()[recipe.mix],
+        "types": {name: BLOCKS[kind][0] for name, kind in types.items()},
+        "keys": {
+            "general.file_type": file_types()[recipe.mix],
+            "dfqs.recipe": recipe.name,
+            "dfqs.recipe_sha256": recipe.sha256,
+            "dfqs.quantizer": f"llama-cpp-python {llama_version()}",
+        },
     }
-    job |= {"keys": _keys(recipe, matrix), "types": {name: BLOCKS[kind][0] for name, kind in types.items()}}
-    if matrix and matrix.entries:
-        job |= {"imatrix": str(Path(matrix.path).resolve()), "entries": list(matrix.entries)}
-    with nullcontext(worker) if worker else child.Worker(CHILD) as serving:
-        answer = serving.run({**job, "dry_run": True}, where=where)
-    chosen = dict(answer["tensors"])
-    if set(chosen) != set(before):
+    if imatrix is not None and recipe.weights:
+        entries = imatrix.fitting(header, recipe.weights)
+        job |= {"imatrix": str(Path(imatrix.path).resolve()), "entries": entries}
+        about: dict[str, Any] = {"file": Path(imatrix.path).name, "dataset": ", ".join(imatrix.datasets)}
+        about |= {"entries_count": len(entries), "chunks_count": imatrix.chunk_count}
+        job["keys"] |= {f"quantize.imatrix.{name}": value for name, value in about.items()}
+    answer = run({**job, "dry_run": True}, where=where)
+    if {name for name, _ in answer["tensors"]} != set(before):
         what = "llama.cpp's dry run names other tensors than the header"
         raise QuantizeError(what, where=where, hint=REPORT)
-    _check_rules(recipe, rules, chosen, where)
     tensors = []
-    for name, kind in chosen.items():
+    for name, kind in answer["tensors"]:
         code, block, nbytes = BLOCKS[kind]
         nbytes *= before[name].n_elements // block
         tensors.append(replace(before[name], type=kind, type_code=code, nbytes=nbytes))
-    nbytes = _file_bytes(shards, tensors, job["keys"])
-    return Plan(recipe, shards, tuple(tensors), nbytes, (*answer["fallbacks"], *notes), matrix, job)
+    return Plan(recipe, shards, tuple(tensors), job)
 
 
 def _check_source(shards: ShardSet) -> None:
     """Refuse what is quantized already, and what llama.cpp would make an unreadable file of."""
     what, hint = "", "quantize the original F32, F16 or BF16 model: losses add up"
-    if quantized := [t for t in shards.tensors if t.type not in (*FLOATS, *INTEGER_TYPES)]:
+    floats = "F32", "F16", "BF16", *INTEGER_TYPES
+    if quantized := [tensor for tensor in shards.tensors if tensor.type not in floats]:
         what = f"{quantized[0].name} is quantized already ({quantized[0].type})"
     elif (alignment := shards.headers[0].alignment) != DEFAULT_ALIGNMENT:  # it pads to 32, and keeps the key
         what = f"its tensors are aligned to {alignment:,} bytes: llama.cpp would write a file that it refuses"
@@ -127,68 +132,17 @@ def _check_source(shards: ShardSet) -> None:
         raise QuantizeError(what, where=shards.paths[0], hint=hint)
 
 
-def _check_rules(
-    recipe: Recipe, rules: Mapping[str, Rule | None], chosen: Mapping[str, str], where: Path
-) -> None:
-    """Refuse a rule without effect: no tensor is its own, or llama.cpp gives them all another type."""
-    for rule in recipe.rules:
-        names = [name for name, its_rule in rules.items() if its_rule == rule]
-        if not names and not rule.optional:
-            what = f"no tensor matches {rule.pattern!r} of the recipe {recipe.name}"
-            raise QuantizeError(what, where=where, hint="correct the pattern, or say optional = true")
-        if names and all(chosen[name] != rule.type for name in names):
-            # it leaves norms, routers and vectors as they are, and takes another type for some shapes
-            what = f"llama.cpp gives {chosen[names[0]]} to {names[0]}, whatever {rule.pattern!r} says"
-            raise QuantizeError(what, where=where, hint="take the rule out, or give a type of blocks of 32")
-
-
-def _keys(recipe: Recipe, used: ImportanceMatrix | None) -> dict[str, str | int]:
-    """The metadata that llama.cpp writes on top of the source's; texts cut to what it takes."""
-    keys: dict[str, str | int] = {
-        "general.file_type": file_types()[recipe.file_type or recipe.mix],
-        "dfqs.recipe": recipe.name,
-        "dfqs.recipe_sha256": recipe.sha256 or "not from a file",
-        "dfqs.source_sha256": "0" * 64,  # in its place until the source is hashed
-        "dfqs.quantizer": f"llama-cpp-python {llama_version()}",
-    }
-    if used and used.entries:
-        keys |= {
-            "quantize.imatrix.file": Path(used.path).name,
-            "quantize.imatrix.dataset": (used.datasets or ("not stated",))[0],
-            "quantize.imatrix.entries_count": len(used.entries),
-            "quantize.imatrix.chunks_count": used.chunk_count,
-        }
-    return {
-        name: value if isinstance(value, int) else value.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
-        for name, value in keys.items()
-    }
-
-
-def _file_bytes(shards: ShardSet, tensors: Sequence[Tensor], keys: Mapping[str, str | int]) -> int:
-    """The size of the file that llama.cpp will write, from the format's rules."""
-    added = {**keys, "general.quantization_version": 2}
-    gone = added.keys() | SPLIT_KEYS
-    kept = [entry.record for name, entry in shards.headers[0].fields.items() if name not in gone]
-    nbytes = 24 + sum(end - start for start, end in kept)
-    for name, value in added.items():
-        nbytes += 12 + len(name) + (8 + len(value.encode()) if isinstance(value, str) else 4)
-    for tensor in tensors:
-        n_dims = max((i for i, extent in enumerate(tensor.shape, 1) if extent > 1), default=1)
-        nbytes += 8 + len(tensor.name.encode()) + 4 + 8 * n_dims + 4 + 8
-    return padded(nbytes, DEFAULT_ALIGNMENT) + sum(padded(t.nbytes, DEFAULT_ALIGNMENT) for t in tensors)
-
-
 def quantize(
     source: str | Path,
     recipe: Recipe | str,
     output: str | Path,
     *,
-    imatrix: str | Path | ImportanceMatrix | None = None,
+    imatrix: ImportanceMatrix | None = None,
     n_threads: int = 0,
     overwrite: bool = False,
     progress: bool = True,
     source_sha256: str = "",
-    worker: child.Worker | None = None,
+    run: Callable[..., dict[str, Any]] = IN_A_CHILD,
 ) -> Plan:
     """Quantize a model into one file, which appears whole or not at all; returns what was written.
 
@@ -203,42 +157,31 @@ def quantize(
         raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
     if not output.parent.is_dir():
         raise OutputError("its folder does not exist", where=output, hint="make the folder first")
-    with nullcontext(worker) if worker else child.Worker(CHILD) as serving:
-        planned = plan(source, recipe, imatrix, serving)
-        free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then
-        if free < planned.nbytes:
-            what = f"needs {planned.nbytes:,} bytes and {free:,} are free"
-            hint = f"free {planned.nbytes - free:,} bytes, or take another disk"
-            raise SpaceError(what, where=output.parent, hint=hint)
-        job = planned.job | {"n_threads": n_threads or machine.usable_cores()}
-        job["keys"]["dfqs.source_sha256"] = source_sha256 or files.sha256_of_files(shards.paths)
-        bar = display.tqdm(
-            total=len(planned.tensors), desc=planned.recipe.name, unit="tensor", disable=not progress
-        )
-        with files.whole_path(output) as part, bar:
-            job["output"] = str(part)
-            serving.run(job, where=source, on_message=lambda message: bar.update(message["tensor"] - bar.n))
-            _check_written(part, planned)
+    planned = plan(source, recipe, imatrix, run)
+    needed = planned.nbytes + shards.headers[0].data_offset + HEADER_BYTES
+    free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then
+    if free < needed:
+        what, hint = f"needs {needed:,} bytes and {free:,} are free", "take another disk"
+        raise SpaceError(what, where=output.parent, hint=f"free {needed - free:,} bytes, or {hint}")
+    job = planned.job | {"n_threads": n_threads or machine.usable_cores()}
+    job["keys"]["dfqs.source_sha256"] = source_sha256 or files.sha256_of_files(shards.paths)
+    n_tensors, name = len(planned.tensors), planned.recipe.name
+    bar = display.tqdm(total=n_tensors, desc=name, unit="tensor", disable=not progress)
+    with files.whole_path(output) as part, bar:
+        job["output"] = str(part)
+        run(job, where=source, on_message=lambda message: bar.update(message["tensor"] - bar.n))
+        check_layout(header := read_header(part))
+        written, wanted = ([(t.name, t.type, t.nbytes) for t in each.tensors] for each in (header, planned))
+        if written != wanted:
+            raise IntegrityError("llama.cpp wrote other types than in its dry run", where=part, hint=REPORT)
     return planned
-
-
-def _check_written(part: Path, planned: Plan) -> None:
-    """Compare the file with the plan."""
-    header = read_header(part)
-    check_layout(header)
-    written, wanted = ([(t.name, t.type, t.nbytes) for t in each.tensors] for each in (header, planned))
-    if written != wanted:
-        raise IntegrityError("llama.cpp wrote other types than in its dry run", where=part, hint=REPORT)
-    if header.file_size != planned.nbytes:
-        what = f"has {header.file_size:,} bytes; {planned.nbytes:,} were planned"
-        raise IntegrityError(what, where=part, hint="is the disk full?")
 
 
 # ---- the child process ----
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Quantize, or only plan it; the tensors with their types, and llama.cpp's warnings."""
+    """Quantize, or only plan it; the tensors with their types."""
     import llama_cpp.llama_cpp as api
 
     lines: list[str] = []
@@ -264,9 +207,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         if re.search("imatrix|importance matrix", reason):
             hint = "add --calibrate with a text, or --imatrix with a file of llama-imatrix"
         raise QuantizeError(reason, where=job["source"], hint=hint)
-    fallbacks = [" ".join(f"{name}: {why}) {what}".split()) for name, why, what in FALLBACK.findall(log)]
-    types = [(name, (new or old).upper()) for name, old, new in TENSOR.findall(log)]
-    return {"tensors": types, "fallbacks": fallbacks}
+    return {"tensors": [(name, (new or old).upper()) for name, old, new in TENSOR.findall(log)]}
 
 
 def _params(job: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -284,7 +225,8 @@ def _params(job: dict[str, Any]) -> tuple[Any, list[Any]]:
     for slot, (name, value) in zip(keys, job["keys"].items(), strict=False):
         slot.key = name.encode()
         if isinstance(value, str):
-            slot.tag, slot.value.val_str = api.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+            text = value.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")  # no character cut in two
+            slot.tag, slot.value.val_str = api.LLAMA_KV_OVERRIDE_TYPE_STR, text.encode()
         else:
             slot.tag, slot.value.val_i64 = api.LLAMA_KV_OVERRIDE_TYPE_INT, value
     lists: dict[str, Any] = {"tt_overrides": types, "kv_overrides": keys}

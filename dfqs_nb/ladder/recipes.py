@@ -16,7 +16,6 @@ from dfqs_nb.gguf.facts import INTEGER_TYPES, layer_of
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.types import TENSOR_TYPES
 
-FLOATS = ("F32", "F16", "BF16")
 NO_WEIGHTS = ("Q8_1", "Q8_K", "F64", *INTEGER_TYPES)  # types of activations and tables
 WRITTEN = [name for name, *_ in TENSOR_TYPES.values() if name not in NO_WEIGHTS]
 STRICT = ConfigDict(extra="forbid")
@@ -38,7 +37,7 @@ def file_types() -> dict[str, int]:
 class Rule:
     """Tensors whose name contains a match of ``pattern`` get ``type``."""
 
-    pattern: str
+    pattern: re.Pattern[str]
     type: str
     layers: float = 1.0  # only the first layers, this share of all: rounded down, at least one; 1: all
     optional: bool = False  # whether the rule may match no tensor
@@ -46,14 +45,13 @@ class Rule:
     def matches(self, name: str, n_layers: int) -> bool:
         """Whether the rule is about this tensor of a model of so many layers.
 
-        >>> rule = Rule("ffn_down_exps", "Q2_K", layers=0.125)
+        >>> rule = Rule(re.compile("ffn_down_exps"), "Q2_K", layers=0.125)
         >>> rule.matches("blk.4.ffn_down_exps.weight", 43), rule.matches("blk.5.ffn_down_exps.weight", 43)
         (True, False)
         """
-        if not re.search(self.pattern, name):
-            return False
         layer = layer_of(name)
-        return self.layers >= 1 or (layer is not None and layer < max(1, int(self.layers * n_layers)))
+        in_reach = self.layers >= 1 or (layer is not None and layer < max(1, int(self.layers * n_layers)))
+        return in_reach and self.pattern.search(name) is not None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -62,29 +60,21 @@ class Recipe:
 
     name: str
     mix: str  # of `file_types`: chooses for tensors that no rule names
-    note: str = ""
-    keep: tuple[str, ...] = ()  # tensors that stay as in the source
+    keep: tuple[re.Pattern[str], ...] = ()  # tensors that stay as in the source
     rules: tuple[Rule, ...] = ()  # the first that matches counts
-    weights: str = ""  # the importance matrix's entries that are used; empty: none
-    file_type: str = ""  # what the header says; empty: the mix
+    weights: re.Pattern[str] | None = None  # the importance matrix's entries that are used
     sha256: str = ""  # of the recipe's file
 
     def __post_init__(self) -> None:
-        types = [(rule.type, WRITTEN) for rule in self.rules]
-        for name, known in [(self.mix, file_types()), (self.file_type or self.mix, file_types()), *types]:
+        for name, known in [(self.mix, list(file_types())), *((rule.type, WRITTEN) for rule in self.rules)]:
             if name not in known:
                 raise ValueError(f"unknown type {name!r}; there are: {', '.join(known)}")
-        for pattern in (*self.keep, self.weights, *(rule.pattern for rule in self.rules)):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
 
     def chosen(self, header: GGUFHeader) -> dict[str, Rule | None]:
         """The tensors that the mix does not choose for, by name, with their rule; None: it stays as it is."""
         rules = dict[str, Rule | None]()
         for name in [tensor.name for tensor in header.tensors if tensor.type not in INTEGER_TYPES]:
-            if any(re.search(pattern, name) for pattern in self.keep):
+            if any(pattern.search(name) for pattern in self.keep):
                 rules[name] = None
             elif rule := next((rule for rule in self.rules if rule.matches(name, header.n_layers)), None):
                 rules[name] = rule
@@ -97,11 +87,7 @@ class Recipe:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by its name, in any case, or by the path of its file; a `QuantizeError` if it is none.
-
-    >>> load_recipe("iq1_s-xl").rules[0]
-    Rule(pattern='ffn_down_exps', type='Q2_K', layers=0.125, optional=False)
-    """
+    """A recipe by its name, in any case, or by the path of its file; a `QuantizeError` if it is none."""
     path, folder = Path(name), data_dir() / "quantize"
     if path.suffix != ".toml":
         path = folder / f"{str(name).lower()}.toml"

@@ -1,8 +1,7 @@
-"""The tables of a climb, and rungs compared in pairs on the same chunks, questions and texts."""
+"""The tables of a climb, and levels of the hierarchy compared on the same chunks and questions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,9 +10,9 @@ import pandas as pd
 
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes
-from dfqs_nb.ladder.divergence import LAST, bands, estimate, summary
+from dfqs_nb.ladder.divergence import estimate, summary
 from dfqs_nb.ladder.run import Ladder, Rung
-from dfqs_nb.scores import SetRun, compare_runs
+from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import LEVEL, holm, mean_interval, sign_flip
 
 # The hierarchy that DFQS 1.0 states. GGUF has no 8-bit floats; Q8_0 is the nearest.
@@ -24,38 +23,36 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "IQ1_S-XL": ("IQ1_S-XL",),
 }
 SAME = "no evidence of a difference"
-KINDS = ("fidelity", "ability")
-LOWER_IS_BETTER = ("KL divergence", "log-perplexity")
-STEPS = ("a", "b", "metric", "kind", "n", "value_a", "value_b", "difference", "low", "high", "p")
+METRICS = {"kld": "KL divergence", "same_top": "same top token", "routing": "same experts"}
+COMPARED = "step a b bits_a bits_b metric n value_a value_b difference low high p".split()
+
+
+def by_chunk(rung: Rung) -> pd.DataFrame:
+    """How similar a rung is to the source: a row a chunk, a column for each of `METRICS`.
+
+    ``routing``: share of equal expert sets in layers that choose by score; NaN for a dense model.
+    """
+    means = rung.tokens.groupby("chunk")[["kld", "same_top"]].mean()
+    scored = rung.routing[~rung.routing["hashed"]]
+    return means.assign(routing=scored.groupby("chunk")["identical"].mean().astype(float))
 
 
 def table(ladder: Ladder) -> pd.DataFrame:
-    """One row a rung: sizes, bits, and every metric with its 95 % interval (``_low``, ``_high``)."""
+    """One row a rung: sizes, bits, and every metric with its 95 % interval (``_low``, ``_high``).
+
+    A score has the name of its set; ``_n``: its questions.
+    """
     rows = []
     for rung in ladder.rungs:
         experts = [tensor for tensor in rung.header.tensors if class_of(tensor.name) == "routed experts"]
         row = {"rung": rung.name, "bytes": rung.header.file_size, "bits_per_weight": rung.bits_per_weight}
         row |= {"expert_bits": bits_per_weight(experts), **summary(rung.tokens)}
-        row |= estimate("routing", _same_experts(rung))
+        row |= estimate("routing", by_chunk(rung)["routing"])
         for run in rung.runs:
-            name, score = _score_name(run, rung.runs), run.score
-            row |= {name: score.value, f"{name}_low": score.low}
-            row |= {f"{name}_high": score.high, f"{name}_n": score.n}
-        row["boundary"] = rung.boundary["tokens"]
-        row |= {f"boundary_{end}": rung.boundary[end] for end in ("low", "high", "status")}
+            score = {"": run.score.value, "_low": run.score.low, "_high": run.score.high, "_n": run.score.n}
+            row |= {run.name.replace("-", "_") + end: value for end, value in score.items()}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _same_experts(rung: Rung) -> pd.Series:
-    """By chunk, the share of expert sets that are the source's, in layers that choose by score."""
-    return rung.routing[~rung.routing["hashed"]].groupby("chunk")["identical"].mean()
-
-
-def _score_name(run: SetRun, runs: Sequence[SetRun]) -> str:
-    """The score's name, with its set's where several sets have that score."""
-    alone = [other.score.name for other in runs].count(run.score.name) == 1
-    return run.score.name if alone else f"{run.score.name} ({run.name})"
 
 
 def class_table(ladder: Ladder) -> pd.DataFrame:
@@ -70,126 +67,59 @@ def class_table(ladder: Ladder) -> pd.DataFrame:
 def routing_table(ladder: Ladder) -> pd.DataFrame:
     """Agreement of expert choices with the source, one row a rung and layer.
 
-    ``identical`` (share of equal sets among ``n``) with ``low`` and ``high``; ``overlap``: mean share of
-    the k experts that both chose.
+    ``identical`` (share of equal sets among ``n``) with ``low`` and ``high``.
     """
     rows = []
     for rung in ladder.rungs[1:]:
         for (layer, hashed), part in rung.routing.groupby(["layer", "hashed"]):
             same = estimate("identical", part["identical"]).values()
-            facts = rung.name, rung.bits_per_weight, layer, hashed, part["n"].sum()
-            rows.append((*facts, *same, part["overlap"].mean()))
-    columns = ["rung", "bits_per_weight", "layer", "hashed", "n", "identical", "low", "high", "overlap"]
+            rows.append((rung.name, rung.bits_per_weight, layer, hashed, part["n"].sum(), *same))
+    columns = ["rung", "bits_per_weight", "layer", "hashed", "n", "identical", "low", "high"]
     return pd.DataFrame(rows, columns=columns).astype({"hashed": bool})
 
 
-def position_table(ladder: Ladder) -> pd.DataFrame:
-    """Divergence from the source by how deep a token lies in its chunk, one row a rung and band.
+def hierarchy(ladder: Ladder) -> pd.DataFrame:
+    """The hierarchy of DFQS 1.0, tested: a row for each step between levels, and metric.
 
-    ``start`` and ``end`` in tokens; ``n`` tokens in ``chunks``, over which the intervals are.
+    A step compares the smallest rung of the upper level (``a``) with the largest of the lower one (``b``) on
+    the same chunks and questions: ``n`` of them, ``value_a``, ``value_b``, ``difference`` with its unadjusted
+    95 % interval ``low`` to ``high``, ``p``, ``p_holm``, and ``verdict`` of b: ``better``, ``worse`` or
+    `SAME`. Tests: sign flips of chunks, McNemar's over questions, Holm's correction over all.
     """
-    rows, edges = [], bands(ladder.settings.chunk_tokens)
-    for rung in ladder.rungs[1:]:
-        for (start, end), (_, part) in zip(edges, rung.tokens.groupby("band"), strict=True):
-            means = part.groupby("chunk")[["kld", "same_top"]].mean()
-            row = {"rung": rung.name, "bits_per_weight": rung.bits_per_weight, "start": start, "end": end}
-            row |= {"chunks": len(means), "n": len(part)}
-            rows.append(row | estimate("kld", means["kld"]) | estimate("same_top", means["same_top"]))
-    return pd.DataFrame(rows)
-
-
-def steps(ladder: Ladder) -> pd.DataFrame:
-    """Compare neighbours, and the pairs of `hierarchy`, on every metric; one row a pair and metric.
-
-    Columns ``a`` (the rung above), ``b``, ``metric``, ``kind`` (``fidelity``, ``ability`` or ``perplexity``),
-    ``n`` units, ``value_a``, ``value_b``, ``difference`` with its unadjusted 95 % interval ``low`` to
-    ``high``, ``p``, ``p_holm``, and ``verdict`` of b: ``better``, ``worse``, `SAME` or ``not measured``.
-
-    Tests on the same units: sign flips of chunks or texts, McNemar's over questions, Holm's correction over
-    all. The source's divergence from itself is 0: the first step's says only whether anything changed.
-    """
-    names = [rung.name for rung in ladder.rungs]
-    pairs = dict.fromkeys([*pairwise(names), *((a, b) for _, a, b in _level_pairs(names))])
-    rows = [row for a, b in pairs for row in _compared(ladder[a], ladder[b])]
-    table = pd.DataFrame(rows, columns=STEPS)
-    tested = table["p"].notna()
-    table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].tolist())
-    better = (table["difference"] > 0) ^ table["metric"].isin(LOWER_IS_BETTER)
-    table["verdict"] = np.where(better, "better", "worse")
-    table.loc[~(table["p_holm"] < 1 - LEVEL), "verdict"] = SAME
-    table.loc[~tested, "verdict"] = "not measured"
-    return table
+    levels = {level: [rung for rung in ladder.rungs if rung.name in names] for level, names in LEVELS.items()}
+    present = [(level, rungs) for level, rungs in levels.items() if rungs]
+    rows = []
+    for (above, uppers), (below, lowers) in pairwise(present):
+        a, b = uppers[-1], lowers[0]
+        step = f"{above} -> {below}", a.name, b.name, a.bits_per_weight, b.bits_per_weight
+        rows += [(*step, *row) for row in _compared(a, b)]
+    tested = pd.DataFrame(rows, columns=COMPARED)
+    tested["p_holm"] = holm(tested["p"].tolist())
+    better = (tested["difference"] > 0) ^ (tested["metric"] == METRICS["kld"])
+    tested["verdict"] = np.where(better, "better", "worse")
+    tested.loc[~(tested["p_holm"] < 1 - LEVEL), "verdict"] = SAME
+    return tested
 
 
 def _compared(a: Rung, b: Rung) -> list[tuple[Any, ...]]:
-    """One row a metric, from its values in each chunk, question or text; the columns are `STEPS`."""
-    chunks = [rung.tokens[rung.tokens["band"] == LAST].groupby("chunk") for rung in (a, b)]
-    texts = [rung.items.groupby(["length", "haystack"])["correct"].mean() for rung in (a, b)]
-    kld, same_top, nll = ([part[name].mean() for part in chunks] for name in ("kld", "same_top", "nll"))
-    rows = [_paired("KL divergence", "fidelity", *kld), _paired("same top token", "fidelity", *same_top)]
-    if len(_same_experts(a)):  # none: a dense model
-        rows.append(_paired("same experts", "fidelity", _same_experts(a), _same_experts(b)))
-    rows.append(_paired("log-perplexity", "perplexity", *nll))
+    """One row a metric, from its values in each chunk or question."""
+    rows = list[tuple[Any, ...]]()
+    means, others = by_chunk(a), by_chunk(b)
+    for name, label in METRICS.items():
+        if means[name].notna().all():  # else a dense model, without experts
+            change = (others[name] - means[name]).to_numpy(float)
+            values = means[name].mean(), others[name].mean(), change.mean()
+            rows.append((label, len(change), *values, *mean_interval(change), sign_flip(change)))
     for run, other in zip(a.runs, b.runs, strict=True):
         both = compare_runs(run, other)
-        facts = both.n, both.a, both.b, both.difference, both.low, both.high, both.p
-        rows.append((_score_name(run, a.runs), "ability", *facts))
-    rows.append(_paired("retrieval", "ability", *texts))
-    return [(a.name, b.name, *row) for row in rows]
+        values = both.a, both.b, both.difference
+        rows.append((run.name, both.n, *values, both.low, both.high, both.p))
+    return rows
 
 
-def _paired(metric: str, kind: str, a: pd.Series, b: pd.Series) -> tuple[Any, ...]:
-    """A metric compared on the units that both have."""
-    values = pd.concat([a, b], axis=1, join="inner").to_numpy(float)
-    change = values[:, 1] - values[:, 0]
-    numbers = *values.mean(axis=0), change.mean(), *mean_interval(change), sign_flip(change)
-    return metric, kind, len(change), *map(float, numbers)
-
-
-def verdict_table(compared: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts of `steps` alone: a row a pair, a column a metric."""
-    labelled = compared.assign(step=compared["a"] + " -> " + compared["b"])
-    table = labelled.pivot(index="step", columns="metric", values="verdict")
-    return table.loc[labelled["step"].unique(), compared["metric"].unique()].rename_axis(columns=None)
-
-
-def _level_pairs(names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Neighbouring levels of the hierarchy: the smallest rung of the upper, the largest of the lower one."""
-    levels = [(level, [name for name in names if name in members]) for level, members in LEVELS.items()]
-    present = [(level, members) for level, members in levels if members]
-    return [(f"{above} -> {below}", a[-1], b[0]) for (above, a), (below, b) in pairwise(present)]
-
-
-def hierarchy(ladder: Ladder, compared: pd.DataFrame) -> pd.DataFrame:
-    """The hierarchy of DFQS 1.0, tested between levels: the smallest rung of one and the largest of the next.
-
-    One column a metric with its verdict; ``fidelity`` and ``ability``: the verdicts of their metrics
-    `together`. Perplexity belongs to neither: a model can be surprised less by a text, and yet be less like
-    the original and able to do less.
-    """
-    rows: list[dict[str, Any]] = []
-    for step, a, b in _level_pairs([rung.name for rung in ladder.rungs]):
-        pair = compared[(compared["a"] == a) & (compared["b"] == b)]
-        row: dict[str, Any] = {"step": step, "a": a, "b": b}
-        row |= {"bits_a": ladder[a].bits_per_weight, "bits_b": ladder[b].bits_per_weight}
-        row |= dict(zip(pair["metric"], pair["verdict"], strict=True))
-        rows.append(row | {kind: together(pair[pair["kind"] == kind]["verdict"]) for kind in KINDS})
-    return pd.DataFrame(rows)
-
-
-def together(verdicts: Iterable[str]) -> str:
-    """Several verdicts in one.
-
-    >>> together(["worse", "no evidence of a difference"]), together(["worse", "better"])
-    ('worse', 'mixed')
-    """
-    differing = set(verdicts) & {"better", "worse"}
-    return "mixed" if len(differing) == 2 else differing.pop() if differing else SAME
-
-
-def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
-    """Write ``ladder.json`` (see `Stage.finish`), and return its summary lines."""
-    rungs, levels = table(ladder).to_dict("records"), hierarchy(ladder, compared).to_dict("records")
+def hand_on(stage: Stage, ladder: Ladder, tested: pd.DataFrame) -> list[str]:
+    """Write ``ladder.json`` (see `Stage.finish`), and return its summary lines; ``tested``: `hierarchy`."""
+    rungs = table(ladder).to_dict("records")
     top, low = rungs[0], rungs[-1]
     bits = low["expert_bits"]  # NaN: a dense model
     lines = [
@@ -207,17 +137,14 @@ def hand_on(stage: Stage, ladder: Ladder, compared: pd.DataFrame) -> list[str]:
             f"under {row['kld_tail']:.2g}, {counts})"
             + (f", same experts in {row['routing']:.1%}{within}" if row["routing"] == row["routing"] else "")
         )
-    for row in levels:
-        pair = compared[(compared["a"] == row["a"]) & (compared["b"] == row["b"])]
-        n, parts = pair.groupby("kind")["n"].agg(["min", "max"]), []
-        for kind in KINDS:
-            least, most = n.loc[kind]
-            counts = f"{least}" if least == most else f"{least} to {most}"
-            parts.append(f"{kind} {row[kind]} (n = {counts} chunks, questions or texts)")
-        ends = f"{row['a']} at {row['bits_a']:.2f} bits to {row['b']} at {row['bits_b']:.2f}"
-        lines.append(f"{row['step']} ({ends}): {'; '.join(parts)}")
-    lines += [f"{name} failed: {why}" for name, why in ladder.failed.items()]
+    for (step, a, b), part in tested.groupby(["step", "a", "b"], sort=False):
+        parts = []
+        for verdict, rows in part.groupby("verdict", sort=False):
+            metrics = ", ".join(f"{row.metric} (n = {row.n})" for row in rows.itertuples())
+            parts.append(f"{verdict}: {metrics}")
+        ends = f"{a} at {part['bits_a'].iloc[0]:.2f} bits to {b} at {part['bits_b'].iloc[0]:.2f}"
+        lines.append(f"{step} ({ends}): {'; '.join(parts)}")
+    lines += ladder.notes
     facts: dict[str, Any] = {"conditions": ladder.conditions, "tier": ladder.settings.tier}
-    facts |= {"rungs": rungs, "hierarchy": levels, "steps": compared.to_dict("records")}
-    stage.finish(**facts, summary=lines, failed=ladder.failed)
+    stage.finish(**facts, rungs=rungs, hierarchy=tested.to_dict("records"), summary=lines)
     return lines

@@ -173,7 +173,7 @@ def quantize(
 
     Example: `dfqs-nb quantize dfqs-nano-f16 iq1_s-xl -o small.gguf --calibrate calibration-nano`
     """
-    from dfqs_nb.ladder.imatrix import collect
+    from dfqs_nb.ladder.imatrix import collect, read_imatrix
     from dfqs_nb.ladder.recipes import load_recipe
 
     path, chosen = models.resolve(source)[0], load_recipe(recipe)
@@ -182,17 +182,16 @@ def quantize(
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
     with TemporaryDirectory() as folder:
-        matrix: Any = imatrix or None
+        matrix = read_imatrix(imatrix) if imatrix else None
         if calibrate and chosen.weights:
-            kept = f"{folder}/imatrix.gguf" if dry_run else f"{output}.imatrix.gguf"
-            matrix = collect(path, calibrate, kept)
+            matrix = collect(path, calibrate, f"{f'{folder}/dry' if dry_run else output}.imatrix.gguf")
         if dry_run:
             plan = ladder.plan(path, chosen, matrix)
         else:
             plan = ladder.quantize(path, chosen, output, imatrix=matrix, overwrite=overwrite)
     say_table(plan.by_class(), ".2f")
-    total = f"{plan.nbytes:,} bytes, {plan.bits_per_weight:.2f} bits a weight"
-    say(*plan.notes, f"would be {total}" if dry_run else f"{output}: {total}")
+    total = f"{plan.nbytes:,} bytes of tensors, {plan.bits_per_weight:.2f} bits a weight"
+    say(f"would be {total}" if dry_run else f"{output}: {total}")
 
 
 @app.command(rich_help_panel=FILES)

@@ -21,7 +21,6 @@ from dfqs_nb.workbook import cli, file_commands  # noqa: F401 (its commands are 
 from dfqs_nb.workbook.cli import MEASURE, Context, Fresh, Gguf, Run, Threads, app, say, say_table
 
 COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output"
-TOP = 20  # likeliest tokens that a record keeps at each position
 
 
 def numbers(text: str, kind: Any = int) -> list[Any]:
@@ -239,35 +238,26 @@ def choices(
 
 @app.command(rich_help_panel=MEASURE)
 def record(
-    source: str = Argument(..., help="The original: a GGUF file, or the URL of a server."),
+    model: Gguf,
     output: Path = Option(..., "-o", "--output", help="The record, a JSONL file."),
-    prompts: str = Option("standard-reasoning", help="A question set, or a text with a prompt on each line."),
+    prompts: str = Option(
+        "standard-reasoning", metavar="SET", help="A question set, or a JSONL file of one."
+    ),
     tokens: int = Option(64, min=1, help="Tokens of each answer."),
-    limit: int = Option(32, help="The largest number of prompts; 0: all."),
-    plain: bool = Option(False, "--plain", help="Continue the texts, without a chat template."),
-    endpoint_model: cli.ServerModel = "",
-    key_variable: cli.KeyVariable = "",
+    limit: int = Option(32, min=1, help="The largest number of prompts."),
     n_ctx: Context = 4096,
-    licence: str = Option("not stated", help="Licence of prompts and answers, stored in the record."),
+    threads: Threads = 0,
 ) -> None:
-    """Record a model's predictions, to judge quantizations by them.
+    """Record an original's predictions, to judge quantizations by them.
 
-    Resumes after a kill. Example: `dfqs-nb record http://127.0.0.1:8080/v1 -o original.jsonl`
+    Resumes after a kill. Example: `dfqs-nb record model-F16.gguf -o original.jsonl`
     """
-    from dfqs_nb import serve
     from dfqs_nb.ladder import fidelity
+    from dfqs_nb.scores import ItemSet
 
-    asked, facts = fidelity.load_prompts(prompts, limit, chat=not plain), dict[str, Any]()
-    steps: Any
-    if serve.is_url(source):
-        model: Any = serve.connect(source, endpoint_model, key_variable=key_variable)
-        name, steps = model.model, serve.continuation
-    else:
-        model, steps = open_model(source, n_ctx), fidelity.continuation
-        name, facts = model.path.name, {"source_sha256": identity(model)}
-    facts |= {"runtime": model.conditions()["runtime"], "licence": licence, "conditions": {"tokens": tokens}}
-    answer = partial(steps, model, n_tokens=tokens, top_k=TOP)
-    fidelity.write_record(output, asked, answer, source=name, top_k=TOP, **facts)
+    questions = ItemSet.load(prompts).part(limit)
+    with open_model(model, n_ctx, threads) as opened:
+        fidelity.write_record(opened, questions, output, n_tokens=tokens, sha256=identity(opened))
     say(f"wrote {tilde(output)}; now compare: dfqs-nb fidelity MODEL {shlex.quote(str(output))}")
 
 
@@ -288,10 +278,11 @@ def fidelity(
     loaded = compared.Record.load(record)
     with open_model(model, n_ctx, threads) as opened:
         result = compared.compare_record(opened, loaded)
-    say(result.sentence)
-    say_table(result.by_position(), ".4f")
+    n_prompts = result["id"].nunique()
+    say(f"against {loaded.head.source}: {n_prompts} prompts, {len(result):,} tokens; 95 % intervals")
+    say_table(compared.summary(result), ".4f")
     if output:
-        say(f"wrote {tilde(write_table(output, result.tokens, index=False))}")
+        say(f"wrote {tilde(write_table(output, result, index=False))}")
 
 
 @app.command(rich_help_panel=MEASURE)

@@ -30,8 +30,6 @@ CHANGED = {
     "ask_llama_cpp": False,  # 07
     "rungs": "Q8_0 IQ1_S-XL",  # 08
     "ladder_items": 16,
-    "ladder_longest": 256,
-    "ladder_haystacks": 2,
     "serve_items": 8,  # 09
     "serve_clients": "1 2",
     "deploy_targets": "vllm",

@@ -20,7 +20,7 @@ from dfqs_nb.workbook import run as workbook
 
 BUDGET_MINUTES = 5.0
 SMALL = {"n_threads": 1, "n_tokens": 64, "n_output": 4, "serve_items": 1, "serve_tokens": 4}
-SMALL |= {"rungs": "Q8_0 Q4_K_M", "ladder_items": 2, "ladder_haystacks": 1, "ladder_longest": 512}
+SMALL |= {"rungs": "Q8_0 Q4_K_M", "ladder_items": 2}
 QUANTIZED = {"gemma", "smollm2"}  # no ladder starts from them
 DENSE = QUANTIZED | {"llama", "qwen2vl"}
 PLAIN = {"gemma", "qwen2vl"}  # without a chat template

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import tracemalloc
+from types import SimpleNamespace
 
 import llama_cpp_tools
 import numpy as np
@@ -17,8 +18,8 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.ladder import divergence
 from dfqs_nb.ladder.divergence import TextError
 from dfqs_nb.llama import generate as llama_generate
-from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
+from dfqs_nb.routing import open_recorded
 
 REFERENCE = data_dir() / "reference"
 F16 = REFERENCE / "DFQS-Nano-F16.gguf"
@@ -26,9 +27,14 @@ SETTINGS = llama_settings.OpenSettings(n_ctx=128, n_threads=1)
 
 
 @pytest.fixture(scope="module")
-def model():
-    with llama_model.open_model(F16, SETTINGS) as opened:
+def recorded():
+    with open_recorded(F16, SETTINGS) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def model(recorded):
+    return recorded.model
 
 
 def test_the_divergence_of_two_coins_is_the_closed_form():
@@ -44,81 +50,65 @@ def test_probabilities_sum_to_one_even_far_from_zero():
     assert np.exp(rows).sum(axis=1) == pytest.approx([1, 1])
 
 
-def test_the_scored_tokens_lose_what_the_logits_of_other_pieces_say(model):
-    tokens = divergence.load_text("calibration-nano").tokens(model)[:256]
-    for chunk in divergence.chunks(tokens, 128, 2):
-        ((predicted, targets),) = divergence.predictions(model, chunk, divergence.bands(128)[-1:])
+@pytest.fixture(scope="module")
+def pieces(model):
+    return divergence.load_text("calibration-nano").chunks(model, 128, 2)
+
+
+def test_the_scored_tokens_lose_what_the_logits_of_other_pieces_say(recorded, model, pieces):
+    for whole in pieces:
+        ((predicted, targets),) = divergence.predictions(recorded, whole)
         losses = -predicted[np.arange(len(targets)), targets]
-        whole = [model.llama.token_bos(), *chunk[1:]]
         model.clear()
         rows = np.concatenate([piece.copy() for piece in model.logits(whole, 32)]).astype(float)
         by_hand = -log_softmax(rows, axis=1)[np.arange(127), whole[1:]]
         assert losses == pytest.approx(by_hand[64:], abs=2e-3)
-        assert len(losses) == 63
-
-
-@pytest.fixture(scope="module")
-def text(model):
-    return divergence.load_text("calibration-nano").tokens(model)
+        assert len(losses) == 63 and whole[0] == model.bos
 
 
 @pytest.mark.parametrize("step", [7, 32, 128])
-def test_windows_step_by_step_equal_the_whole_computation(model, text, tmp_path, monkeypatch, step):
+def test_steps_equal_the_whole_computation(recorded, pieces, tmp_path, monkeypatch, step):
     """Against one evaluation of the whole chunk, all its logits at once, and the divergence written out."""
     monkeypatch.setattr(divergence, "STEP", step)
-    pieces, place = divergence.chunks(text, 128, 2), tmp_path / "base.npy"
-    base = divergence.beside_source(model, pieces, place, is_source=True)
-    assert len(base) == 2 * (4 * 8 + 63) and base["kld"].max() == 0
-    assert base.groupby(["chunk", "band"]).size().tolist() == [8, 8, 8, 8, 63] * 2
-    with llama_model.open_model(REFERENCE / "DFQS-Nano-Q8_0-00001-of-00002.gguf", SETTINGS) as other:
+    place = tmp_path / "base.npy"
+    base = divergence.beside_source(recorded, pieces, place, is_source=True)
+    assert base.groupby("chunk").size().tolist() == [63, 63] and base["kld"].max() == 0
+    with open_recorded(REFERENCE / "DFQS-Nano-Q8_0-00001-of-00002.gguf", SETTINGS) as other:
         scored = divergence.beside_source(other, pieces, place, is_source=False)
         for number, piece in enumerate(pieces):
-            p, q = (
-                log_softmax(next(rows for _, rows in divergence.feed(each, piece)).astype(float), axis=1)
-                for each in (model, other)
-            )
-            spans = divergence.stratified(128, number)
-            at = np.concatenate([np.arange(start, end) for start, end in spans])
-            exact = (np.exp(p) * (p - q)).sum(axis=1)[at]
+            logs = []
+            for each in (recorded.model, other.model):
+                each.clear()
+                logs.append(log_softmax(next(each.logits(piece)).astype(float), axis=1)[64:127])
+            p, q = logs
             rows = scored[scored["chunk"] == number]
+            exact = (np.exp(p) * (p - q)).sum(axis=1)
             assert rows["kld"].to_numpy() == pytest.approx(exact, abs=2e-3, rel=0.02)
-            targets = np.array(piece)[at + 1]
-            assert rows["nll"].to_numpy() == pytest.approx(-q[at, targets], abs=5e-3)
+            losses = -q[np.arange(63), piece[65:]]
+            assert rows["nll"].to_numpy() == pytest.approx(losses, abs=5e-3)
 
 
-def test_memory_does_not_grow_with_the_context(model, text):
-    """Twice the tokens, the same peak: one step of logits, whatever lies before it."""
+def test_memory_does_not_grow_with_the_context():
+    """16 times the tokens, the same peak: one step of logits, whatever lies before it."""
 
     class Counted:
         """The model, as if each of its tokens gave a row over a large vocabulary."""
 
-        bos, settings, n_vocab = -1, SETTINGS, 20_000
+        model = SimpleNamespace(clear=lambda: None)
 
-        def clear(self) -> None: ...
-
-        def logits(self, tokens):
-            yield np.zeros((len(tokens), self.n_vocab), np.float32)
+        def feed(self, tokens):
+            return np.zeros((len(tokens), 20_000), np.float32)
 
     def peak(n_tokens):
         tracemalloc.start()
-        piece, spans = [1] * n_tokens, divergence.stratified(n_tokens, 0)[:-1]
-        n_scored = sum(len(targets) for _, targets in divergence.predictions(Counted(), piece, spans, 64))
+        n_scored = sum(len(targets) for _, targets in divergence.predictions(Counted(), [1] * n_tokens))
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert n_scored == 4 * 32
+        assert n_scored == n_tokens // 2 - 1
         return most
 
-    short, long = peak(1024), peak(16_384)
-    assert long < 1.2 * short < 20_000 * 1024 * 4, "less than one array of all logits"
-
-
-@pytest.mark.parametrize("n_tokens", [64, 1000, 1024, 32_768])
-def test_windows_lie_inside_their_bands(n_tokens):
-    for seed in range(20):
-        *windows, last = divergence.stratified(n_tokens, seed)
-        assert last == (n_tokens // 2, n_tokens - 1), "what llama-perplexity scores"
-        for (start, end), (first, behind) in zip(divergence.bands(n_tokens), windows, strict=False):
-            assert start <= first < behind <= end and behind - first == min(32, n_tokens // 16)
+    short, long = peak(512), peak(8192)
+    assert long < 1.2 * short < 20_000 * 1024 * 8, "less than one array of all logits"
 
 
 def test_a_chat_is_put_in_the_model_s_template_and_ended(model):
@@ -132,19 +122,19 @@ def test_a_chat_is_put_in_the_model_s_template_and_ended(model):
 def test_a_text_file_is_one_document_and_a_short_one_is_refused(model, tmp_path):
     path = tmp_path / "own.txt"
     path.write_text("Here we go. " * 5)
-    tokens = divergence.load_text(path).tokens(model)
-    assert tokens == model.with_bos(model.tokenize("Here we go. " * 5, special=False))
-    with pytest.raises(TextError, match="fill fewer than 2 chunks of 128"):
-        divergence.chunks(tokens, 128, least=2)
+    text = divergence.load_text(path)
+    assert text.tokens(model) == model.with_bos(model.tokenize("Here we go. " * 5, special=False))
+    with pytest.raises(TextError, match="own.txt fill fewer than 2 chunks of 128"):
+        text.chunks(model, 128, least=2)
     with pytest.raises(TextError, match="cannot be read"):
         divergence.load_text(tmp_path / "missing.txt")
 
 
 def tokens_of(values: np.ndarray) -> pd.DataFrame:
-    """Tokens ``(chunks, n)`` of the last band with these losses and divergences."""
+    """Tokens ``(chunks, n)`` with these losses and divergences."""
     chunk = np.repeat(np.arange(len(values)), values.shape[1])
     columns = {"nll": values.ravel(), "kld": values.ravel(), "same_top": values.ravel() > 0.2}
-    return pd.DataFrame({"chunk": chunk, "band": divergence.LAST, **columns})
+    return pd.DataFrame({"chunk": chunk, **columns})
 
 
 def test_intervals_come_from_chunks_and_widen_where_chunks_differ():
@@ -182,7 +172,7 @@ def value(said: str, name: str) -> tuple[float, float]:
 def summary(base: list[np.ndarray], other: list[np.ndarray], targets: list[np.ndarray]) -> dict:
     columns = map(divergence.compared, base, other, targets)
     parts = [pd.DataFrame(each).assign(chunk=chunk) for chunk, each in enumerate(columns)]
-    return divergence.summary(pd.concat(parts).assign(band=divergence.LAST))
+    return divergence.summary(pd.concat(parts))
 
 
 @pytest.mark.slow
@@ -200,11 +190,9 @@ def test_numbers_agree_with_llama_perplexity_within_its_error_bars(tmp_path, nam
     rows: dict[str, list[np.ndarray]] = {"base": [], "other": []}
     targets: list[np.ndarray] = []
     for kind, file in (("base", F16), ("other", other)):
-        with llama_model.open_model(file, SETTINGS) as model:
-            tokens = model.with_bos(model.tokenize(path.read_text(), special=False))
-            half = divergence.bands(128)[-1:]
-            pieces = divergence.chunks(tokens, 128, 24)
-            scored = [next(divergence.predictions(model, piece, half)) for piece in pieces]
+        with open_recorded(file, SETTINGS) as recorded:
+            pieces = divergence.load_text(path).chunks(recorded.model, 128, 24)
+            scored = [next(divergence.predictions(recorded, piece)) for piece in pieces]
             rows[kind], targets = map(list, zip(*scored, strict=True))
     ours = summary(rows["base"], rows["other"], targets)
     for name, line in (("perplexity", "Mean PPL(Q)"), ("kld", "Mean    KLD")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -29,22 +30,23 @@ LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
 
 
 @pytest.fixture(scope="module")
-def tokens() -> list[int]:
+def pieces() -> list[list[int]]:
     with llama_model.open_model(F16, ONE_THREAD) as model:
-        return divergence.load_text("calibration-nano", "calibration").tokens(model)[:256]
+        return divergence.load_text("calibration-nano", "calibration").chunks(model, 128, 2)
 
 
 @pytest.fixture(scope="module")
-def matrix(tokens, tmp_path_factory) -> ImportanceMatrix:
-    how = {"chunk_tokens": 128, "n_chunks": 2, "n_threads": 1, "progress": False}
+def matrix(tmp_path_factory) -> ImportanceMatrix:
+    how = {"chunk_tokens": 128, "n_chunks": 2, "n_threads": 1}
     return imatrix.collect(F16, "calibration-nano", tmp_path_factory.mktemp("matrix") / "m.gguf", **how)
 
 
-def test_each_expert_is_counted_as_often_as_the_router_chose_it(matrix, tokens):
+def test_each_expert_is_counted_as_often_as_the_router_chose_it(matrix, pieces):
     """Against the routing recorder, which reads the router's own nodes and not the products."""
     with routing.open_recorded(F16, ONE_THREAD) as recorded:
-        for piece in divergence.chunks(tokens, 128):
-            list(divergence.feed(recorded, piece))
+        for piece in pieces:
+            recorded.model.clear()
+            recorded.feed(piece)
         found = recorded.recorder.arrays()
     for column, layer in enumerate(found["layers"]):
         chosen = np.bincount(found["experts"][:, column].ravel(), minlength=found["n_experts"])
@@ -52,12 +54,12 @@ def test_each_expert_is_counted_as_often_as_the_router_chose_it(matrix, tokens):
             assert (matrix.entries[f"blk.{layer}.ffn_{part}_exps.weight"].counts == chosen).all()
 
 
-def test_gate_and_up_see_the_same_rows_and_dense_weights_all_of_them(matrix, tokens):
+def test_gate_and_up_see_the_same_rows_and_dense_weights_all_of_them(matrix):
     for layer in range(4):
         gate, up = (matrix.entries[f"blk.{layer}.ffn_{part}_exps.weight"] for part in ("gate", "up"))
         shared = matrix.entries[f"blk.{layer}.ffn_gate_shexp.weight"]
         assert np.array_equal(gate.sums, up.sums)
-        assert shared.counts.tolist() == [len(tokens)]
+        assert shared.counts.tolist() == [256]
         # every token goes to k experts, so their sums are k times those of the shared expert's same input
         used = read_header(F16).arch("expert_used_count")
         assert np.allclose(gate.sums.sum(axis=0), used * shared.sums[0], rtol=1e-5)
@@ -77,11 +79,10 @@ def test_what_is_written_is_read_again_and_llama_cpp_parses_it(matrix, tmp_path)
 
 def test_entries_of_another_size_than_their_tensor_are_left_out(matrix):
     """llama-quantize refuses them: deepseek4 multiplies attn_output_a in groups."""
-    kept, odd = matrix.fitting(read_header(F16))
-    assert {name.split(".")[2] for name in odd} == {"attn_output_a"}
-    assert set(matrix.entries) - set(kept.entries) == set(odd)
-    experts, none = matrix.fitting(read_header(F16), "_exps")
-    assert not none and all("_exps" in name for name in experts.entries)
+    kept = matrix.fitting(read_header(F16), re.compile("."))
+    assert {name.split(".")[2] for name in matrix.entries.keys() - kept} == {"attn_output_a"}
+    experts = matrix.fitting(read_header(F16), re.compile("_exps"))
+    assert len(experts) == 12 and all("_exps" in name for name in experts)
 
 
 def test_an_expert_that_was_never_chosen_weighs_all_columns_alike():
@@ -140,7 +141,7 @@ def test_sums_without_counts_are_refused(tmp_path):
 
 
 def test_too_short_a_text_is_refused(tmp_path):
-    with pytest.raises(divergence.TextError, match="tokens fill fewer than 1 chunks of 128"):
+    with pytest.raises(divergence.TextError, match="tokens of t fill fewer than 1 chunks of 128"):
         text = divergence.Text("t", (("one two",),))
         imatrix.collect(F16, text, tmp_path / "m.gguf", chunk_tokens=128, n_threads=1)
 
@@ -207,7 +208,7 @@ def test_the_matrix_is_llama_imatrix_s_on_the_same_text(plain, tmp_path):
     )
     theirs = imatrix.read_imatrix(tmp_path / "theirs.gguf")
     text = divergence.load_text(path)
-    how = {"chunk_tokens": 256, "n_chunks": 8, "n_threads": 1, "progress": False}
+    how = {"chunk_tokens": 256, "n_chunks": 8, "n_threads": 1}
     ours = imatrix.collect(F16, text, tmp_path / "ours.gguf", **how)
     assert set(ours.entries) == set(theirs.entries)
     assert theirs.chunk_count == ours.chunk_count == 8

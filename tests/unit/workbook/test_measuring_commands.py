@@ -24,13 +24,11 @@ def outputs(tmp_path, monkeypatch):
 
 
 def test_a_record_of_the_original_judges_a_quantization(tmp_path, capsys):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("The clock on the wall\nThe grass is\n")
     record, table = tmp_path / "a record.jsonl", tmp_path / "tokens.csv"
-    asked = ["--prompts", str(prompts), "--plain", "--tokens", "4", "--n-ctx", "128"]
+    asked = ["--prompts", "nano-reasoning", "--limit", "3", "--tokens", "4", "--n-ctx", "256"]
     assert main(["record", ORIGINAL, "-o", str(record), *asked]) == 0
     assert f"dfqs-nb fidelity MODEL '{record}'" in capsys.readouterr().out
-    assert main(["fidelity", MODEL, str(record), "-o", str(table), "--n-ctx", "128"]) == 0
+    assert main(["fidelity", MODEL, str(record), "-o", str(table), "--n-ctx", "256"]) == 0
     assert "same likeliest token" in capsys.readouterr().out
     assert {"kl_low", "kl_high"} <= set(pd.read_csv(table))
 
@@ -106,7 +104,7 @@ def test_a_list_that_is_none_names_its_option(capsys):
         (["fidelity", MODEL, "missing.jsonl"], "dfqs-nb record MODEL -o record.jsonl"),
         (["choices", MODEL, "--set", "nano-code"], "has no 4 answers"),
         (["tasks", MODEL, "--task", "x", "--lengths", "256"], "there is no task 'x'"),
-        (["record", MODEL, "-o", "r.jsonl", "--prompts", "missing.txt"], "cannot be read"),
+        (["record", MODEL, "-o", "r.jsonl", "--prompts", "missing.jsonl"], "cannot be read"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(capsys, arguments, message):
