@@ -54,9 +54,8 @@ class Entry:
         >>> entry.weights().tolist()
         [1.0, 2.0, 1.0, 1.0]
         """
-        sums = self.sums.reshape(len(self.counts), -1)
         count = self.counts.astype(np.float32)[:, None]
-        return np.where(count > 0, sums / np.maximum(count, 1), 1).astype(np.float32).ravel()
+        return np.where(count > 0, self.sums / np.maximum(count, 1), 1).astype(np.float32).ravel()
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class ImportanceMatrix:
             writer.add_uint32("imatrix.chunk_count", self.chunk_count)
             writer.add_uint32("imatrix.chunk_size", self.chunk_size)
             for name, entry in sorted(self.entries.items()):
-                writer.add_tensor(name + SUMS, entry.sums.reshape(len(entry.counts), -1).astype(np.float32))
+                writer.add_tensor(name + SUMS, entry.sums)
                 writer.add_tensor(name + COUNTS, entry.counts.astype(np.float32)[:, None])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -259,6 +258,7 @@ def collect(
         why = f"the collector failed ({collector.error})" if collector.error else "no weight was used"
         raise ImatrixError(why, hint="report the architecture") from collector.error
     entries = {
-        name: Entry(sums.astype(np.float32), counts) for name, (sums, counts) in collector.totals.items()
+        name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
+        for name, (sums, counts) in collector.totals.items()
     }
     return ImportanceMatrix(entries, (dataset,), len(pieces), chunk_tokens).save(path)

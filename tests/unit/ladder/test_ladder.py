@@ -99,13 +99,13 @@ def test_other_settings_measure_anew_but_quantize_nothing(folder, climbed, monke
     jobs = []
 
     def refuse(worker, job, where):
-        jobs.append(job["path"])
+        jobs.append(job["work"])
         raise ModelError("not now")
 
     monkeypatch.setattr(child.Worker, "run", refuse)
     with pytest.raises(LadderError, match="the source cannot be measured: .*not now"):
         ladder.climb(F16, folder, ["Q8_0"], settings=dataclasses.replace(SMALL, n_chunks=2))
-    assert set(jobs) == {str(F16.resolve())}
+    assert set(jobs) <= {"predict", "ask"}
 
 
 @pytest.mark.parametrize(

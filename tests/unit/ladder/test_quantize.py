@@ -284,7 +284,10 @@ def test_the_shipped_recipes_are_found_by_name_in_any_case():
         ('name = "a"\nmix = "Q9_0"', "unknown type 'Q9_0'"),
         ('name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "a"\ntype = "Q9_K"', "unknown type 'Q9_K'"),
         ('name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "a"\ntype = "Q8_K"', "unknown type 'Q8_K'"),
-        ('name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "("\ntype = "Q4_0"', "no regular expression"),
+        (
+            'name = "a"\nmix = "Q8_0"\n[[rules]]\npattern = "("\ntype = "Q4_0"',
+            "rules.0.pattern: .* regular expression",
+        ),
     ],
 )
 def test_a_broken_recipe_file_is_refused(tmp_path, text, message):
