@@ -23,7 +23,6 @@ from typing import IO, Any, NoReturn
 
 import psutil
 
-from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import REPOSITORY
 
@@ -32,13 +31,13 @@ SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:cpp|c|cu|h|m):\d+)")  # of the m
 GRACE_SECONDS = 10.0  # between asking a child to end and killing it
 REBUILD = "delete .venv and run `make run` again"
 HINTS = {
-    "SIGABRT": "its header is not what this llama.cpp expects: look with `dfqs-nb inspect {file}`, "
+    "SIGABRT": "its header is not what this llama.cpp expects: look with `dfqs-nb inspect FILE`, "
     "download it again, or update llama-cpp-python",
     "SIGFPE": "this build of llama.cpp cannot open this model: use another build",
     "SIGILL": f"llama-cpp-python was built for another CPU: {REBUILD}",
-    "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: `dfqs-nb verify {file}`, then "
+    "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: `dfqs-nb verify FILE`, then "
     + REBUILD,
-    "SIGBUS": "the file shrank or its disk failed during reading: `dfqs-nb verify {file}`",
+    "SIGBUS": "the file shrank or its disk failed during reading: `dfqs-nb verify FILE`",
     "SIGKILL": "the system killed it, most likely for memory: lower n_ctx or close other programs",
     "timeout": "the disk is very slow, or the file is on a network: copy it to a local disk",
 }
@@ -218,7 +217,7 @@ def died(
     stages = [message["stage"] for message in messages if "stage" in message]
     doing, reason = doing or (stages[-1] if stages else "at start"), telling_line(log)
     what = f"llama.cpp died {doing} ({cause or 'without an answer'}){f': {reason}' if reason else ''}"
-    hint = HINTS.get(cause, "the last line of its log gives the cause").format(file=quoted(where or "FILE"))
+    hint = HINTS.get(cause, "the last line of its log gives the cause")
     error = ChildDied(what, where=where, hint=hint)
     error.cause, error.messages, error.log = cause, tuple(messages), tuple(log)
     _add_log(error, log)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from dfqs_nb.core.display import quoted
 
 LONGEST = 3_000  # characters of what, where or hint
 
 
 class DfqsError(Exception):
-    """A failure that a user can act on: what is wrong, where (a file or URL), and the next step."""
+    """A failure that a user can act on: what is wrong, where (a file or URL), and the next step.
+
+    ``FILE`` in a command of the hint stands for ``where``.
+    """
 
     def __init__(self, what: str, *, where: str | Path | None = None, hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
+        hint = (
+            hint
+            if where is None
+            else re.sub(r"(`dfqs-nb \w+) FILE", lambda it: f"{it[1]} {quoted(where)}", hint)
+        )
         what, hint = _cut(what), _cut(hint)
         text = f"{_cut(str(where))}: {what}" if where is not None else what
         super().__init__(f"{text}; {hint}" if hint else text)

@@ -4,16 +4,8 @@
 'deepseek4'
 """
 
-from typing import TYPE_CHECKING
-
-from dfqs_nb.core.doors import lazy
 from dfqs_nb.gguf import broken, facts, memory, models, placement, shards
 from dfqs_nb.gguf.facts import model_header
 from dfqs_nb.gguf.remote import outline
 
-if TYPE_CHECKING:
-    from dfqs_nb.gguf import figures
-
-__all__ = ["broken", "facts", "figures", "memory", "model_header", "models", "outline", "placement", "shards"]
-
-__getattr__ = lazy(__name__, figures="figures")
+__all__ = ["broken", "facts", "memory", "model_header", "models", "outline", "placement", "shards"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
-from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.models import shown
@@ -37,9 +35,8 @@ def compare(a: Outline, b: Outline, *, data: bool = False) -> tuple[dict[str, li
     if data:
         for model in (a, b):  # before hours of reading the other model
             if model.glued:
-                first = "download it, then" if model.places else "first:"
-                file = "FILE" if model.places else quoted(model.model)
-                hint = f"{first} `dfqs-nb repair {file} --in-place`"
+                hint = "repair it first: `dfqs-nb repair FILE --in-place`"
+                hint = "download and repair it first" if model.places else hint
                 what = "the bytes of glued shards are not compared"
                 raise DfqsError(what, where=shown(model.model), hint=hint)
         hashes, others = (tensor_hashes(it.headers, alike, opened=it.open) for it in (a, b))
@@ -52,19 +49,11 @@ def compare(a: Outline, b: Outline, *, data: bool = False) -> tuple[dict[str, li
 
 def _field(name: str, *headers: GGUFHeader) -> str:
     """The line for a field that differs; else an empty text."""
-    what, texts = f"{name}: ", list[str]()
-    values: list[Any] = [header.get(name) for header in headers]
-    for header, value in zip(headers, values, strict=True):
-        own = header.fields.get(name)
-        kind = own and (f"{own.type} {value!r}" if own.count is None else f"{own.count:,} x {own.type}")
-        texts.append(kind or "missing")
+    own = [(header, header.fields.get(name)) for header in headers]
+    texts = [f"{field.type} {header[name]!r}" if field else "missing" for header, field in own]
     if texts[0] == texts[1]:
-        if not isinstance(values[0], list) or values[0] == values[1]:
-            return ""
-        differ = [at for at, (x, y) in enumerate(zip(*values, strict=True)) if x != y]
-        what += f"{len(differ):,} of {texts[0]}, first at {differ[0]:,}: "
-        texts = [repr(value[differ[0]]) for value in values]
-    # of long texts, the place where they begin to differ
+        return ""
+    # of long texts and lists, the place where they begin to differ
     start = max(0, len(os.path.commonprefix(texts)) - SHOWN // 2) if max(map(len, texts)) > SHOWN else 0
     parts = [(text[start : start + SHOWN], len(text) > start + SHOWN) for text in texts]
-    return what + " | ".join(f"{'…' * (start > 0)}{part}{'…' * more}" for part, more in parts)
+    return f"{name}: " + " | ".join(f"{'…' * (start > 0)}{part}{'…' * more}" for part, more in parts)

@@ -7,14 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dfqs_nb.core.display import entries
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, read_header
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Tensor classes, by the first pattern that the name (without "blk.N.") contains.
 CLASSES = (
@@ -38,7 +35,6 @@ expert width: expert_feed_forward_length | indexer heads: attention.indexer.head
 indexer top-k: attention.indexer.top_k | hyper-connection streams: hyper_connection.count
 """)
 INTEGER_TYPES = ("I8", "I16", "I32", "I64")  # tables, not weights
-GATING = {1: "softmax", 2: "sigmoid", 3: "softmax over the chosen", 4: "sqrtsoftplus"}  # llama.cpp's codes
 
 
 @dataclass(frozen=True)
@@ -50,8 +46,6 @@ class Experts:
     shared: int  # that every token uses, too
     moe_layers: int
     hash_layers: int  # the first ones, which choose by token id from a table, without a score
-    gating: str
-    weights_scale: float  # a factor on the chosen experts' weights
 
     @property
     def sentence(self) -> str:
@@ -72,11 +66,7 @@ class Parameters:
 
 
 def layer_of(name: str) -> int | None:
-    """The block of a tensor, from its name; ``None`` outside the blocks.
-
-    >>> layer_of("blk.12.attn_kv.weight"), layer_of("output.weight")
-    (12, None)
-    """
+    """The block of a tensor, from its name (``blk.12.attn_kv.weight``); ``None`` outside the blocks."""
     match = re.match(r"blk\.(\d+)\.", name)
     return int(match[1]) if match else None
 
@@ -95,14 +85,8 @@ def experts(header: GGUFHeader) -> Experts:
     """The expert layout."""
     keys = ("expert_count", "expert_used_count", "expert_shared_count", "hash_layer_count")
     total, used, shared, hashed = map(header.count, keys)
-    gating = GATING.get(header.count("expert_gating_func"), "not stated")
-    scale = header.arch("expert_weights_scale")
-    scale = float(scale) if isinstance(scale, (int, float)) else 1.0
-    return Experts(total, used, shared, len(_moe_layers(header)), hashed, gating, scale)
-
-
-def _moe_layers(header: GGUFHeader) -> set[int | None]:
-    return {layer_of(t.name) for t in header.tensors if class_of(t.name) == "routed experts"}
+    moe_layers = {layer_of(t.name) for t in header.tensors if class_of(t.name) == "routed experts"}
+    return Experts(total, used, shared, len(moe_layers), hashed)
 
 
 def is_tied(*headers: GGUFHeader) -> bool:
@@ -139,13 +123,20 @@ def bits_per_weight(tensors: Iterable[Tensor]) -> float:
 
 def class_sizes(header: GGUFHeader) -> list[dict[str, Any]]:
     """One dict a tensor class, largest first; its ``types`` with most bytes first."""
-    rows, groups = [], dict[str, list[Tensor]]()
+    groups = dict[str, list[Tensor]]()
     for tensor in header.tensors:
         groups.setdefault(class_of(tensor.name), []).append(tensor)
-    for label, group in groups.items():
-        row = {"class": label, "tensors": len(group), "weights": sum(t.n_elements for t in group)}
-        row |= {"bytes": sum(t.nbytes for t in group), "bits_per_weight": bits_per_weight(group)}
-        rows.append({**row, "types": ", ".join(types_by_bytes(group))})
+    rows = [
+        {
+            "class": label,
+            "tensors": len(group),
+            "weights": sum(tensor.n_elements for tensor in group),
+            "bytes": sum(tensor.nbytes for tensor in group),
+            "bits_per_weight": bits_per_weight(group),
+            "types": ", ".join(types_by_bytes(group)),
+        }
+        for label, group in groups.items()
+    ]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
@@ -161,23 +152,6 @@ def main_type(tensors: Sequence[Tensor]) -> str:
     """The type that holds the most bytes of the layers; a small model's embedding can outweigh them."""
     layers = [tensor for tensor in tensors if layer_of(tensor.name) is not None]
     return next(iter(types_by_bytes(layers or tensors)), "no tensors")
-
-
-def attention_layers(header: GGUFHeader) -> list[dict[str, Any]]:
-    """One dict a layer: ``layer``, ``kind``, ``ratio`` (source tokens of a cached entry), ``routing``.
-
-    Outside DeepSeek-V4 a header with a window does not state which layers have it: ``window or full``.
-    """
-    ratios = header.counts("attention.compress_ratios")
-    names = {0: "sliding window", 4: "compressed sparse", 128: "heavily compressed"}
-    default = "window or full" if header.arch("attention.sliding_window") else "full"
-    moe, hashed, rows = _moe_layers(header), header.count("hash_layer_count"), []
-    for layer in range(header.n_layers):
-        ratio = ratios[layer] if layer < len(ratios) else None
-        kind = default if ratio is None else names.get(ratio, f"compressed by {ratio}")
-        routing = "dense" if layer not in moe else "hash" if layer < hashed else "scores"
-        rows.append({"layer": layer, "kind": kind, "ratio": ratio or 1, "routing": routing})
-    return rows
 
 
 def identity(header: GGUFHeader) -> dict[str, Any]:
@@ -204,56 +178,18 @@ def architecture(header: GGUFHeader) -> dict[str, Any]:
     return {label: header.arch(key, "not stated") for label, key in SIZES.items()}
 
 
-def tokenizer(header: GGUFHeader) -> dict[str, Any]:
-    """The tokenizer's model, vocabulary and special tokens."""
-    fields, key = header.fields, "tokenizer.ggml."
-    counts = {name: (key + name in fields and fields[key + name].count) or 0 for name in ("tokens", "merges")}
-    texts: list[Any] = header[f"{key}tokens"] if counts["tokens"] else []
-    facts: dict[str, Any] = {
-        "model": header.get(f"{key}model", "not stated"),
-        "pre-tokenizer": header.get(f"{key}pre", "not stated"),
-        "vocabulary (tokens)": counts["tokens"],
-        "merges": counts["merges"],
-    }
-    for role in ("bos", "eos", "eot", "unknown", "padding"):
-        token = header.get(f"{key}{role}_token_id")
-        known = type(token) is int and 0 <= token < len(texts)  # some files have -1, or a list
-        if token is not None:
-            facts[f"{role} token"] = f"{texts[token]} ({token})" if known else str(token)
-    return {**facts, "adds bos itself": header.get(f"{key}add_bos_token", "not stated")}
-
-
-def tensor_table(header: GGUFHeader) -> pd.DataFrame:
-    """One row a tensor; ``layer`` is -1 outside the blocks, ``shape`` in ggml's order."""
-    import pandas as pd
-
-    rows = [
-        (t.name, layer_of(t.name), class_of(t.name), t.type, t.shape, t.n_elements, t.nbytes)
-        for t in header.tensors
-    ]
-    table = pd.DataFrame(rows, columns=["name", "layer", "class", "type", "shape", "weights", "bytes"])
-    layers = table["layer"].fillna(-1).astype(int)
-    return table.assign(layer=layers, bits_per_weight=8 * table["bytes"] / table["weights"])
-
-
-# What a GGUF file is that is no language model, by ``general.type`` or the architecture.
-OTHER_ROLES = entries(
-    "adapter: a LoRA adapter | imatrix: an importance matrix | controlvector: a control vector | "
-    "mmproj: a multimodal projector | clip: a multimodal projector"
-)
 MODEL = "a language model"
+OTHER_TYPES = ("adapter", "imatrix", "controlvector", "mmproj", "clip")
 
 
 def role(header: GGUFHeader) -> str:
     """What the file is: `MODEL`, or something that belongs to a model."""
     kind = header.text("general.type")
-    if other := OTHER_ROLES.get(kind) or OTHER_ROLES.get(header.architecture):
-        return other
-    if kind not in ("", "model"):
-        return f"a file of the type {kind[:40]!r}"
+    if kind in ("", "model"):
+        kind = header.architecture if header.architecture in OTHER_TYPES else ""
     if not header.tensors and "tokenizer.ggml.tokens" in header:
         return "a vocabulary without weights"
-    return MODEL
+    return f"a file of the type {kind[:40]!r}" if kind else MODEL
 
 
 def require_model(header: GGUFHeader) -> None:
@@ -269,29 +205,3 @@ def model_header(path: str | Path) -> GGUFHeader:
     check_layout(header)
     require_model(header)
     return header
-
-
-# Tensor names of the first conversions of DeepSeek-V4, and what upstream llama.cpp (since b9840) expects.
-EARLY_NAMES = (
-    (r"\battn_kv_latent\b", "attn_kv"),
-    (r"\battn_compress_", "attn_compressor_"),
-    (r"\bindexer\.compress_", "indexer_compressor_"),
-    (r"^hc_head_", "output_hc_"),
-    (r"\bexp_probs_b(\.weight)?$", "exp_probs_b.bias"),
-    (r"^((?!.*\.(weight|bias)$).*)$", r"\1.weight"),
-)
-
-
-def early_dialect(header: GGUFHeader) -> dict[str, str]:
-    """Tensors named in the early dialect of ``deepseek4``, each with the name that llama.cpp expects.
-
-    Such a file can be sound. It needs the fork that made it, or a newer conversion.
-    """
-    names = {}
-    for tensor in header.tensors if header.architecture == "deepseek4" else ():
-        expected = tensor.name
-        for early, now in EARLY_NAMES:
-            expected = re.sub(early, now, expected)
-        if expected != tensor.name:
-            names[tensor.name] = expected
-    return names

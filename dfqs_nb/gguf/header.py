@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from dfqs_nb.core.errors import HeaderError, LayoutError
-from dfqs_nb.gguf.types import FORMATS, REMOVED_TYPES, TENSOR_TYPES, VALUE_TYPES
+from dfqs_nb.gguf.types import FORMATS, TENSOR_TYPES, VALUE_TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -32,8 +32,9 @@ GET_AGAIN = "get the file from its source again"
 OTHER_TOOL = "the file was converted by another tool or an older one: convert it again"
 WRITTEN_WRONGLY = "the file was written wrongly, or by a fork of llama.cpp with other type numbers"
 CUT_OFF = "the download was cut off (download it again), or it is a part of a file: `dfqs-nb inspect FILE`"
-FORK = "a fork (ik_llama.cpp, for example) or a newer llama.cpp made it: run it there, or get another file"
-REMOVED = "quantize the original model again, or run it in the build that made it"
+FORK = (
+    "a fork (ik_llama.cpp, bitnet.cpp), an old or a newer llama.cpp made it: run it there, or quantize again"
+)
 OTHER_ORDER = "convert it with gguf-py's gguf-convert-endian"
 OTHER_VERSION = "convert the original model again with a current llama.cpp"
 NO_GGUF = "`dfqs-nb inspect FILE` says what it is"
@@ -182,10 +183,8 @@ def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHe
 
 
 def unreadable(path: Path, error: OSError) -> HeaderError:
-    """The error for a file that cannot be opened; it recognizes an address in place of a path."""
-    hint = "check the path and its permissions"
-    if str(path).startswith(("http:", "https:")):  # as a path, it has lost one of its slashes
-        hint = "it is an address: download the file first, or look at it with `dfqs-nb inspect ADDRESS`"
+    """The error for a file that cannot be opened."""
+    hint = "check the path and its permissions (before an address is used as a path, download the file)"
     return HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint)
 
 
@@ -342,9 +341,6 @@ def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
             raise cursor.fail(f"{what} has {n_dims} dimensions; ggml has {MAX_DIMENSIONS}")
         shape = cursor.numbers(f"{n_dims}q") or (1,)
         code, offset = cursor.numbers("IQ")
-        if code in REMOVED_TYPES:
-            what = f"{what} has the type {code}, {REMOVED_TYPES[code]}, which llama.cpp removed"
-            raise cursor.fail(what, REMOVED)
         if code not in TENSOR_TYPES:
             raise cursor.fail(f"{what} has the type {code}, which llama.cpp does not know", FORK)
         type_name, block, block_bytes = TENSOR_TYPES[code]

@@ -153,18 +153,22 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str |
     `SpaceError`: resident weights, KV cache and compute buffer exceed the available memory.
     """
     memory = memory or available_memory()
-    free, must_fit, resident = memory.available_bytes, needs.must_fit_bytes, needs.weights_resident_bytes
+    free, must_fit = memory.available_bytes, needs.must_fit_bytes
     if must_fit > free:
         compute = "not counted" if needs.compute_bytes is None else size(needs.compute_bytes)
-        what = f"a context of {needs.n_ctx:,} tokens needs {size(must_fit)} (weights {size(resident)}"
-        what += f", KV cache {size(needs.kv.total)}, compute buffer {compute}), and {size(free)} are free"
-        raise SpaceError(f"{what} ({memory.source})", where=where, hint=ADVICE)
-    missing = must_fit + needs.weights_bytes - resident - free
+        parts = f"weights {size(needs.weights_resident_bytes)}, KV cache {size(needs.kv.total)}"
+        what = (
+            f"a context of {needs.n_ctx:,} tokens needs {size(must_fit)} ({parts}, compute buffer {compute})"
+        )
+        raise SpaceError(f"{what}, and {size(free)} are free ({memory.source})", where=where, hint=ADVICE)
+    missing = must_fit + needs.weights_bytes - needs.weights_resident_bytes - free
     if missing <= 0:
         return ""
-    what = f"weights of {size(needs.weights_bytes)} and {size(must_fit)} beside them exceed the {size(free)} "
-    what += f"of free memory by {size(missing)}: parts of the file will be read from the disk again and "
-    return f"{what}again, so expect a fraction of the usual speed"
+    return (
+        f"weights of {size(needs.weights_bytes)} and {size(must_fit)} beside them exceed the {size(free)} of "
+        f"free memory by {size(missing)}: parts of the file will be read from the disk again and again, so "
+        "expect a fraction of the usual speed"
+    )
 
 
 def cache_table(header: GGUFHeader, contexts: Sequence[int]) -> pd.DataFrame:
@@ -206,25 +210,6 @@ def active_bytes(header: GGUFHeader) -> ActiveBytes:
         read[is_routed] += tensor.nbytes * share
         routed_total += tensor.nbytes * is_routed
     return ActiveBytes(round(read[False]), round(read[True]), routed_total, weights_bytes(header))
-
-
-def cache_bytes_read(header: GGUFHeader, depth: int, type_k: str = "f16", type_v: str = "f16") -> int:
-    """Bytes of KV cache that a token at ``depth`` reads at least; 0 where the header does not tell.
-
-    ``deepseek4``: the sliding window in every layer; in layers of ratio 4 the indexer's keys and the entries
-    that it picks; in layers of ratio 128 every entry.
-    """
-    if header.architecture != "deepseek4":
-        cache = kv_cache_bytes(header, max(depth, 1), type_k=type_k, type_v=type_v)
-        return cache.total * depth // padded(max(depth, 1), CELL_PADDING) * (cache.exactness == "exact")
-    keys = ("key_length", "indexer.key_length", "indexer.top_k", "sliding_window")
-    width, indexer, top_k, window = (header.count(f"attention.{key}") for key in keys)
-    ratios = header.counts("attention.compress_ratios")[: header.n_layers]
-    csa, hca = depth // CSA_RATIO, depth // HCA_RATIO
-    elements = len(ratios) * min(depth, window) * width + ratios.count(HCA_RATIO) * hca * width
-    elements += ratios.count(CSA_RATIO) * (min(csa, top_k) * width + csa * indexer)
-    block_bytes, block = CACHE_TYPES[type_k]
-    return elements * block_bytes // block
 
 
 def published() -> dict[str, Any]:

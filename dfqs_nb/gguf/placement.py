@@ -3,15 +3,14 @@
 The rules are llama.cpp's (``src/llama-model.cpp``, ``common/common.h``). The embedding stays in memory. With
 ``-ngl N`` the last N layers (the output counts as one more) are divided among the cards by ``-ts``. A layer's
 cache lies where the layer lies. ``--n-cpu-moe`` and ``-ot`` keep routed experts in memory. A card's compute
-buffer is known for one shape that was planned on one card (`memory.card_compute`), and "unknown" else.
-Some of each card is left free, beside that buffer or for it.
+buffer is unknown: some of each card is left free for it.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +18,7 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts, is_tied, layer_of, token_shares
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import card_compute, kv_cache_bytes
+from dfqs_nb.gguf.memory import kv_cache_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX: what --n-cpu-moe keeps in memory
 USED_IN_ORDER = ("gate_up", "up", "gate", "down")  # by build_moe_ffn
 HASH_TABLE = "ffn_gate_tid2eid"  # of a layer that routes by token id
-SPARE_BYTES = 1 << 30  # of each card, for its driver and an unknown compute buffer; --fit leaves as much
+# Of each card, for its driver (--fit leaves 1 GiB) and compute buffer: of DeepSeek-V4-Flash an H100 planned
+# 0.9 GB at 131,072 tokens, and 2.1 GB at 1,048,576.
+SPARE_BYTES = 2 << 30
 ALL_LAYERS = 99
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", re.I)
 RAM = "RAM"
@@ -82,30 +83,30 @@ class Placement:
     def bound(self, speeds: Mapping[str, float]) -> tuple[float | None, list[str]]:
         """At most so many tokens a second, from reading weights alone; and the devices of unknown speed.
 
-        ``speeds``: bytes a second by device, or by its kind, such as ``GPU``; ``disk`` for what memory lacks.
-        With a device of unknown speed there is no bound.
+        ``speeds``: bytes a second of ``GPU``, ``RAM``, and ``disk`` for what memory lacks. With a device of
+        unknown speed there is no bound.
         """
-        paged, seconds, unknown = min(self.disk_token_bytes, self.ram.token_bytes), 0.0, list[str]()
-        reads: dict[str, float] = {device.name: device.token_bytes for device in self.devices}
-        for name, nbytes in {**reads, RAM: self.ram.token_bytes - paged, "disk": paged}.items():
-            speed = speeds.get(name, speeds.get(name.split()[0], 0.0))
-            if nbytes and not speed:
-                unknown.append(name)
-            seconds += nbytes / (speed or 1)
-        return (1 / seconds if seconds and not unknown else None), unknown
+        reads = [(device.name.split()[0], float(device.token_bytes)) for device in self.devices[:-1]]
+        paged = min(self.disk_token_bytes, self.ram.token_bytes)
+        reads = [(name, n) for name, n in [*reads, (RAM, self.ram.token_bytes - paged), ("disk", paged)] if n]
+        unknown = list(dict.fromkeys(name for name, _ in reads if not speeds.get(name)))
+        return (None if unknown or not reads else 1 / sum(n / speeds[name] for name, n in reads)), unknown
 
 
 class Model:
     """What `place` needs of a model: bytes by layer of its dense part and of its routed experts.
 
-    Behind the layers come the output and the embedding. ``reads``: how often a token reads each expert of a
-    layer, from a routing profile.
+    Behind the layers come the output and the embedding. ``token``: of the dense part, as a token reads it.
     """
 
-    def __init__(self, header: GGUFHeader, reads: Mapping[int, Sequence[float]] | None = None) -> None:
-        self.header, self.n_layers, layout, self.reads = header, header.n_layers, experts(header), reads or {}
+    def __init__(self, header: GGUFHeader) -> None:
+        self.header, self.n_layers, layout, self.tied = (
+            header,
+            header.n_layers,
+            experts(header),
+            is_tied(header),
+        )
         self.used = layout.used / layout.total if layout.total else 1.0
-        self.tied = is_tied(header)
         self.n_context = header.count("context_length")
         count = self.n_layers + 2
         self.dense, self.experts, self.token = [0] * count, [0] * count, [0.0] * count
@@ -128,22 +129,6 @@ class Model:
         layers = kv_cache_bytes(self.header, n_ctx).layers[: self.n_layers]
         return layers + [0] * (self.n_layers + 2 - len(layers))
 
-    def paged(self, ram: Device, layers: Iterable[int]) -> float:
-        """Bytes that a token reads from the disk; memory keeps the dense part first, then hot experts.
-
-        ``layers``: those with their routed experts in memory.
-        """
-        missing, pieces = max(0, -ram.left_bytes), list[tuple[float, float]]()
-        for layer in layers:
-            reads = self.reads.get(layer, [self.used])
-            pieces += [(read, self.experts[layer] / len(reads)) for read in reads]
-        cold = float(min(missing, ram.expert_bytes))
-        paged = missing - cold  # of the dense part, which every token reads
-        for read, nbytes in sorted(pieces):
-            paged += read * min(cold, nbytes)
-            cold -= min(cold, nbytes)
-        return min(paged, ram.dense_bytes + sum(read * nbytes for read, nbytes in pieces))
-
 
 def place(
     model: Model,
@@ -156,21 +141,18 @@ def place(
 ) -> Placement:
     """The fastest placement that the sizes allow.
 
-    The cards take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES` and a known
-    compute buffer. Then they take routed experts, from the last layer of each card on; memory takes the rest.
+    The cards take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES`, then routed
+    experts, from the last layer of each card on; memory takes the rest.
     ``compute_bytes``: of llama.cpp's compute buffer in memory. ``whole``: keep a layer's routed experts with
     the layer, for programs that only know `-ngl`.
     """
     caches, count = model.caches(n_ctx), model.n_layers + 1
-    on_card = _card_compute(model, n_ctx, vram_bytes) if not whole else None
-    rooms = [max(0, room - SPARE_BYTES - (on_card or 0)) for room in vram_bytes]
+    rooms = [max(0, room - SPARE_BYTES) for room in vram_bytes]
     beside = [model.dense[i] + caches[i] for i in range(count)]
     cards = _on_cards([need + whole * model.experts[i] for i, need in enumerate(beside)], rooms)
     n_gpu = sum(map(len, cards))
 
-    def device(
-        name: str, capacity: int, layers: Sequence[int], routed: Sequence[int], compute: Any
-    ) -> Device:
+    def device(name: str, capacity: int, layers: list[int], routed: list[int], compute: int | None) -> Device:
         dense, cache = (sum(sizes[i] for i in layers) for sizes in (model.dense, caches))
         n_bytes = sum(model.experts[i] for i in routed)
         left = capacity - dense - n_bytes - cache - (compute or 0)
@@ -186,24 +168,15 @@ def place(
             left -= model.experts[i]
             kept.append(i)
         in_ram += [i for i in layers if i not in kept and model.experts[i]]
-        compute = on_card if n_gpu == count else None
-        devices.append(device(f"GPU {number}", vram_bytes[number], layers, kept, compute))
+        devices.append(device(f"GPU {number}", vram_bytes[number], layers, kept, None))
     here = list(range(count - n_gpu))
     embedding = [count] if n_gpu or not model.tied else []  # else it is one tensor with the output
     ram = device(RAM, ram_bytes, here + embedding, here + in_ram, compute_bytes)
+    missing = max(0, -ram.left_bytes)
+    cold = min(missing, ram.expert_bytes)  # memory keeps the dense part, which every token reads, first
+    paged = min(missing - cold + model.used * cold, ram.dense_bytes + model.used * ram.expert_bytes)
     flags = _flags(count, list(map(len, cards)), in_ram)
-    return Placement((*devices, ram), n_gpu, tuple(in_ram), flags, model.paged(ram, here + in_ram))
-
-
-def _card_compute(model: Model, n_ctx: int, vram_bytes: Sequence[int]) -> int | None:
-    """The compute buffer of a single card, where it is known: less if every expert fits beside it."""
-    if len(vram_bytes) != 1:
-        return None
-    whole = card_compute(model.header, n_ctx)
-    rest = sum(model.dense[:-1]) + sum(model.experts) + sum(model.caches(n_ctx)) + SPARE_BYTES
-    if whole is not None and rest + whole <= vram_bytes[0]:
-        return whole
-    return card_compute(model.header, n_ctx, "experts_in_memory")
+    return Placement((*devices, ram), n_gpu, tuple(in_ram), flags, paged)
 
 
 def _on_cards(needs: Sequence[int], rooms: Sequence[int]) -> list[list[int]]:
@@ -273,20 +246,19 @@ def machines_table(
     """
     import pandas as pd
 
-    rows = []
+    rows = {}
     for name in machines:
         ram, *cards = map(size_of, name.split("+"))
         placed = place(model, n_ctx, ram, cards, **options)
-        row = {
-            "machine": name,
+        rows[name] = {
             "on cards": size(sum(card.dense_bytes + card.expert_bytes for card in placed.devices[:-1])),
             "in RAM": size(placed.ram.dense_bytes + placed.ram.expert_bytes),
             "from disk a token": size(placed.disk_token_bytes),
             "largest n_ctx": largest_context(model, ram, cards, **options),
             "flags": " ".join(placed.flags),
+            **({} if speeds is None else {"at most tokens/s": placed.bound(speeds)[0]}),
         }
-        rows.append(row if speeds is None else row | {"at most tokens/s": placed.bound(speeds)[0]})
-    return pd.DataFrame(rows).set_index("machine")
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("machine")
 
 
 class Experts(NamedTuple):

@@ -7,13 +7,12 @@ diagnosis, the shards' cross-check, and llama.cpp's own loader, which plans a mo
 from __future__ import annotations
 
 import re
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
@@ -22,13 +21,12 @@ from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import ShardSet, check_set, headers_inside, open_shards, shard_path
 
+COPIES = "dfqs-headers-"  # folders of copied headers
 LEAST_BYTES = 1 << 19  # of a request
 MOST_BYTES = 128 << 20  # of headers in one file; real headers stay under 50 MB, and the reader doubles
-SMALL_BYTES = 1 << 20  # a small answer may be whole, such as a page that says "not found"
 STREAM_BYTES = 64 << 20  # of one request for data
 TIMEOUT_SECONDS, TRIES = 20.0, 3
-SLOWEST = 50_000  # bytes a second; we give up on a slower answer
-RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,6 @@ class Outline(ShardSet):
     model: str  # as it was named
     glued: bool  # the shards lie in one file, which no runtime loads before `dfqs-nb repair`
     places: Mapping[Path, str]  # the addresses whose headers were copied to these paths; none for files here
-    fetched_bytes: int
 
     def open(self, path: Path) -> Any:
         """A shard's bytes for reading in a ``with`` block, here or remote."""
@@ -52,26 +49,22 @@ def outline(model: str | Path) -> Iterator[Outline]:
     `RegistryError`: nothing has that name, or the server gives no file or no ranges. `HeaderError`,
     `LayoutError`, `ShardError`: the files are not all shards of one model.
     """
-    with ExitStack() as stack:
-        path, places, fetched = _first_file(model), dict[Path, str](), 0
-        if isinstance(path, str):
-            path, places, fetched = stack.enter_context(headers_of(path))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfqs-headers-")))
+    first = _first_file(model)
+    with headers_of(first) as (path, places), TemporaryDirectory(prefix=COPIES) as folder:
         try:
             headers = list(headers_inside(path))
             if len(headers) == 1:
-                yield Outline(open_shards(path).headers, str(model), False, places, fetched)
+                yield Outline(open_shards(path).headers, str(model), False, places)
                 return
             laid_out = []  # each as a sparse file that llama.cpp's loader can plan
             for number, header in enumerate(check_set(headers, glued=True).headers, 1):
-                laid_out.append(shard_path(folder / "glued", number, len(headers)))
+                laid_out.append(shard_path(Path(folder, "glued"), number, len(headers)))
                 with laid_out[-1].open("wb") as file:
                     file.write(header.raw)
                     file.truncate(header.end_offset - header.start)
-            yield Outline(tuple(map(read_header, laid_out)), str(model), True, places, fetched)
+            yield Outline(tuple(map(read_header, laid_out)), str(model), True, places)
         except DfqsError as error:
-            copies = [folder, *(place.parent for place in places)]
-            if not any(Path(error.where or "").is_relative_to(copy) for copy in copies):
+            if COPIES not in str(error.where):
                 raise
             raise type(error)(error.what, where=models.shown(str(model)), hint=error.hint) from None
 
@@ -79,71 +72,72 @@ def outline(model: str | Path) -> Iterator[Outline]:
 def _first_file(model: str | Path) -> Path | str:
     """The first file of a model on this machine or in the hub's cache; else an address."""
     entry = models.registered().get(str(model))
-    address = f"{entry.source}/{entry.files[0].name}" if entry else str(model)
-    if not models.ADDRESS.match(address):
-        return models.resolve(model)[0]
-    with suppress(RegistryError):
+    try:
         return models.resolve(model, local_files_only=True)[0]
-    return models.located(address) if entry else address
+    except RegistryError:
+        address = f"{entry.source}/{entry.files[0].name}" if entry else str(model)
+        if not models.ADDRESS.match(address):
+            raise
+        return models.located(address) if entry else address
 
 
 @contextmanager
-def headers_of(address: str) -> Iterator[tuple[Path, dict[Path, str], int]]:
-    """Fetch the headers of a remote file and of its other shards; the copies go when the block ends.
+def headers_of(file: str | Path) -> Iterator[tuple[Path, dict[Path, str]]]:
+    """A local path as it is; of an address, copies of the headers of its file and of its other shards.
 
-    Yields the copy's path, the address of each copy, and the bytes that were fetched. `RegistryError`: the
-    server does not give the file, or gives no ranges.
+    Yields a path, and the address of each copy. `RegistryError`: the server gives no file, or no ranges.
     """
-    with tempfile.TemporaryDirectory(prefix="dfqs-headers-") as folder, ThreadPoolExecutor(8) as pool:
-        places = {Path(folder) / _located(other)[1]: other for other in models.siblings(address)}
-        path = Path(folder) / _located(address)[1]
+    address = str(file)
+    if not models.ADDRESS.match(address):
+        yield Path(file), {}
+        return
+    with TemporaryDirectory(prefix=COPIES) as folder, ThreadPoolExecutor(8) as pool:
+        places = {Path(folder, _located(other)[1]): other for other in models.siblings(address)}
+        path = Path(folder, _located(address)[1])
 
-        def copied(other: Path) -> int:
+        def copy(other: Path) -> None:
             try:
-                return _copied(places[other], other)
+                _copy(places[other], other)
             except RegistryError:  # the shards' cross-check names one that is missing
                 other.unlink()
-                return 0
 
-        fetched = _copied(address, path)
+        _copy(address, path)
         with suppress(HeaderError):  # whoever reads the copy reports it
             if "split.no" in read_header(path):
-                fetched += sum(pool.map(copied, places.keys() - {path}))
-        yield path, places, fetched
+                list(pool.map(copy, places.keys() - {path}))
+        yield path, places
 
 
-def _located(address: str) -> tuple[str, str, models.HubFile | None]:
-    """The URL of an address, the file's name, and its place on the hub, if it is there."""
+def _located(address: str) -> tuple[str, str, bool]:
+    """The URL of an address, the file's name, and whether it is on the hub."""
     import httpx2
     from huggingface_hub import hf_hub_url
 
+    on_hub = True
     try:
-        file: models.HubFile | None = models.parse_address(address)
+        file = models.parse_address(address)
+        url, name = hf_hub_url(file.repo, file.file, revision=file.revision), file.file
     except RegistryError:
         if address.startswith("hf://"):
             raise
-        file = None
-    hint = "check the address"
-    try:
-        name = unquote(file.file if file else httpx2.URL(address).path).rpartition("/")[2] or "index"
-    except httpx2.InvalidURL as error:
-        what = f"no address of a file ({error})"
-        raise RegistryError(what, where=models.shown(address), hint=hint) from None
-    if len(name.encode()) > 255 or "\0" in name or name in (".", ".."):
-        raise RegistryError("no file can have such a name", where=models.shown(address), hint=hint)
-    url = hf_hub_url(file.repo, file.file, revision=file.revision) if file else address
-    return url, name, file
+        on_hub, url, name = False, address, ""
+        with suppress(httpx2.InvalidURL):
+            name = unquote(httpx2.URL(address).path)
+    name = name.rpartition("/")[2]
+    if not 0 < len(name.encode()) < 256 or "\0" in name or name in (".", ".."):
+        what = "no address of a file that a disk can hold"
+        raise RegistryError(what, where=models.shown(address), hint="check the address")
+    return url, name, on_hub
 
 
-def _copied(address: str, path: Path) -> int:
-    """Make a sparse copy of a file's headers; the bytes fetched."""
+def _copy(address: str, path: Path) -> None:
+    """Make a sparse copy of a file's headers."""
     with path.open("wb") as copy:
         remote = RemoteFile(address, LEAST_BYTES, copy)
         with suppress(HeaderError):  # whoever reads the copy meets the same bytes, and reports the error
             for _ in headers_inside(path, remote):
                 pass  # each is fetched as it is read
         copy.truncate(remote.size)
-    return remote.fetched_bytes
 
 
 class RemoteFile:
@@ -166,61 +160,52 @@ class RemoteFile:
 
     def read(self, n: int) -> bytes:
         """``n`` bytes, or fewer at the end of the file."""
-        taken = b""
-        while len(taken) < n and self.position < self.size:
-            at, missing = self.position - self.start, n - len(taken)
-            if not 0 <= at < len(self.window):
-                self._fetch(max(missing, self.block))
-                at = 0
-            taken += self.window[at : at + missing]
-            self.position = self.start + min(at + missing, len(self.window))
-        return taken
+        n = max(0, min(n, self.size - self.position))
+        if not self.start <= self.position <= self.position + n <= self.start + len(self.window):
+            self._fetch(max(n, self.block))
+        at, self.position = self.position - self.start, self.position + n
+        return self.window[at : at + n]
 
     def _fetch(self, n: int) -> None:
         import httpx2
 
-        url, _, file = _located(self.address)
+        url, _, on_hub = _located(self.address)
         again = models.retrying(TRIES, 2, httpx2.NetworkError, httpx2.RemoteProtocolError)
         with models.explained(self.address):
             if self.copy and self.fetched_bytes + n > MOST_BYTES:
                 raise ValueError(f"its headers take more than {MOST_BYTES:,} bytes")
-            self.start = self.position
-            self.window, size = again(_ranged, url, file is not None, self.start, self.start + n)
+            self.window, size = again(_ranged, url, on_hub, self.position, self.position + n)
             if self.size not in (0, size):
                 raise ValueError("the file changed while it was read")
-        self.size, self.fetched_bytes = size, self.fetched_bytes + len(self.window)
+        self.start, self.size = self.position, size
+        self.fetched_bytes += len(self.window)
         if self.copy:
             self.copy.seek(self.start)
             self.copy.write(self.window)
 
 
-def _ranged(url: str, is_hub: bool, start: int, end: int) -> tuple[bytes, int]:
+def _ranged(url: str, on_hub: bool, start: int, end: int) -> tuple[bytes, int]:
     """Bytes of a remote file (fewer at its end), and its size."""
     from huggingface_hub.utils import _headers, _http
 
-    headers = _headers.build_hf_headers() if is_hub else {}
+    headers = _headers.build_hf_headers() if on_hub else {}
     headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     options: dict[str, Any] = {"headers": headers, "timeout": TIMEOUT_SECONDS}
     with _http.get_session().stream("GET", url, **options) as answer:
         if answer.status_code >= 400:
-            if is_hub:
+            if on_hub:
                 answer.read()  # the error has the hub's message
                 _http.hf_raise_for_status(answer)
             answer.raise_for_status()
-        told = RANGE.fullmatch(answer.headers.get("Content-Range", ""))
-        length = answer.headers.get("Content-Length", "")
-        if answer.status_code == 206 and told and int(told[1]) == start:
-            size = int(told[3])
-        elif answer.status_code == 200 and start == 0 and length.isdigit() and int(length) <= SMALL_BYTES:
-            size = int(length)
-        else:
+        place = RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+        if answer.status_code != 206 or not place or int(place[1]) != start:
             what = "the server gives no byte ranges, only whole files"
             raise RegistryError(what, where=models.shown(url), hint="download the file, and inspect it here")
-        data, latest = bytearray(), time.monotonic() + TIMEOUT_SECONDS + (end - start) / SLOWEST
+        data, size = bytearray(), int(place[2])
         for chunk in answer.iter_raw():
             data += chunk
-            if len(data) >= end - start or time.monotonic() > latest:
-                break
+            if len(data) >= end - start:
+                break  # of a server that sends more than it was asked for
     if len(data) < min(end, size) - start:
-        raise ValueError("the server sends too slowly, or no more")
+        raise ValueError("the server does not send all that it promises")
     return bytes(data[: end - start]), size

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core.display import quoted, tqdm
+from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import ShardError
 from dfqs_nb.core.files import CHUNK_BYTES
 from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, read_header
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?i:gguf)", re.DOTALL)
 MAX_SHARDS = 65_535  # split.count is a u16
+GLUED = "files may have been glued together: `dfqs-nb inspect FILE` says more"
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,9 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
         raise _refused(f"claims to be shard {number:,} of {count:,}", path, GET_AGAIN)
     prefix = path.parent / (match["prefix"] if match else path.stem)
     siblings = tuple(shard_path(prefix, i, count) for i in range(1, count + 1))
-    expected = siblings[number - 1]
-    if path.name != expected.name:  # llama.cpp wants exactly this, also in lower case
-        hint = f"rename it to {expected.name!r}, or name all {count} shards"
-        if expected.exists():
-            away = "move that one away first, then rename this one"
-            hint = f"another file has its name, {expected.name!r}: {away}"
-        raise _refused(f"is shard {number} of {count} by its header, but is not named so", path, hint)
+    if path.name != (name := siblings[number - 1].name):  # llama.cpp wants exactly this, also in lower case
+        what = f"is shard {number} of {count} by its header, but is not named so"
+        raise _refused(what, path, f"rename it to {name!r}, or name all {count} shards")
     if missing := [sibling.name for sibling in siblings if not sibling.is_file()]:
         what = f"{len(missing)} of {count} shards missing: {', '.join(missing)}"
         raise _refused(what, path.parent, "download or rename what is missing in that folder")
@@ -146,8 +143,7 @@ def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet
             check_layout(header)  # the last tensor may lack its padding
         if not glued and (surplus := header.file_size - header.end_offset) > 0:
             what = f"{which} has {surplus:,} bytes more than its header accounts for"
-            hint = f"files may have been glued together: `dfqs-nb inspect {quoted(header.path)}` says more"
-            raise _refused(f"{what} (expected {header.end_offset:,})", header.path, hint)
+            raise _refused(f"{what} (expected {header.end_offset:,})", header.path, GLUED)
         total = header.count("split.tensors.count", len(names)) if len(headers) > 1 else len(names)
         if total != len(names):
             what = f"{which} says the model has {total:,} tensors; the shards hold {len(names):,}"
@@ -166,22 +162,19 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     count = next((n for header in headers if (n := header.count("split.count")) > 1), 1)
     if count > MAX_SHARDS:  # a hostile number fills the memory
         raise _refused(f"claims to be of {count:,} shards", headers[0].path, GET_AGAIN)
-    by_number: dict[int, GGUFHeader] = {}
+    by_number = dict[int, GGUFHeader]()
     for header in headers:
-        own = max(header.count("split.count", count), 1)
-        if own != count:
-            raise _refused(f"belongs to a set of {own}, not of {count}", header.path)
         number = header.count("split.no") + 1 if count > 1 else 1
+        if (own := max(header.count("split.count", count), 1)) != count or number > count:
+            raise _refused(f"is shard {number} of a set of {own}, not of {count}", header.path)
         if number in by_number:
             what = f"shard {number} of {count} is there twice, also as {by_number[number].path.name}"
             raise _refused(what, header.path, "name each shard once")
         by_number[number] = header
-    folder, numbers = headers[0].path.parent, range(1, count + 1)
-    if missing := ", ".join(str(i) for i in numbers if i not in by_number):
-        raise _refused(f"shard {missing} of {count} is missing", folder, f"name all {count} shards")
-    if len(by_number) > count:
-        raise _refused(f"{len(by_number)} shards of a set of {count}", folder)
-    return [by_number[number] for number in numbers]
+    if missing := ", ".join(str(i) for i in range(1, count + 1) if i not in by_number):
+        what = f"shard {missing} of {count} is missing"
+        raise _refused(what, headers[0].path.parent, f"name all {count} shards")
+    return [by_number[number] for number in range(1, count + 1)]
 
 
 def tensor_data(header: GGUFHeader, file: Any, names: Container[str]) -> Iterator[tuple[Tensor, bytes]]:
@@ -227,15 +220,16 @@ def shard_table(shards: ShardSet) -> pd.DataFrame:
     """One row a shard, index ``shard`` (from 1)."""
     import pandas as pd
 
+    columns = ["file", "tensors", "first_tensor", "header_bytes", "data_bytes", "file_bytes"]
     rows = [
-        {
-            "file": header.path.name,
-            "tensors": len(header.tensors),
-            "first_tensor": header.tensors[0].name if header.tensors else "",
-            "header_bytes": header.data_offset - header.start,
-            "data_bytes": header.data_nbytes,
-            "file_bytes": header.file_size,
-        }
+        (
+            header.path.name,
+            len(header.tensors),
+            header.tensors[0].name if header.tensors else "",
+            header.data_offset - header.start,
+            header.data_nbytes,
+            header.file_size,
+        )
         for header in shards.headers
     ]
-    return pd.DataFrame(rows, pd.RangeIndex(1, len(rows) + 1, name="shard"))
+    return pd.DataFrame(rows, pd.RangeIndex(1, len(rows) + 1, name="shard"), columns)

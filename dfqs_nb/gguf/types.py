@@ -24,6 +24,3 @@ TENSOR_TYPES = {
     int(code): (name, int(elements), int(n_bytes))
     for code, name, elements, n_bytes in (row.split() for row in _TYPES.split("|"))
 }
-# Types that llama.cpp removed. It does not use their codes again, but forks do.
-REMOVED_TYPES = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
-REMOVED_TYPES |= {36: "IQ4_NL_4_4 (bitnet.cpp: I2_S)", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}

@@ -24,8 +24,6 @@ from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import canonical_sha256
 from dfqs_nb.core.paths import outputs_dir
-from dfqs_nb.gguf.facts import early_dialect
-from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
 from dfqs_nb.llama import template
 from dfqs_nb.llama.build import ERROR, INFO, LOG, build_llama, dry_run, reason_of
@@ -49,17 +47,11 @@ class Verdict:
     reason: str = ""  # why not, without the names of functions and folders
     death: str = ""  # the signal, or "timeout", that ended the process
 
-    def explain(self, header: GGUFHeader) -> str:
-        """The loader's verdict for people; of a file (with this header) in an early dialect, too."""
+    @property
+    def sentence(self) -> str:
+        """The loader's verdict for people."""
         if self.accepted:
             return "llama.cpp's loader takes this file"
-        if early := early_dialect(header):
-            name, expected = next(iter(early.items()))
-            return (
-                f"a sound file that upstream llama.cpp refuses: {len(early)} of its tensors have names of "
-                f"an early conversion, such as {name} for {expected}. Run it with the fork that made it, or "
-                f"get a newer conversion. llama.cpp's reason: {self.reason}"
-            )
         return f"llama.cpp refuses this file: {self.reason}{f' ({self.death})' if self.death else ''}"
 
 

@@ -67,7 +67,6 @@ class Kind(StrEnum):
 REFUSED = {  # what a file is whose header the reader refuses, by the hint; else it is damaged
     CUT_OFF: Kind.UNFINISHED,
     reader.FORK: Kind.FOREIGN,
-    reader.REMOVED: Kind.FOREIGN,
     reader.OTHER_ORDER: Kind.OTHER_FORMAT,
     reader.OTHER_VERSION: Kind.OTHER_FORMAT,
 }
@@ -244,7 +243,7 @@ def _byte_part(path: Path) -> Diagnosis | None:
         first, total = files[0], sum(file.stat().st_size for file in files)
         finding = f"{what}; all {len(files)} are here, together {total:,} bytes"
     except DfqsError as error:
-        finding, missing = f"{what}: {error.what}", f"{error.hint}; then "
+        finding, missing = f"{what}: {error.what}", f"{error.hint.replace('FILE', quoted(path))}; then "
     step = f"{missing}join them: dfqs-nb merge {quoted(first)} -o {quoted(path.with_name(name['whole']))}"
     return Diagnosis(path, Kind.BYTE_PART, finding, step, path.stat().st_size, end=total)
 

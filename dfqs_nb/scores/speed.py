@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.memory import FLASH, ActiveBytes, active_bytes, cache_bytes_read
+from dfqs_nb.gguf.memory import FLASH, ActiveBytes, active_bytes
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import METRIC_DEPTH
 
@@ -23,12 +23,9 @@ Place = tuple[str, float, float]
 def with_roof(speeds: pd.DataFrame, model: Model, bandwidth: float) -> pd.DataFrame:
     """Speeds by `llama.timing.measure_speed`, with ``roof`` (tokens a second) and ``utilisation`` of decode.
 
-    ``bandwidth``: bytes a second that all cores read from memory together.
+    ``bandwidth``: bytes a second that all cores read from memory together. The cache is not counted.
     """
-    weights, types = active_bytes(model.header).total, (model.settings.type_k, model.settings.type_v)
-    middles = (speeds["depth"] + speeds["tokens"] // 2).tolist()  # of the timed tokens
-    read = [weights + cache_bytes_read(model.header, middle, *types) for middle in middles]
-    timed = speeds.assign(roof=[bandwidth / nbytes for nbytes in read])
+    timed = speeds.assign(roof=bandwidth / active_bytes(model.header).total)
     timed["roof"] = timed["roof"].where(timed["phase"] == "decode")
     return timed.assign(utilisation=timed["median"] / timed["roof"])
 

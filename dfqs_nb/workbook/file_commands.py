@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -27,7 +26,6 @@ from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
 MACHINES = ["64GB", "96GB", "128GB"]
 RAM, GPU, DISK = "RAM", "GPU", "disk"
-CARD_BUFFERS = "planned by llama.cpp for this shape on an H100, with flash attention and n_ubatch 512"
 Place = Annotated[str, Argument(help="A file, a name of `dfqs-nb models`, hf://..., https://...")]
 
 
@@ -48,13 +46,10 @@ def inspect(
 
 
 def _inspect(path: str, quick: bool) -> bool:
-    is_far = models.ADDRESS.match(path) is not None
-    files: Any = remote.headers_of(path) if is_far else nullcontext((Path(path), {}, 0))
-    with files as (local, _, fetched):
+    with remote.headers_of(path) as (local, places):
+        is_far = bool(places)
         diagnosis = merging.diagnose(local, allow_holes=is_far)
         rows = _header_rows(local) if diagnosis.sound else diagnosis.evidence
-        if is_far:
-            rows["read over the network"] = f"{fetched:,} bytes of headers"
         if (diagnosis.sound or diagnosis.kind == "raw concatenation") and not quick:
             rows |= _outlook(local)
         say(f"{models.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
@@ -71,7 +66,7 @@ def _outlook(path: Path) -> dict[str, Any]:
 
     try:
         with remote.outline(path) as model:
-            verdict = loader_verdict(model.paths[0]).explain(model.as_one)
+            verdict = loader_verdict(model.paths[0]).sentence
             verdict += ", once it is repaired" if model.glued else ""
             needs = memory.estimate(model.as_one, OUTLOOK_N_CTX)
             fits = memory.check_fits(needs) or "fits, weights and all"
@@ -203,7 +198,6 @@ def plan(
     ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of memory. 0: measured here."),
     gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of a card's memory. 0: unknown."),
     disk_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of the disk. 0: measured here."),
-    profile: str = Option("", metavar="FILE", help="routing_profile.json of `dfqs-nb routing MODEL`."),
 ) -> None:
     """Plan where a model's tensors would lie, and how fast it can be.
 
@@ -212,15 +206,13 @@ def plan(
     `dfqs-nb plan hf://owner/repo/model.gguf --ram 64GB --vram 24GB,24GB --context 32768`
     """
     from dfqs_nb.llama.diagnosis import forecast
-    from dfqs_nb.routing.profile import read_profile
 
     cards = [placement.size_of(text) for text in vram.split(",") if text.strip()]
     machines = [text for text in ram.split(",") if text.strip()]
     ram_bytes = placement.size_of(machines[0]) if machines else available_memory().available_bytes
     with remote.outline(model) as known:
         header, far = known.as_one, bool(known.places)
-        reads, about = read_profile(profile, known.headers) if profile else ({}, "")
-        shape = placement.Model(header, reads)
+        shape = placement.Model(header)
         if shape.n_context and context > shape.n_context:
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
             raise DfqsError(what, where=models.shown(model), hint=f"give --context {shape.n_context} or less")
@@ -230,7 +222,7 @@ def plan(
         outlook = None
         if placed.disk_token_bytes and not (far or known.glued or cards):
             room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
-            outlook = forecast(known.headers, room, helped=placed.disk_token_bytes)
+            outlook = forecast(known.headers, room)
         speeds = _speeds(placed, outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
         say(f"\n{placement.table(placed).to_string()}\n")
         if note := memory.kv_cache_bytes(header, context).note:
@@ -238,11 +230,8 @@ def plan(
         largest = placement.largest_context(shape, ram_bytes, cards, compute_bytes=compute)
         say(f"largest context: {largest:,} tokens" if largest else "no context fits")
         say(*_advice(placed, speeds, outlook))
-        if about:
-            say(f"experts' use: {about}. The page cache is assumed to keep those that it reads most")
         if cards:
-            source = CARD_BUFFERS if placed.devices[0].compute_bytes is not None else "unknown for this model"
-            say(f"a card's compute buffer: {source}; 1 GiB of each card is left beside it, or for it")
+            say("a card's compute buffer is unknown: 2 GiB of each card are left for it and the driver")
             say("there, llama-server also places without these flags (--fit), and plans that buffer")
         name = known.paths[0].name if far else str(known.paths[0])
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
@@ -264,10 +253,8 @@ def _runtime_rows(known: Any, n_ctx: int) -> int | None:
     if known.glued:
         when = "after the download, " if known.places else ""
         say(f"  its shards are glued together: {when}dfqs-nb repair makes one model of them")
-    if known.places:
-        say(f"  read over the network: {known.fetched_bytes:,} bytes of headers")
     verdict = loader_verdict(known.paths[0])
-    say(f"  {verdict.explain(known.as_one)}")
+    say(f"  {verdict.sentence}")
     if not verdict.accepted:
         return None
     try:

@@ -63,19 +63,3 @@ class Apart:
 def _changed(spec: Spec, changes: dict[str, object]) -> Spec:
     new = replace(spec, **changes)
     return new if new.nbytes == len(spec.bytes()) else replace(new, data=bytes(new.nbytes))
-
-
-def early_dialect(model: Apart) -> Apart:
-    """The model under the names and keys of the first DeepSeek-V4 conversions."""
-    model = model.without_field("deepseek4.attention.output_lora_rank")
-    for spec in model.specs:
-        old = (
-            spec.name.replace("attn_kv.", "attn_kv_latent.")
-            .replace("attn_compressor_", "attn_compress_")
-            .replace("indexer_compressor_", "indexer.compress_")
-            .replace("output_hc_", "hc_head_")
-        )
-        if "hc_" in old or "tid2eid" in old or "exp_probs_b" in old:
-            old = old.removesuffix(".weight").removesuffix(".bias")
-        model = model.change(spec.name, name=old)
-    return model

@@ -76,5 +76,5 @@ def test_lists_and_long_texts_show_where_they_differ(tmp_path, merged_reference)
     for line in lines:
         first, second = line.split(" | ")
         assert first.rpartition(": ")[2] != second, line
-    assert "tokenizer.ggml.tokens: 1 of 768 x STRING, first at 260: 'Ġthe' | 'ĠTHE'" in lines
+    assert any("'Ġthe'" in line and "'ĠTHE'" in line for line in lines), lines
     assert any("endfor" in line and "ENDFOR" in line for line in lines), lines

@@ -108,7 +108,7 @@ HEADERS = {
     ),
     "a tensor type that llama.cpp dropped": (
         header_bytes([], [Spec("t", 4, (32,), offset=0)]),
-        "the type 4, Q4_2, which llama.cpp removed",
+        "the type 4, which llama.cpp does not know",
         "",
     ),
     "cut off in a field": (small_gguf()[:100], "cut off|more than", "download it again"),

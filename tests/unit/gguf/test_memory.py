@@ -14,7 +14,6 @@ from dfqs_nb.core import machine
 from dfqs_nb.core.errors import HeaderError, SpaceError
 from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.facts import attention_layers
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate, kv_cache_bytes, weights_bytes
 from dfqs_nb.gguf.shards import open_shards
@@ -220,7 +219,6 @@ def test_heads_by_layer_and_sliding_windows_are_said_to_be_a_bound(tmp_path):
     assert kv.total == 7 * 64 * 2 * 2 * 4096
     assert kv.exactness == "upper bound"
     assert "sliding-window" in kv.note
-    assert {row["kind"] for row in attention_layers(header)} == {"window or full"}
 
 
 def test_the_width_of_a_head_is_that_of_the_first_layer(tmp_path):

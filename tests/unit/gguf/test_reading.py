@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from gguf_fixtures import field, gguf_bytes, real_size_header
+from gguf_fixtures import real_size_header
 
 from conftest import REFERENCE
-from dfqs_nb.core.errors import HeaderError
 from dfqs_nb.gguf import facts as header_facts
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import FLASH, active_bytes, cache_bytes_read
+from dfqs_nb.gguf.memory import FLASH, active_bytes
 from dfqs_nb.gguf.shards import open_shards
 
 Q8_0 = 34 / 32
@@ -59,25 +58,3 @@ def test_bytes_agree_with_the_count_of_active_parameters(flash):
 def test_shards_together_read_what_the_merged_file_reads(merged_reference):
     shards = open_shards(REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf")
     assert active_bytes(shards.as_one) == active_bytes(read_header(merged_reference))
-
-
-def test_cache_reads_of_the_real_shape(flash):
-    head, b = 512, 2
-    assert cache_bytes_read(flash, 100) == 43 * 100 * head * b + 21 * (25 * head + 25 * 128) * b
-    deep = 65_536
-    expected = 43 * 128 * head + 21 * (512 * head + deep // 4 * 128) + 20 * (deep // 128) * head
-    assert cache_bytes_read(flash, deep) == expected * b
-
-
-def test_cache_reads_of_an_odd_header_are_a_number_or_an_error_of_ours(tmp_path):
-    """One ratio may stand for a list, as llama.cpp takes it; a text is no count."""
-    fields = [
-        field("general.architecture", "STRING", "deepseek4"),
-        field("deepseek4.block_count", "UINT32", 1),
-    ]
-    path = tmp_path / "odd.gguf"
-    path.write_bytes(gguf_bytes([*fields, field("deepseek4.attention.compress_ratios", "UINT32", 4)], []))
-    assert cache_bytes_read(read_header(path), 512) == 0
-    path.write_bytes(gguf_bytes([*fields, field("deepseek4.attention.key_length", "STRING", "x")], []))
-    with pytest.raises(HeaderError, match="is not a count"):
-        cache_bytes_read(read_header(path), 512)

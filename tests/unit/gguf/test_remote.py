@@ -102,7 +102,7 @@ def test_all_shards_of_a_set_are_read_from_the_address_of_any(server, tmp_path, 
 
 
 def test_the_copy_is_the_file_as_far_as_headers_go(server):
-    with remote.headers_of(address(server, NANO[1].name)) as (path, *_):
+    with remote.headers_of(address(server, NANO[1].name)) as (path, _):
         assert path.stat().st_size == NANO[1].stat().st_size
         assert read_header(path).raw == read_header(NANO[1]).raw
         assert diagnose(path, allow_holes=True).kind == diagnose(NANO[1]).kind
@@ -115,7 +115,7 @@ def test_a_model_is_outlined_wherever_it_is(server, real):
         with remote.outline(model) as outline:
             assert len(outline.tensors) == REAL_TENSORS and outline.paths[0].is_file()
             assert outline.glued == ("glued" in model)
-            assert bool(outline.places) == bool(outline.fetched_bytes) == (model != glued)
+            assert bool(outline.places) == (model != glued)
 
 
 def test_a_missing_shard_is_named(server):
@@ -131,7 +131,7 @@ def test_a_missing_shard_is_named(server):
     [
         ("/someone/flash/resolve/main/none.gguf", "cannot be fetched .Client error '404"),
         ("/nobody/flash/resolve/main/none.gguf", "cannot be fetched .Client error '404"),
-        (":1/m.gguf", "cannot be fetched .*[Rr]efused.*check the address, the network"),
+        (":1/m.gguf", "cannot be fetched .*[Rr]efused.*check address, network"),
     ],
 )
 def test_what_a_server_does_not_give_is_one_message(server, where, words, monkeypatch):
@@ -144,7 +144,7 @@ def test_what_a_server_does_not_give_is_one_message(server, where, words, monkey
 
 @pytest.mark.parametrize("where", ["http://h:x/m.gguf", "https://[x/m.gguf", "https://[::1/m.gguf"])
 def test_what_is_no_address_is_one_message_about_it(where):
-    with pytest.raises(RegistryError, match="check the address") as caught, remote.headers_of(where):
+    with pytest.raises(RegistryError, match="check .*address") as caught, remote.headers_of(where):
         pass
     assert caught.value.where == where
 
@@ -166,7 +166,7 @@ def test_a_page_instead_of_a_file_is_diagnosed(server, tmp_path):
     page.write_text("<!DOCTYPE html><html><title>Log in</title></html>")
     server.repos["someone/page"] = {"page.gguf": page}
     where = f"{server.endpoint}/someone/page/resolve/main/page.gguf"
-    with remote.headers_of(where) as (path, *_):
+    with remote.headers_of(where) as (path, _):
         assert "page" in str(diagnose(path, allow_holes=True).finding)
 
 

@@ -125,7 +125,7 @@ def test_two_models_by_tensor_names(pair, tmp_path):
 
 def test_set_of_another_count(pair):
     patch_field(pair[1], "split.count", (3).to_bytes(2, "little"))
-    refused(pair[0], "belongs to a set of 3, not of 2")
+    refused(pair[0], "of a set of 3, not of 2")
 
 
 @pytest.mark.parametrize("cut", [1, 1024, 1_000_000])

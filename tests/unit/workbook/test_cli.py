@@ -1,7 +1,6 @@
 """The command line as people type it: exit codes, one-line errors, and files that are what they should be."""
 
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -303,19 +302,6 @@ def test_the_command_of_a_plan_names_the_file_wherever_it_is_typed(tmp_path, mon
         done = dfqs("plan", place, "--context", "256", "--ram-gbs", "10", "--ram", "64GB", cwd=tmp_path)
         words = shlex.split(done.stdout.split("\n\n")[-1])
         assert words[:2] == ["llama-server", "-m"] and (tmp_path / words[2]).is_file(), done.stdout
-
-
-def test_plan_reads_a_routing_profile(tmp_path):
-    """Where memory lacks room for experts, a token reads less from the disk if few experts do the work."""
-    reads = [0.25] * 7 + [0.25 / 9] * 9
-    own = {str(layer): reads for layer in range(4)}
-    stored = {"format": 2, "model": "DFQS-Nano", "texts": 16, "tokens": 1280, "reads": own}
-    (tmp_path / "routing_profile.json").write_text(json.dumps(stored))
-    tight = ("plan", FIRST, "--context", "1024", "--ram", "23500K", "--ram-gbs", "10", "--disk-gbs", "1")
-    plain, profiled = dfqs(*tight), dfqs(*tight, "--profile", str(tmp_path / "routing_profile.json"))
-    assert "1,280 tokens of 16 texts, recorded on DFQS-Nano" in profiled.stdout
-    speeds = [float(re.search(r"at most ([\d.]+) tokens/s", done.stdout)[1]) for done in (plain, profiled)]
-    assert speeds[0] < speeds[1]
 
 
 def test_diff_names_what_differs_by_its_exit_status():

@@ -223,8 +223,6 @@ def files_of_a_command(words: list[str], place: Path, run: Callable[[list[str]],
         (place / words[-1]).write_text(CHOICES)
     elif "--set" in words:
         shutil.copy(data_dir() / "prompts" / "nano_reasoning.jsonl", place / words[-1])
-    elif "--profile" in words:
-        pytest.skip("notebook 04 writes the profile: minutes")
     elif "fidelity" in words:
         run(["dfqs-nb", "record", "model.gguf", "-o", words[-1], *SHORTER["record"]])
     if words[1] in ("fidelity", "loops", "tasks") and words[2] != "model.gguf":
