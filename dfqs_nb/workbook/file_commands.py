@@ -179,7 +179,8 @@ def quantize(
     with TemporaryDirectory() as folder:
         matrix = read_imatrix(imatrix) if imatrix else None
         if calibrate and chosen.weights:
-            matrix = collect(path, calibrate, f"{f'{folder}/dry' if dry_run else output}.imatrix.gguf")
+            kept = f"{folder}/imatrix.gguf" if dry_run else f"{output}.imatrix.gguf"
+            matrix = collect(path, calibrate, kept)
         if dry_run:
             plan = ladder.plan(path, chosen, matrix)
         else:
