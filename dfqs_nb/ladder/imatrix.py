@@ -10,6 +10,7 @@ import ctypes
 import re
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -243,8 +244,10 @@ def collect(
     known: dict[str, Any] = {"source": sha256_of_files(open_shards(source).paths), "text": asdict(text)}
     known |= {"tokens": chunk_tokens, "chunks": n_chunks, "runtime": llama_version()}
     dataset = f"{text.name} {conditions_hash(known)}"
-    if path.exists() and not fresh and (kept := read_imatrix(path)).datasets == (dataset,):
-        return kept
+    if path.exists() and not fresh:
+        with suppress(DfqsError):  # a damaged file is collected again
+            if (kept := read_imatrix(path)).datasets == (dataset,):
+                return kept
     path.parent.mkdir(parents=True, exist_ok=True)
     collector, n_threads = Collector(), n_threads or threads_for(source)
     with default_params(cb_eval=collector.callback):

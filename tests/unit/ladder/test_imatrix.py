@@ -77,6 +77,19 @@ def test_what_is_written_is_read_again_and_llama_cpp_parses_it(matrix, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+def test_a_matrix_is_collected_once_and_again_where_its_file_is_damaged(matrix, tmp_path, monkeypatch):
+    how = {"chunk_tokens": 128, "n_chunks": 2, "n_threads": 1}
+    path, whole = tmp_path / "new" / "m.gguf", Path(matrix.path).read_bytes()
+    path.parent.mkdir()
+    path.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(imatrix, "open_model", lambda *_: pytest.fail("the model was opened"))
+        assert imatrix.collect(F16, "calibration-nano", path, **how).datasets == matrix.datasets
+    path.write_bytes(whole[:5000])
+    imatrix.collect(F16, "calibration-nano", path, **how)
+    assert path.read_bytes() == whole
+
+
 def test_entries_of_another_size_than_their_tensor_are_left_out(matrix):
     """llama-quantize refuses them: deepseek4 multiplies attn_output_a in groups."""
     kept = matrix.fitting(read_header(F16), re.compile("."))
