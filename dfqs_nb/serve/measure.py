@@ -1,72 +1,40 @@
-"""Measure a served model: what notebooks 05 and 06 ask of a file, asked of a server, and both compared.
+"""Score a served model as notebook 06 scores a file, and compare the answers of both.
 
-A server that cuts a long prompt without a word would look like a model that forgets, or is wrong. So the
-tokens that the server counts are compared with those that were sent.
+A server that cuts a long prompt without a word would look like a model that is wrong. So the tokens that it
+counts of a text are compared with those of its halves.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from dfqs_nb import context, scores
+from dfqs_nb import scores
+from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Model
 from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun
-from dfqs_nb.serve.client import Endpoint, Reply, pick
-from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, TemporaryError
+from dfqs_nb.serve.client import Endpoint, Reply
+from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Work = TypeVar("Work")
+Made = TypeVar("Made")
+PROCESS = "process"  # in the place of a server's name
 MARK = "MESSAGE-STANDS-HERE"
-SAMPLE = "The red key is kept in the old box. " * 8
 CUT_SHARE, CUT_TOKENS = 0.02, 8  # by which halves may have more tokens than their whole, which ends in no cut
 SHORT = 1_600  # characters that every server reads whole
-SAME_LENGTH = 1.2  # texts of one length differ by less in their characters
 NEAR_TIE = 0.1  # of a logit: well above what other batches and kernels move
-LARGER = "start the server with a larger context (Ollama: OLLAMA_CONTEXT_LENGTH), or use shorter texts"
 DEFAULTS = Options()
-
-
-def token_counter(endpoint: Endpoint) -> tuple[Callable[[str], int], str]:
-    """How to count a text's tokens, and by what: the server's tokenizer, else its characters a token.
-
-    The function raises a `TemporaryError` where the server stops counting: no length is a silent guess.
-    """
-    forms: dict[str, tuple[str, str, dict[str, Any]]] = {
-        "llama.cpp": ("/tokenize", "content", {"add_special": False, "parse_special": True}),
-        "llama-cpp-python": ("/extras/tokenize", "input", {}),
-        "vLLM": ("/tokenize", "prompt", {"model": endpoint.model, "add_special_tokens": False}),
-    }
-    path, name, options = forms.get(endpoint.server, ("", "", {}))
-
-    def ids(text: str) -> list[Any] | None:
-        return pick(endpoint.optional(path, {name: text, **options}), "tokens", list)
-
-    if not path or (start := ids("")) is None:
-        each = (endpoint.complete(SAMPLE, 1).n_prompt or len(SAMPLE) // 4) / len(SAMPLE)
-        return lambda text: max(1, round(len(text) * each)), "estimated tokens"
-
-    def count(text: str) -> int:
-        if (counted := ids(text)) is None:
-            hint = "read its log; the same call goes on from there"
-            raise TemporaryError("the server stopped counting tokens", where=endpoint.url, hint=hint)
-        return len(counted) - len(start)  # llama-cpp-python puts a BOS in front
-
-    return count, "the server's tokens"
-
-
-def shown_chat(endpoint: Endpoint, message: str) -> str:
-    """A chat with this message as the server's template writes it; "" where the server does not show that."""
-    messages = [{"role": "user", "content": message}]
-    return pick(endpoint.optional("/apply-template", {"messages": messages}), "prompt", str) or ""
+LARGER = "start the server with a larger context (Ollama: OLLAMA_CONTEXT_LENGTH), or use shorter texts"
 
 
 def check_whole(endpoint: Endpoint, ask: Callable[[str, int], Reply], text: str) -> None:
@@ -85,68 +53,6 @@ def check_whole(endpoint: Endpoint, ask: Callable[[str, int], Reply], text: str)
         raise ContextOverflowError(what, where=endpoint.url, hint=LARGER)
 
 
-class _Remote:
-    """An endpoint in the place of a model, for `measure_long_context`: it frames, holds and asks in text.
-
-    A server takes texts, so a "token" is a piece of text here: a text of n tokens is the text itself and
-    n - 1 empty pieces. Pieces have the right number, and joined they are the text again.
-    """
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        count, self.counted_by = token_counter(endpoint)
-        self._count, self.endpoint = lru_cache(maxsize=8192)(count), endpoint
-        before, mark, after = shown_chat(endpoint, MARK).partition(MARK)
-        self.around = (before, after) if mark else ("", "\nAnswer:")
-        self.settings = SimpleNamespace(n_ctx=endpoint.n_ctx or 2**31)
-        self._body: tuple[Any, ...] = ()
-        self._whole = 0.0  # characters of a text that the server is known to read whole
-        self.clear = lambda: None  # the server is told not to use its cache, or clears it itself
-        self.with_bos = lambda tokens: tokens  # the server puts its BOS in front
-
-    def tokenize(self, text: str, *, special: bool = True) -> tuple[Any, ...]:
-        return (text, *[""] * (self._count(text) - 1)) if text else ()
-
-    def conditions(self) -> dict[str, Any]:
-        return {**self.endpoint.conditions(), "lengths": self.counted_by, "around": list(self.around)}
-
-    def hold(self, body: tuple[Any, ...]) -> int:
-        self._body = body  # sent with each question
-        return 0
-
-    def ask(self, question: Any) -> tuple[str, int]:
-        """The greedy answer to a question about the haystack that is held, and the tokens evaluated."""
-        sent = (*self._body, *question.prompt)
-        text = "".join(map(str, sent))
-        if len(text) > self._whole:
-            check_whole(self.endpoint, self.endpoint.complete, text)
-            self._whole = len(text) * SAME_LENGTH
-        reply = self.endpoint.complete(text, question.max_tokens)
-        return reply.text.strip(), (reply.n_prompt or len(sent)) + reply.n_tokens
-
-
-def measure_long_context(
-    endpoint: Endpoint,
-    folder: str | Path,
-    *,
-    prompt_set: str = "long-context-nano",
-    longest: int = 1024,
-    shortest: int | None = None,
-    n_haystacks: int = 4,
-    fresh: bool = False,
-) -> Any:
-    """Notebook 05's retrieval at growing lengths, asked in text through ``/v1/completions``.
-
-    Lengths are the server's tokens where it shows its tokenizer, else an estimate (``conditions`` tell
-    which). A length that the server has no room for, or whose prompts it cuts, ends the curve as a failure
-    of the runtime. After an `EndpointError` a second call goes on from there.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    remote: Any = _Remote(endpoint)
-    options: dict[str, Any] = {"shortest": shortest, "n_haystacks": n_haystacks, "rounds": 0}
-    plan = context.make_plan(remote, prompt_set, longest, **options)
-    return context.measure(remote, plan, folder, model_sha256=endpoint.identity, fresh=fresh)
-
-
 def score_set(
     endpoint: Endpoint,
     item_set: ItemSet,
@@ -162,7 +68,7 @@ def score_set(
     has no chat template, the server gets the text that the process gets. An answer that fills the context is
     a `ContextOverflowError`. After an `EndpointError` a second call goes on from there.
     """
-    url, n_ctx, template = endpoint.url, endpoint.n_ctx, endpoint.chat_template
+    url, n_ctx = endpoint.url, endpoint.n_ctx
     if options.thinking != "template":
         hint = "start it with thinking on or off, and leave --thinking out"
         raise EndpointError("a server decides about thinking when it starts", where=url, hint=hint)
@@ -188,8 +94,7 @@ def score_set(
             raise ContextOverflowError(what, where=url, hint=LARGER)
         return reply
 
-    if chat and "strftime_now" in template:  # the server's clock is not ours: what it writes counts, too
-        template += shown_chat(endpoint, MARK)
+    template = endpoint.chat_template
     known = hashlib.sha256(template.encode()).hexdigest() if template else "the server's"
     conditions = {"chat_template_sha256": known if chat else "none", **endpoint.conditions()}
     if bare and mode == "chat":
@@ -202,15 +107,28 @@ def score_set(
 # ---- the same questions in this process and through a server, item by item ----
 
 
+def side_by_side(work: Callable[[Work], Made], items: Iterable[Work], n_at_once: int) -> list[Made]:
+    """Do the work for each item, up to ``n_at_once`` at a time; results in the order of the items."""
+    if n_at_once == 1:
+        return [work(item) for item in items]  # an interrupt ends it at once, and not after the last item
+    with ThreadPoolExecutor(n_at_once) as pool:
+        return list(pool.map(work, items))
+
+
+def room_for(model: Model) -> int:
+    """How many runtimes with this model's threads have a core for each thread; at least one."""
+    return max(1, usable_cores() // (model.settings.n_threads or 1))
+
+
 def compare_all(
     model: Model,
     connected: Mapping[str, Endpoint],
     item_sets: Sequence[ItemSet],
     folder: str | Path,
     *,
-    model_id: str = "",
-    local: Collection[str] = (),
-    stopped: dict[str, str] | None = None,
+    model_id: str,
+    local: Collection[str],
+    stopped: dict[str, str],
     **options: Any,
 ) -> pd.DataFrame:
     """Score sets in process and through each server, and `explain` where their texts differ.
@@ -228,33 +146,45 @@ def compare_all(
     import pandas as pd
 
     chosen, place, tables = Options(**options), Path(folder), list[pd.DataFrame]()
-    stopped = {} if stopped is None else stopped
-    runs = [scores.score_set(model, s, place / "process", chosen, model_id=model_id) for s in item_sets]
-    for name, endpoint in connected.items():
-        known = model_id if name in local else ""
+
+    def ask(name: str) -> list[SetRun]:
+        if name == PROCESS:
+            return [scores.score_set(model, s, place / name, chosen, model_id=model_id) for s in item_sets]
+        known: dict[str, Any] = {"model_id": model_id if name in local else "", "model": model}
         try:
-            for item_set, run in zip(item_sets, runs, strict=True):
-                theirs = score_set(
-                    endpoint, item_set, place / name, chosen, model_id=known, model=model
-                ).items
-                opening = ""  # of a thinking that the template itself writes: llama.cpp's server repeats it
-                if item_set.mode == "chat" and model.has_template:
-                    opening = "".join(chat_text(model, MARK).rpartition(MARK)[2].partition("<think>")[1:])
-                table = run.items[["set", "id", "family"]].assign(server=name)
-                table["text_process"] = run.items["completion"]
-                table["text_server"] = theirs["completion"].astype(str).str.removeprefix(opening)
-                table["same_text"] = table["text_process"] == table["text_server"]
-                table["correct_process"], table["correct_server"] = run.items["correct"], theirs["correct"]
-                by_id, other = {item.id: item for item in item_set.items}, table[~table["same_text"]]
-                pairs = zip(other["id"], other["text_server"], strict=True)
-                why = [explain(model, item_set, by_id[id_], text) for id_, text in pairs]
-                tables.append(table.join(pd.DataFrame(why, index=other.index)))
+            return [score_set(connected[name], s, place / name, chosen, **known) for s in item_sets]
         except EndpointError as error:
             stopped[name] = error.what
+            return []
+
+    runs, *served = side_by_side(ask, [PROCESS, *connected], room_for(model))
+    for name, answers in zip(connected, served, strict=True):
+        for item_set, run, theirs in zip(
+            item_sets, runs, answers, strict=False
+        ):  # none of a server that failed
+            tables.append(_compared(model, item_set, run, theirs).assign(server=name))
     if not tables:
         raise EndpointError(f"no server answers: {'; '.join(stopped.values())}", hint="read its log")
     items = pd.concat(tables, ignore_index=True)
     return items[["server", "set", *items.columns.drop(["server", "set"])]]
+
+
+def _compared(model: Model, item_set: ItemSet, run: SetRun, theirs: SetRun) -> pd.DataFrame:
+    """The answers to a set in this process and of one server, item by item."""
+    import pandas as pd
+
+    opening = ""  # of a thinking that the template itself writes: llama.cpp's server repeats it
+    if item_set.mode == "chat" and model.has_template:
+        opening = "".join(chat_text(model, MARK).rpartition(MARK)[2].partition("<think>")[1:])
+    table = run.items[["set", "id", "family"]].copy()
+    table["text_process"] = run.items["completion"]
+    table["text_server"] = theirs.items["completion"].astype(str).str.removeprefix(opening)
+    table["same_text"] = table["text_process"] == table["text_server"]
+    table["correct_process"], table["correct_server"] = run.items["correct"], theirs.items["correct"]
+    by_id, other = {item.id: item for item in item_set.items}, table[~table["same_text"]]
+    pairs = zip(other["id"], other["text_server"], strict=True)
+    why = [explain(model, item_set, by_id[id_], text) for id_, text in pairs]
+    return table.join(pd.DataFrame(why, other.index, ["token", "margin", "cause"]))
 
 
 def explain(model: Model, item_set: ItemSet, item: Any, served: str) -> dict[str, Any]:
@@ -280,7 +210,6 @@ def comparison_table(items: pd.DataFrame) -> pd.DataFrame:
     """A row a server and set of `compare_all`: items, same texts, right answers, causes of differences."""
     counts = {"items": ("id", "size"), "same_text": ("same_text", "sum")}
     counts |= {f"right_{where}": (f"correct_{where}", "sum") for where in ("process", "server")}
-    items = items if "cause" in items else items.assign(cause=None)
     groups = items.groupby(["server", "set"], sort=False)
     return groups.agg(**counts, causes=("cause", counted)).reset_index()
 

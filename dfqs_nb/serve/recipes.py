@@ -225,36 +225,32 @@ def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> tuple[Pat
 
 @dataclass(frozen=True)
 class _Source:
-    """A model, here (``folder``) or on the hub (``download``: the words of a command)."""
+    """A model, here (``folder``) or on the hub (``download``: a command without its folder or file)."""
 
-    name: str
     files: Sequence[str]
     folder: str = ""
     download: Sequence[str] = ()
     nbytes: int = 0
     header: GGUFHeader | None = None
     original: str = NOT_GIVEN
-    published: registry.Model | None = None
-    glued: str = ""  # the model whose shards, put end to end, have exactly the size of the published file
+    note: str = ""  # of the registry
 
 
 def _source(model: str | Path) -> _Source:
-    """The model, of which a registered name tells more than an address of the hub does."""
+    """The model. One that is registered is made one sound file by `dfqs-nb merge`, glued or in shards."""
     from dfqs_nb.merge import diagnose
 
     known, given = registry.registered(), str(model)
     addresses = {f"{entry.source}/{file.name}": entry for entry in known.values() for file in entry.files}
-    entry = known.get(given) or addresses.get(given.rpartition("@")[0] or given)
+    entry = known.get(given) or addresses.get(given.partition("@")[0])
     if entry and entry.source.startswith("hf://"):
-        names, repo = [file.name for file in entry.files], entry.source.removeprefix("hf://")
-        sets = {other.size_bytes: other.name for other in known.values() if other.files[1:]}
-        glued = "" if names[1:] else sets.get(entry.size_bytes, "")
-        facts: dict[str, Any] = {"nbytes": entry.size_bytes, "published": entry, "glued": glued}
-        return _on_the_hub(repo, names, **facts)
+        words, nbytes = ("dfqs-nb", "merge", entry.name, "-o"), entry.size_bytes
+        return _Source([f"{entry.name}.gguf"], "", words, nbytes, None, WEIGHTS_FROM, entry.note)
     if given.startswith("hf://"):
         file = registry.parse_address(given)
+        names = registry.siblings(file.file)
         revision = ["--revision", file.revision] if file.revision else []
-        return _on_the_hub(file.repo, registry.siblings(file.file), revision)
+        return _Source(names, "", ("hf", "download", file.repo, *names, *revision, "--local-dir"))
     path = registry.resolve(model)[0]
     diagnosis = diagnose(path)
     if not diagnosis.sound:
@@ -266,15 +262,7 @@ def _source(model: str | Path) -> _Source:
     url = str(header.get("general.base_model.0.repo_url", ""))
     original = url.removeprefix("https://huggingface.co/") if "huggingface.co/" in url else NOT_GIVEN
     folder, files = str(shards.paths[0].absolute().parent), [shard.name for shard in shards.paths]
-    return _Source(shards.name, files, folder, nbytes=shards.nbytes, header=header, original=original)
-
-
-def _on_the_hub(repo: str, names: Sequence[str], revision: Sequence[str] = (), **facts: Any) -> _Source:
-    """A model that the recipe downloads; shards of a registered one are merged."""
-    name = re.sub(r"-\d{5}-of-\d{5}$", "", PurePosixPath(names[0]).stem)
-    original = WEIGHTS_FROM if name.lower().startswith("deepseek-v4-flash") else NOT_GIVEN
-    files, download = [f"{name}.gguf"] if facts else names, ("hf", "download", repo, *names, *revision)
-    return _Source(name, files, download=download, original=original, **facts)
+    return _Source(files, folder, nbytes=shards.nbytes, header=header, original=original)
 
 
 def _settings(
@@ -309,20 +297,15 @@ def _settings(
 def _place(target: Any, source: _Source, folder: Path, name: str) -> tuple[str, Sequence[str], list[str]]:
     """The folder in which the target finds the model, its files there, and the commands that bring them."""
     files, commands = source.files, list[list[str]]()
-    place = _filled(target.place, {"file": "", "name": name}, str).rstrip("/\\") or source.folder
+    place = _filled(target.place, {"name": name}, str) or source.folder
     if source.download:
-        place = target.fetch_to or str(folder / "models")
-        path, known = _join(place, files[0]), source.published
-        if target.fetch_to and (source.glued or known and known.files[1:]):  # another machine
+        merged = source.download[0] == "dfqs-nb"  # it wants a folder that is there
+        place = target.fetch_to or str(folder if merged else folder / "models")
+        if merged and target.fetch_to:  # another machine
             commands = [["python", "-m", "pip", "install", "-q", f"git+{public_address()}"]]
-        if known and known.files[1:]:  # in which folder of the hub its shards are is not recorded
-            commands += [["dfqs-nb", "merge", known.name, "-o", path]]
-        else:
-            commands = [[*source.download, "--local-dir", place], *commands]
-        if source.glued:
-            commands += [["dfqs-nb", "repair", path, "--in-place"]]
+        commands += [[*source.download, _join(place, files[0])] if merged else [*source.download, place]]
     if target.single_file and len(files) > 1:
-        joined = folder / f"{source.name}.gguf"
+        joined = folder / f"{name}.gguf"
         commands += [["dfqs-nb", "merge", _join(place, files[0]), "-o", str(joined)]]
         place, files = str(folder), [joined.name]
     return place, files, [shlex.join(words) for words in commands]
@@ -336,7 +319,8 @@ def _values(
     target: Any, source: _Source, settings: Mapping[str, Any], folder: Path, key_variable: str, port: int
 ) -> dict[str, Any]:
     """What templates, commands and notes may name, besides the settings."""
-    name = re.sub(r"[^a-z0-9]+", "-", source.name.lower()).strip("-") or "model"  # every target takes it
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", PurePosixPath(source.files[0]).stem)
+    name = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") or "model"  # every target takes it
     place, files, get = _place(target, source, folder, name)
     mac, arm = platform.system() == "Darwin", platform.machine().lower() in ("arm64", "aarch64")
     paths = [_join(target.mount or place, file) for file in files]
@@ -349,7 +333,7 @@ def _values(
     return {
         "target": target,
         "source": source,
-        "architecture": header.architecture if header else "deepseek4" * (source.original == WEIGHTS_FROM),
+        "architecture": header.architecture if header else "deepseek4" if source.note else "",
         "name": name,
         "served": _filled(target.served_name, {"name": name}, str),
         "placement": Markup(shlex.join(flags)),
@@ -360,7 +344,6 @@ def _values(
         "system": f"{'macos' if mac else 'ubuntu'}-{'arm64' if arm else 'x64'}",
         "model": paths[0],
         "models": paths,
-        "file": files[0],
         "model_folder": place,
         "folder": str(folder),
         "get": get,

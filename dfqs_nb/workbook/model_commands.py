@@ -96,8 +96,7 @@ def score(
     endpoint_model: cli.ServerModel = "",
     key_variable: cli.KeyVariable = "",
     concurrency: int = Option(1, help="Requests at once to a server; more than 1 can change answers."),
-    field: list[str] = Option([], metavar="NAME=NEW", help="Rename a request's field; `seed=` omits it."),
-    timeout: float = Option(600.0, help="Seconds to wait for each piece of a server's answer."),
+    timeout: float = Option(3600.0, help="Seconds to wait for an answer of a server."),
     tier: Literal["nano", "standard"] = Option("standard", help="Which question sets."),
     set_names: list[str] = Option([], "--set", metavar="NAME", help="Only these sets, or JSONL files."),
     n_ctx: Context = 4096,
@@ -107,9 +106,6 @@ def score(
     temperature: float = Option(0.0, help="0: greedy."),
     thinking: Literal["template", "on", "off"] = Option("template", help="What the chat template is told."),
     thinking_tokens: int = Option(0, help="Extra tokens for thinking, on top of a set's own limit."),
-    long_context: bool = Option(False, "--long-context", help="Of a server: also test retrieval."),
-    longest: int = Option(1024, metavar="TOKENS", help="The longest length of that test."),
-    shortest: int | None = Option(None, metavar="TOKENS", help="Its shortest. Default: of the prompt set."),
     fresh: Fresh = False,
     allow_unsandboxed: bool = Option(False, "--allow-unsandboxed", help="Run code without a sandbox."),
 ) -> None:
@@ -120,20 +116,14 @@ def score(
     """
     from dfqs_nb import scores, serve
 
-    if long_context and not serve.is_url(model):
-        hint = f"of a file, notebook 05 measures it: `dfqs-nb run 01 05 --model {quoted(model)}`"
-        raise DfqsError("--long-context is for a server", where=model, hint=hint)
     sets = [scores.ItemSet.load(name) for name in set_names] or scores.ItemSet.of_tier(tier)
     given: dict[str, Any] = {"temperature": temperature, "n_samples": samples, "limit": limit, "fresh": fresh}
     given |= {"thinking": thinking, "thinking_tokens": thinking_tokens}
     options = scores.Options(**given, allow_unsandboxed=allow_unsandboxed)
     with ExitStack() as stack:
         if serve.is_url(model):
-            if bad := next((pair for pair in field if "=" not in pair[1:]), ""):
-                raise DfqsError(f"--field {bad} has no `=`", hint=f"--field {bad}= leaves it out")
             wire: dict[str, Any] = {"concurrency": concurrency, "timeout_seconds": timeout}
-            wire |= {"key_variable": key_variable, "fields": dict(pair.split("=", 1) for pair in field)}
-            opened: Any = serve.connect(model, endpoint_model, **wire)
+            opened: Any = serve.connect(model, endpoint_model, key_variable=key_variable, **wire)
             model_id, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
             score_set: Any = serve.measure.score_set
         else:
@@ -142,18 +132,6 @@ def score(
         for item_set in sets:
             say(score_set(opened, item_set, folder / "scores", options, model_id=model_id).score.sentence)
         say(f"answers: {tilde(folder / 'scores')}/")
-        if long_context:
-            place = folder / "long_context"
-            lengths: dict[str, Any] = {"longest": longest, "shortest": shortest, "prompt_set": tier}
-            curve = serve.measure.measure_long_context(opened, place, fresh=fresh, **lengths)
-            if curve.failure:
-                say(f"{curve.failure.length:,} tokens: {curve.failure.message}")
-            if len(curve.items):
-                say_table(
-                    curve.counts().curve()[["length", "correct", "n", "accuracy", "low", "high", "curve"]]
-                )
-                say(f"retrieval {curve.boundary().sentence}")
-            say(f"haystacks: {tilde(place)}/")
 
 
 @app.command(rich_help_panel=MEASURE)

@@ -49,7 +49,7 @@ def peer(make, *arguments, **options):
 def server(tmp_path):
     """llama.cpp's own server with the reference model and its whole context."""
     settings = OpenSettings(n_ctx=65_536, n_threads=1)
-    with servers.start("llama.cpp", SHARD, settings, log=tmp_path / "server.log") as running:
+    with servers.start(SHARD, settings, log=tmp_path / "server.log") as running:
         yield running
 
 

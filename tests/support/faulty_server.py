@@ -1,7 +1,6 @@
 """A server of OpenAI's protocol on loopback with faults on demand: such faults cannot be had from real ones.
 
-``faults`` are taken from the front, one a completion; when there are none left, it answers well. Ways of
-streaming and ending a response follow what llama.cpp's and llama-cpp-python's servers send.
+``faults`` are taken from the front, one a completion; when there are none left, it answers well.
 """
 
 from __future__ import annotations
@@ -144,80 +143,36 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- good answers ----
 
     def _none(self, body: dict, _extra: str) -> None:
-        self._begin(body)
         self._end(body)
 
     def _slow(self, body: dict, seconds: str) -> None:
         threading.Event().wait(float(seconds))
         self._none(body, "")
 
-    def _thinks(self, body: dict, seconds: str) -> None:
-        """As llama.cpp and vLLM for a template with a reasoning: it comes first, in a field of its own."""
-        self._begin(body, 0)
-        for text in ("Let", " me", " see"):
-            choice = self._choice(body, "", None)
-            choice["delta"] = {"reasoning_content": text}
-            self._event(self._object(body, [choice], False))
-        threading.Event().wait(float(seconds))
-        for text in self._pieces(body):
-            self._event(self._object(body, [self._choice(body, text, None)], False))
-        self._end(body)
-
     def _pieces(self, body: dict) -> tuple[str, ...]:
         return (self.owner.answer(body),) if self.owner.answer else ANSWER
 
     def _choice(self, body: dict, text: str, reason: str | None) -> dict:
-        chat, stream = "messages" in body, body.get("stream")
-        held = (
-            {"delta" if stream else "message": {"content": text, "role": "assistant"}}
-            if chat
-            else {"text": text}
-        )
+        chat = "messages" in body
+        held = {"message": {"content": text, "role": "assistant"}} if chat else {"text": text}
         return {"index": 0, "finish_reason": reason, "logprobs": None, **held}
 
-    def _object(self, body: dict, choices: list[dict], usage: bool) -> dict:
-        kind = "chat.completion" if "messages" in body else "text_completion"
-        n = len(self._pieces(body))
-        counted = None
-        if usage:
-            n_prompt = self.owner.count(body)
-            counted = {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
+    def _object(self, body: dict, choices: list[dict]) -> dict:
+        n, n_prompt = len(self._pieces(body)), self.owner.count(body)
         return {
             "id": "1",
-            "object": kind,
+            "object": "chat.completion" if "messages" in body else "text_completion",
             "created": 1,
             "model": body.get("model"),
             "choices": choices,
-            "usage": counted,
+            "usage": {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n},
         }
-
-    def _begin(self, body: dict, n: int = 99) -> None:
-        """The head and the first pieces of a stream; of a whole answer nothing yet."""
-        if body.get("stream"):
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            for text in self._pieces(body)[:n]:
-                self._event(self._object(body, [self._choice(body, text, None)], False))
-
-    def _event(self, value: object) -> None:
-        raw = b"data: " + (value if isinstance(value, bytes) else json.dumps(value).encode()) + b"\n\n"
-        self.wfile.write(f"{len(raw):x}\r\n".encode() + raw + b"\r\n")
-        self.wfile.flush()
 
     def _end(self, body: dict, reason: str = "stop") -> None:
         self._left()
-        if not body.get("stream"):
-            choice = self._choice(body, "".join(self._pieces(body)), reason)
-            self._json(200, self._object(body, [choice], True))
-            return
-        self._event(self._object(body, [self._choice(body, "", reason)], True))
-        self._event(b"[DONE]")
-        self.wfile.write(b"0\r\n\r\n")
+        self._json(200, self._object(body, [self._choice(body, "".join(self._pieces(body)), reason)]))
 
     def _length(self, body: dict, _extra: str) -> None:
-        self._begin(body)
         self._end(body, "length")
 
     # ---- faults ----
@@ -237,83 +192,39 @@ class _Handler(BaseHTTPRequestHandler):
     def _overflow(self, _body: dict, _extra: str) -> None:
         self._json(400, {"error": OVERFLOW})
 
-    def _quiet_overflow(self, body: dict, _extra: str) -> None:
-        """As llama-cpp-python 0.3.36: a stream that ends without an event; asked whole, the reason."""
-        if not body.get("stream"):
-            self._json(
-                400,
-                {"error": {**OVERFLOW, "type": "invalid_request_error", "code": "context_length_exceeded"}},
-            )
-            return
-        self.owner.faults.insert(0, "quiet-overflow")
-        self._begin(body, 0)
-        self.wfile.write(b"0\r\n\r\n")
-
     def _truncated(self, body: dict, _extra: str) -> None:
-        """The connection closes in order, after half of an answer."""
-        if body.get("stream"):
-            self._begin(body, 2)
-            self.wfile.write(b"0\r\n\r\n")
-        else:
-            self._json(200, self._object(body, [self._choice(body, ANSWER[0], None)], True))
+        """Half of an answer, in order."""
+        self._json(200, self._object(body, [self._choice(body, ANSWER[0], None)]))
 
-    def _event_error(self, body: dict, _extra: str) -> None:
-        """As llama.cpp: an error event in the stream."""
-        if not body.get("stream"):
-            self._500(body, "")
-            return
-        self._begin(body, 2)
-        self._event({"error": {"code": 500, "message": "failed to decode", "type": "server_error"}})
-        self.wfile.write(b"0\r\n\r\n")
-
-    def _die(self, body: dict, _extra: str) -> None:
+    def _die(self, _body: dict, _extra: str) -> None:
         """The process is gone: the connection is reset in the middle."""
-        self._begin(body, 2)
-        if not body.get("stream"):
-            self.wfile.write(
-                b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"id"'
-            )
+        self.wfile.write(
+            b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"id"'
+        )
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
 
-    def _garbage(self, body: dict, _extra: str) -> None:
-        if body.get("stream"):
-            self._begin(body, 1)
-            self._event(b"{not json")
-            self.wfile.write(b"0\r\n\r\n")
-        else:
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", "9")
-            self.end_headers()
-            self.wfile.write(b"{not json")
+    def _garbage(self, _body: dict, _extra: str) -> None:
+        self._bytes(b"{not json")
+
+    def _bytes(self, raw: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
 
     def _null(self, body: dict, _extra: str) -> None:
         """A proxy's answer without its message."""
-        if not body.get("stream"):
-            self._json(
-                200, self._object(body, [{"index": 0, "message": None, "finish_reason": "stop"}], True)
-            )
-            return
-        self._begin(body, 0)
-        self._event(self._object(body, [{"index": 0, "delta": None, "finish_reason": None}], False))
-        self.wfile.write(b"0\r\n\r\n")
+        self._json(200, self._object(body, [{"index": 0, "message": None, "finish_reason": "stop"}]))
 
     # ---- hostile ----
 
     def _halves(self, body: dict, pieces: str) -> None:
         """Pieces, given as JSON, that hold halves of a character."""
         self._left()
-        texts = json.loads(pieces)
-        if not body.get("stream"):
-            self._json(200, self._object(body, [self._choice(body, "".join(texts), "stop")], True))
-            return
-        self._begin(body, 0)
-        for text in texts:
-            self._event(self._object(body, [self._choice(body, text, None)], False))
-        self._event(self._object(body, [self._choice(body, "", "stop")], True))
-        self.wfile.write(b"0\r\n\r\n")
+        self._json(200, self._object(body, [self._choice(body, "".join(json.loads(pieces)), "stop")]))
 
     def _raw(self, _body: dict, kind: str) -> None:
         """An answer of its own shape: bytes that are not UTF-8, JSON in a thousand brackets, numbers as texts."""
@@ -325,51 +236,32 @@ class _Handler(BaseHTTPRequestHandler):
             "list": b'["not", "an", "answer"]',
             "content": b'{"choices":[{"text":[1],"message":{"content":[1]},"finish_reason":"stop"}]}',
         }[kind]
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
+        self._bytes(raw)
 
-    def _drip(self, _body: dict, where: str) -> None:
-        """One byte after the other, for ever: of the headers, or of an event."""
-        head = b"HTTP/1.1 200 OK\r\nX-Slow: "
-        if where == "body":
-            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: "
-        self.wfile.write(head)
+    def _drip(self, _body: dict, _extra: str) -> None:
+        """One byte after the other, for ever."""
+        self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{"id": "')
         for _ in range(300):
             self.wfile.write(b"a")
             self.wfile.flush()
             threading.Event().wait(0.1)
 
-    def _endless(self, body: dict, n_bytes: str) -> None:
-        """A stream, or a whole answer, without an end (but for this test's patience)."""
+    def _endless(self, _body: dict, n_bytes: str) -> None:
+        """An answer without an end (but for this test's patience)."""
         self.send_response(200)
-        stream = body.get("stream")
-        self.send_header("Content-Type", "text/event-stream" if stream else "application/json")
+        self.send_header("Content-Type", "application/json")
         self.end_headers()
-        event = json.dumps(self._object(body, [self._choice(body, "word " * 100, None)], False)).encode()
-        part = b"data: " + event + b"\n\n" if stream else b'{"choices": "' + b"a" * 65536
+        part = b'{"choices": "' + b"a" * 65536
         for _ in range(int(n_bytes) // len(part)):
             self.wfile.write(part)
-
-    def _refuses(self, body: dict, name: str) -> None:
-        """As servers that do not know a field; this one never forgets it."""
-        self.owner.faults.insert(0, f"refuses {name}")
-        if name not in body:
-            self._none(body, "")
-            return
-        words = f"Unsupported parameter: '{name}' is not supported with this model."
-        self._json(400, {"error": {"message": words, "type": "invalid_request_error"}})
 
     def _echo(self, _body: dict, status: str) -> None:
         """The key, in the words of an error (or of an answer)."""
         sent = self.headers.get("Authorization", "") + self.path
         if status == "200":
-            self._json(200, self._object(_body, [self._choice(_body, sent, "stop")], True))
+            self._json(200, self._object(_body, [self._choice(_body, sent, "stop")]))
             return
         self._json(int(status), {"error": {"message": f"who is {sent}?", "type": sent}})
 
     def _filtered(self, body: dict, reason: str) -> None:
-        self._begin(body, 1)
         self._end(body, reason)

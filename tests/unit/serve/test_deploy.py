@@ -131,10 +131,11 @@ def test_what_limits_one_architecture_is_not_told_to_another(tmp_path):
         gguf_fixtures.gguf_bytes(fields, [gguf_fixtures.Spec("blk.0.attn_q.weight", "F32", (64, 64))])
     )
     told = [
-        "\n".join(write_recipe("llama-cpp-source", source, tmp_path / source.stem).notes)
+        texts(write_recipe("llama-cpp-source", source, tmp_path / source.stem))["RECIPE.md"]
         for source in (model, SHARD)
     ]
     assert limits in told[1] and limits not in told[0] and "fork" not in told[0]
+    assert "loads deepseek4: yes" in told[1] and "deepseek4" not in told[0].replace(str(tmp_path), "")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -191,26 +192,20 @@ def values_of(tree: object) -> list:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("model", [SINGLE, HUB])
-def test_the_published_single_file_is_repaired_first(target, model, tmp_path):
+@pytest.mark.parametrize("model", [SINGLE, HUB, SHARDS])
+def test_a_registered_model_of_the_hub_is_made_one_sound_file(target, model, tmp_path):
     recipe = write_recipe(target, model, tmp_path)
     check_files(recipe)
     commands_of(recipe)
     whole = "\n".join([*texts(recipe).values(), *recipe.commands])
-    fetch, repair = (
-        whole.find("hf download persadian/DeepSeek-V4-Flash-IQ1_S-XL"),
-        whole.find("dfqs-nb repair"),
-    )
-    assert 0 <= fetch < repair, "it is fetched, then repaired"
-    assert any("61,540,805,344" in note and SHARDS in note for note in recipe.notes)
+    name = SHARDS if model == SHARDS else SINGLE
+    assert f"dfqs-nb merge {name} -o " in whole and "hf download" not in whole
+    assert any("the disk must hold 61.5 GB twice" in note for note in recipe.notes)
+    assert any(registry.registered()[name].note in note for note in recipe.notes), "the registry's word"
+    assert "loads deepseek4" in texts(recipe)["RECIPE.md"]
 
 
-def test_registered_shards_are_merged_and_others_downloaded(tmp_path):
-    merged = write_recipe("llama-cpp-brew", SHARDS, tmp_path / "a")
-    assert merged.commands[0].startswith(f"dfqs-nb merge {SHARDS} -o ")
-    assert any("whether upstream loads it was not tried" in note for note in merged.notes), (
-        "the registry's word"
-    )
+def test_other_models_of_the_hub_are_downloaded(tmp_path):
     other = write_recipe("llama-cpp-brew", "hf://someone/models/Q4/m-00002-of-00003.gguf@v1", tmp_path / "b")
     words = shlex.split(other.commands[0])
     assert words[:6] == [

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 import socket
 import time
 import traceback
@@ -19,17 +17,12 @@ from dfqs_nb.scores import Answerer, ItemSet, Options, sandbox
 from dfqs_nb.scores import run as scores
 from dfqs_nb.serve import checks, measure, wire
 from dfqs_nb.serve import client as endpoint
-from dfqs_nb.serve.wire import (
-    BrokenAnswerError,
-    ContextOverflowError,
-    EndpointError,
-    TemporaryError,
-)
+from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, TemporaryError
 from dfqs_nb.workbook import cli
 
 QUESTIONS = ItemSet.load("nano-reasoning")
 KEY = "sk-never-to-be-seen-5f3a"
-PASSING = ["429", "500", "truncated", "event-error", "die", "garbage", "null"]
+PASSING = ["429", "500", "truncated", "die", "garbage", "null"]
 
 
 @pytest.fixture(autouse=True)
@@ -168,17 +161,6 @@ def test_a_path_that_always_fails_is_one_that_is_not_there(server):
     assert endpoint.connect(server.url).server == "unknown"
 
 
-def test_a_length_is_not_guessed_when_the_server_stops_counting(server):
-    server.pages |= {
-        "/props": [PROPS],
-        "/tokenize": [(200, {"tokens": []}), (200, {"tokens": [1, 2]}), (500, {})],
-    }
-    count, counted_by = measure.token_counter(endpoint.connect(server.url))
-    assert (count("two tokens"), counted_by) == (2, "the server's tokens")
-    with pytest.raises(TemporaryError, match="stopped"):
-        count("other tokens")
-
-
 def test_another_service_s_key_is_not_sent(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
@@ -201,25 +183,16 @@ def test_no_key_in_errors_nor_in_any_file(server, tmp_path):
 # ---- answers ----
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_an_answer_is_mapped(server, stream):
-    remote = endpoint.connect(server.url, stream=stream)
+def test_an_answer_is_mapped(server):
+    remote = endpoint.connect(server.url)
     reply = remote.chat("x", 12)
     assert (reply.text, reply.finish_reason, reply.n_tokens, reply.n_prompt) == (TEXT, "eos", 4, 1)
-    assert math.isnan(reply.first_seconds) != stream
     assert remote.complete("x", stop=["\n"]).finish_reason == "stop"
     server.faults = ["length"]
     assert remote.complete("x").finish_reason == "length"
     request = server.asked[0]
     assert request["temperature"] == 0 and request["seed"] == 42 and request["max_tokens"] == 12
     assert "top_p" not in request and server.asked[1]["stop"] == ["\n"]
-
-
-def test_a_reasoning_kept_apart_is_time_and_no_text(server):
-    """Its first piece is the answer's first piece."""
-    server.faults = ["thinks 0.3"]
-    reply = endpoint.connect(server.url).chat("Where?")
-    assert reply.text == TEXT and reply.first_seconds > 0
 
 
 def test_sampling_is_passed_on(server):
@@ -234,11 +207,10 @@ def test_sampling_is_passed_on(server):
 # ---- faults ----
 
 
-@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("fault", PASSING)
-def test_a_passing_fault_is_tried_again(server, fault, stream):
+def test_a_passing_fault_is_tried_again(server, fault):
     server.faults = [fault]
-    reply = endpoint.connect(server.url, stream=stream).chat("x")
+    reply = endpoint.connect(server.url).chat("x")
     assert reply.text == TEXT and len(server.asked) == 2
 
 
@@ -247,13 +219,12 @@ def test_a_passing_fault_is_tried_again(server, fault, stream):
     [
         ("429", TemporaryError, "429 .*slow down"),
         ("500", TemporaryError, "llama_decode failed"),
-        ("truncated", BrokenAnswerError, "without saying why"),
-        ("garbage", BrokenAnswerError, "broke off"),
+        ("truncated", TemporaryError, "does not say why"),
+        ("garbage", TemporaryError, "broke off"),
     ],
 )
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_lasting_fault_is_an_error_after_all_attempts(server, fault, kind, words, stream):
-    remote = endpoint.connect(server.url, retries=2, stream=stream)
+def test_a_lasting_fault_is_an_error_after_all_attempts(server, fault, kind, words):
+    remote = endpoint.connect(server.url, retries=2)
     server.faults = [fault] * 3
     with pytest.raises(kind, match=words) as caught:
         remote.chat("x")
@@ -264,29 +235,27 @@ def test_a_lasting_fault_is_an_error_after_all_attempts(server, fault, kind, wor
 def test_a_server_that_dies_is_an_error_that_names_the_address(server):
     remote = endpoint.connect(server.url, retries=1)
     server.faults = ["die", "die"]
-    with pytest.raises((BrokenAnswerError, EndpointError)) as caught:
+    with pytest.raises(TemporaryError) as caught:
         remote.chat("x")
     assert server.url in str(caught.value) and len(server.asked) == 2
 
 
-@pytest.mark.parametrize("fault, asked", [("overflow", 1), ("quiet-overflow", 2)])
-def test_an_overflow_is_its_own_error_and_not_tried_again(server, fault, asked):
+def test_an_overflow_is_its_own_error_and_not_tried_again(server):
     remote = endpoint.connect(server.url)
-    server.faults = [fault]
+    server.faults = ["overflow"]
     with pytest.raises(ContextOverflowError, match="6002 tokens") as caught:
         remote.chat("x")
     assert isinstance(caught.value, ContextFullError) and caught.value.cause == "n_ctx"
-    assert len(server.asked) == asked
+    assert len(server.asked) == 1
 
 
-@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("reason", ["content_filter", "tool_calls"])
-def test_an_answer_that_the_server_ends_for_a_reason_is_not_asked_for_again(server, reason, stream):
-    remote = endpoint.connect(server.url, stream=stream)
+def test_an_answer_that_the_server_ends_for_a_reason_is_not_asked_for_again(server, reason):
+    remote = endpoint.connect(server.url)
     server.faults = [f"filtered {reason}"]
     with pytest.raises(EndpointError, match=reason) as caught:
         remote.chat("x")
-    assert len(server.asked) == 1 and caught.value.hint and not isinstance(caught.value, BrokenAnswerError)
+    assert len(server.asked) == 1 and caught.value.hint and not isinstance(caught.value, TemporaryError)
 
 
 def test_a_request_that_is_refused_is_not_repeated(server):
@@ -306,10 +275,11 @@ def test_pauses_grow(server, monkeypatch):
 
 
 def test_a_server_that_says_nothing_ends_in_time(server):
-    remote = endpoint.connect(server.url, timeout_seconds=0.3, retries=0)
+    remote = endpoint.connect(server.url, timeout_seconds=0.3)
     server.faults = ["slow 5"]
-    with pytest.raises(EndpointError, match="no answer in time|broke off"):
+    with pytest.raises(EndpointError, match="no answer in time"):
         remote.chat("x")
+    assert len(server.asked) == 1
 
 
 # ---- scores ----
@@ -398,62 +368,14 @@ def test_routing_needs_the_process(server):
     endpoint.check_in_process("model.gguf", "routing")
 
 
-# ---- long context and speed ----
-
-
-def test_long_context_is_asked_in_text_and_counts_what_is_right(server, tmp_path):
-    def recall(body: dict) -> str:
-        """The code that the needle in the text has, if the text is short enough for this server."""
-        codes = re.findall(r"\d{4,5}", body["prompt"])
-        return f"The pass key is {codes[0]}." if codes and len(body["prompt"]) < 3000 else "0."
-
-    server.answer = recall
-    run = measure.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
-    items = run.items
-    assert set(items["length"]) == {64, 128, 256, 512, 1024}
-    assert items["correct"].equals(items["length"] <= 256)  # this server counts 10 characters a token
-    asked = len(server.asked)
-    measure.measure_long_context(endpoint.connect(server.url), tmp_path, longest=1024, n_haystacks=3)
-    assert len(server.asked) == asked + 1  # the sample that tokens are estimated from
-
-
-def test_the_command_measures_long_context_with_the_texts_of_its_tier(server, tmp_path, monkeypatch, capsys):
-    """The standard tier's, here; the nano tier's are asked of real servers."""
-    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
-    server.answer = lambda body: "0."
-    given = [
-        "score",
-        server.url,
-        "--tier",
-        "standard",
-        "--set",
-        "nano-reasoning",
-        "--limit",
-        "1",
-        "--run",
-        "r",
-    ]
-    assert cli.main([*given, "--long-context", "--shortest", "384", "--longest", "384"]) == 0
-    lines = (tmp_path / "r/long_context/long_context_items.jsonl").read_text().splitlines()
-    assert {row["length"] for row in map(json.loads, lines) if "question" in row} == {384}
-    shown = capsys.readouterr().out
-    assert re.search("^ +384 ", shown, re.MULTILINE), shown
-    assert re.search("^retrieval .*(interval|no better than chance)", shown, re.MULTILINE), shown
-
-
-def test_a_context_that_ends_bounds_the_curve(server, tmp_path):
-    server.answer = lambda body: "0."
-    remote = endpoint.connect(server.url)
-    server.faults = ["none"] * 7 + ["overflow"]
-    run = measure.measure_long_context(remote, tmp_path, longest=512, n_haystacks=3)
-    assert run.failure is not None and run.failure.cause == "n_ctx" and len(run.items) == 6
+# ---- speed ----
 
 
 def test_speed_counts_what_all_clients_got(server):
     server.faults = ["none"] + ["slow 0.05"] * 40
-    table = checks.speed_of_all({"s": endpoint.connect(server.url)}, (1, 4))
+    table = checks.speed_of_all({"s": endpoint.connect(server.url)}, (1, 4), 48, {})
     assert table["requests"].tolist() == [2, 8] and table["tokens"].tolist() == [8, 32]
-    assert server.busiest == 4 and (table["first_median"] > 0.04).all()
+    assert server.busiest == 4
     assert table["tokens_per_sec"].to_list() == pytest.approx((table["tokens"] / table["seconds"]).to_list())
 
 

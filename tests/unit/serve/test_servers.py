@@ -1,4 +1,4 @@
-"""Real local servers with the reference model: both kinds come up, answer as this process does, and go away."""
+"""A real local server with the reference model: it comes up, answers as this process does, and goes away."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ from gguf.scripts import gguf_new_metadata
 
 from conftest import REFERENCE
 from dfqs_nb import core
-from dfqs_nb.core import figures as plots
 from dfqs_nb.core.errors import ModelError
+from dfqs_nb.ladder import fidelity
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import ItemSet, Options
 from dfqs_nb.serve import checks as server_checks
 from dfqs_nb.serve import client as endpoint
-from dfqs_nb.serve import figures as serve_plots
 from dfqs_nb.serve import measure, servers
 from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
-from dfqs_nb.workbook import cli
 
 SETTINGS = OpenSettings(n_ctx=512, n_threads=1)
+OURS = {"model_id": "", "local": (), "stopped": {}}  # options of `compare_all`
 QUESTION = "Tom is tall. Ann is small. Who is tall?"
 
 
@@ -45,10 +44,10 @@ def model(merged_reference):
         yield opened
 
 
-@pytest.fixture(scope="module", params=sorted(servers.KINDS))
-def server(request, merged_reference, tmp_path_factory):
+@pytest.fixture(scope="module")
+def server(merged_reference, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with servers.start(request.param, merged_reference, SETTINGS, log=log) as opened:
+    with servers.start(merged_reference, SETTINGS, log=log) as opened:
         yield opened
 
 
@@ -88,80 +87,50 @@ def test_it_listens_on_loopback_only(server):
 
 def test_it_answers_as_this_process_does(server, model):
     connected = server.connect()
-    assert connected.server == server.kind and connected.n_ctx == 512
-    for stream in (True, False):
-        connected = server.connect(stream=stream)
-        ours = llama_generate.chat(model, QUESTION, 12)
-        assert (connected.chat(QUESTION, 12).text, connected.chat(QUESTION, 12).finish_reason) == (
-            ours.text,
-            "eos",
-        )
-        code = "def add(a, b):\n"
-        ours = llama_generate.complete(model, code, 24)
-        assert connected.complete(code, 24).text == ours.text
-        assert (
-            connected.complete(code, 24, stop=["\n"]).text
-            == llama_generate.complete(model, code, 24, stop=["\n"]).text
-        )
+    assert connected.server == "llama.cpp" and connected.n_ctx == 512
+    ours = llama_generate.chat(model, QUESTION, 12)
+    reply = connected.chat(QUESTION, 12)
+    assert (reply.text, reply.finish_reason) == (ours.text, "eos")
+    code = "def add(a, b):\n"
+    for stop in ((), ("\n",)):
+        ours = llama_generate.complete(model, code, 24, stop=stop)
+        assert connected.complete(code, 24, stop=stop).text == ours.text
 
 
-def test_its_tokens_are_ours(server, model):
-    count, counted_by = measure.token_counter(server.connect())
-    for text in (QUESTION, "def add(a, b):\n", "<｜User｜>Hello<｜Assistant｜>", ""):
-        assert (count(text), counted_by) == (len(model.tokenize(text)), "the server's tokens")
+def test_its_log_probabilities_are_ours(server, model):
+    reply = server.connect().chat(QUESTION, 12, logprobs=True, top_logprobs=1)
+    ours = fidelity.continuation(model, llama_generate.chat_prompt(model, QUESTION), 12)
+    for (text, value), (likeliest, *_) in zip(reply.logprobs, ours, strict=False):
+        assert text.encode() == model.token_bytes(likeliest[0])
+        assert value == pytest.approx(likeliest[1], abs=0.05)  # it computes in other batches
+    assert len(ours) >= 3 and len(reply.logprobs) >= len(ours)
 
 
 def test_an_overflow_is_told_from_other_failures(server):
-    for stream in (True, False):
-        with pytest.raises(ContextOverflowError):
-            server.connect(stream=stream, retries=1).complete("a b c " * 600, 4)
+    with pytest.raises(ContextOverflowError):
+        server.connect(retries=1).complete("a b c " * 600, 4)
     assert server.alive and server.connect().chat(QUESTION, 4).text
 
 
 def test_the_checks_find_a_sound_server(server, model):
-    table = server_checks.check_all({"s": server.connect()}, model, {"s": server}).set_index("check")
-    assert set(table["verdict"]) <= {"pass", "note"}, table["finding"].tolist()
-    for check in ("health", "context length", "chat template", "same again"):
+    table = server_checks.check_all({"s": server.connect()}, model).set_index("check")
+    assert set(table["verdict"]) <= {"pass", "note"} and len(table) == 4, table["finding"].tolist()
+    for check in ("context length", "chat template", "same again"):
         assert table.loc[check, "verdict"] == "pass", table.loc[check, "finding"]
-    assert "answers to any name" in table.loc["model name", "finding"]
 
 
 def test_the_same_items_in_process_and_through_it(server, model, tmp_path):
     questions = ItemSet.load("nano-reasoning")
     items = measure.compare_all(
-        model, {"s": server.connect()}, [questions], tmp_path, limit=24, progress=False
+        model, {"s": server.connect()}, [questions], tmp_path, limit=24, progress=False, **OURS
     )
     assert len(items) == 24 and items["same_text"].all(), measure.comparison_table(items)["causes"]
     assert items["text_process"].equals(items["text_server"])
 
 
 def test_speed_under_clients(server):
-    table = server_checks.speed_of_all({"s": server.connect()}, (1, 2), n_tokens=16, repetitions=1)
-    assert (table["tokens_per_sec"] > 0).all() and (table["first_median"] > 0).all()
-
-
-@pytest.mark.parametrize("server", ["llama.cpp"], indirect=True)  # the other shows no template
-def test_long_context_through_it(server, tmp_path):
-    run = measure.measure_long_context(server.connect(), tmp_path, longest=128, n_haystacks=3)
-    assert run.items["correct"].all() and set(run.items["length"]) == {64, 128}
-    assert run.items["n_evaluated"].le(128 + 16).all()
-
-
-@pytest.mark.parametrize("server", ["llama.cpp"], indirect=True)  # the other takes three times as long
-def test_the_command_measures_long_context_through_it(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
-    monkeypatch.setenv("DFQS_TEST_KEY", server.key.get_secret_value())
-    given = ["score", server.base_url, "--key-variable", "DFQS_TEST_KEY", "--tier", "nano", "--limit", "1"]
-    given += ["--set", "nano-reasoning", "--run", "r", "--long-context", "--shortest", "192"]
-    asked = [*given, "--longest", "192"]
-    assert cli.main(asked) == 0
-    shown = capsys.readouterr().out
-    lines = (tmp_path / "r/long_context/long_context_items.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert {row["length"] for row in rows if "question" in row} == {192}
-    assert re.search("^ +192 ", shown, re.MULTILINE), shown
-    assert re.search("^retrieval .*(interval|no better than chance)", shown, re.MULTILINE), shown
-    assert cli.main(asked) == 0 and capsys.readouterr().out == shown, "answers are kept"
+    table = server_checks.speed_of_all({"s": server.connect()}, (1, 2), 16, {})
+    assert (table["tokens_per_sec"] > 0).all() and table["tokens"].tolist() == [32, 64]
 
 
 def test_an_answer_that_fills_the_context_is_no_wrong_answer(server, tmp_path):
@@ -169,8 +138,7 @@ def test_an_answer_that_fills_the_context_is_no_wrong_answer(server, tmp_path):
     long = dataclasses.replace(questions.items[0], prompt="The dog slept near the fire. " * 40)
     many = dataclasses.replace(questions, items=(long,), max_tokens=400)
     connected = server.connect()
-    endless = {"ignore_eos": True} if server.kind == "llama.cpp" else {"min_tokens": 400}
-    connected = dataclasses.replace(connected, options={**connected.options, **endless})
+    connected = dataclasses.replace(connected, options={**connected.options, "ignore_eos": True})
     with pytest.raises(ContextOverflowError, match="512 tokens of context were full after"):
         measure.score_set(connected, many, tmp_path, Options(progress=False))
 
@@ -198,23 +166,22 @@ def thinking(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", sorted(servers.KINDS))
-def test_a_thinking_stays_in_the_answer(kind, thinking, tmp_path):
+def test_a_thinking_stays_in_the_answer(thinking, tmp_path):
     """Else llama.cpp's server has an empty answer where the tokens end before the thinking does."""
     thought = "I see it now.\n</think>\n\nThe box."
     forced = {"grammar": f"root ::= {json.dumps(thought)}"}  # the reference model itself thinks nothing
     with (
-        servers.start(kind, thinking, SETTINGS) as server,
+        servers.start(thinking, SETTINGS) as server,
         llama_model.open_model(thinking, SETTINGS) as model,
     ):
-        for stream in (True, False):
-            connected = server.connect(stream=stream)
-            assert connected.chat(QUESTION, 48, **forced).text.removeprefix("<think>\n") == thought
-        if kind == "llama.cpp":
-            split = connected.chat(QUESTION, 48, reasoning_format="deepseek", **forced).text
-            assert "</think>" not in split and "The box." in split, "what this is about"
+        connected = server.connect()
+        assert connected.chat(QUESTION, 48, **forced).text.removeprefix("<think>\n") == thought
+        split = connected.chat(QUESTION, 48, reasoning_format="deepseek", **forced).text
+        assert "</think>" not in split and "The box." in split, "what this is about"
         questions = ItemSet.load("nano-reasoning")
-        items = measure.compare_all(model, {"s": connected}, [questions], tmp_path, limit=4, progress=False)
+        items = measure.compare_all(
+            model, {"s": connected}, [questions], tmp_path, limit=4, progress=False, **OURS
+        )
         assert items["same_text"].all(), measure.comparison_table(items)["causes"]
 
 
@@ -239,11 +206,10 @@ def is_mapped(path: Path, server: servers.LocalServer) -> bool:
     return path.name in Path(f"/proc/{server.process.pid}/maps").read_text()
 
 
-@pytest.mark.parametrize("kind", sorted(servers.KINDS))
-def test_a_server_asks_for_its_key_and_is_gone_when_it_is_stopped(kind, merged_reference, tmp_path):
+def test_a_server_asks_for_its_key_and_is_gone_when_it_is_stopped(merged_reference, tmp_path):
     questions = ItemSet.load("nano-reasoning")
-    with servers.start(kind, merged_reference, SETTINGS, log=tmp_path / "log") as server:
-        assert server_checks.Checks(server.connect(), server=server).health()[0] == "pass"
+    with servers.start(merged_reference, SETTINGS, log=tmp_path / "log") as server:
+        assert server.healthy and not server.has_ended
         assert is_mapped(merged_reference, server)
         key = server.key.get_secret_value().encode()
         with pytest.raises(EndpointError):
@@ -253,41 +219,37 @@ def test_a_server_asks_for_its_key_and_is_gone_when_it_is_stopped(kind, merged_r
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 2 and len(key) > 30 and key not in command
     assert not [path for path in files if key in path.read_bytes()]
-    assert not server.alive and server.port_is_free
-    assert server_checks.shut_down({kind: server})["verdict"].tolist() == ["pass"]
+    assert not server.alive and server.has_ended
     assert server.stop() < 1
     with pytest.raises(EndpointError, match="nothing answers"):
         server.connect(retries=0)
 
 
-@pytest.mark.parametrize("kind", sorted(servers.KINDS))
-def test_a_file_is_not_mapped_unless_asked_for_and_a_server_dies_while_asked(
-    kind, merged_reference, tmp_path
-):
+def test_a_file_is_not_mapped_unless_asked_for_and_a_server_dies_while_asked(merged_reference, tmp_path):
     settings = dataclasses.replace(SETTINGS, use_mmap=False)
-    with servers.start(kind, merged_reference, settings, log=tmp_path / "log") as server:
+    with servers.start(merged_reference, settings, log=tmp_path / "log") as server:
         assert not is_mapped(merged_reference, server)
         connected = server.connect(retries=1)
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait(30)
         with pytest.raises(EndpointError):
             connected.chat(QUESTION, 8)
+        assert not server.has_ended
 
 
 ORPHAN = """
 import os, signal, sys
 from dfqs_nb.serve import servers
 from dfqs_nb.llama.settings import OpenSettings
-server = servers.start(sys.argv[1], sys.argv[2], OpenSettings(n_ctx=256, n_threads=1), log=sys.argv[3])
+server = servers.start(sys.argv[1], OpenSettings(n_ctx=256, n_threads=1), log=sys.argv[2])
 print(server.process.pid, server.port, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("kind", sorted(servers.KINDS))
-def test_it_ends_with_the_process_that_started_it(kind, merged_reference, tmp_path):
+def test_it_ends_with_the_process_that_started_it(merged_reference, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", ORPHAN, kind, merged_reference, tmp_path / "log"],
+        [sys.executable, "-c", ORPHAN, merged_reference, tmp_path / "log"],
         capture_output=True,
         text=True,
         check=False,
@@ -305,95 +267,87 @@ def test_it_ends_with_the_process_that_started_it(kind, merged_reference, tmp_pa
 
 
 def test_what_cannot_start_says_why(merged_reference, tmp_path):
-    with pytest.raises(EndpointError, match="llama-cpp-python, llama.cpp"):
-        servers.start("ollama", merged_reference)
     broken = tmp_path / "broken.gguf"
     raw = bytearray(Path(merged_reference).read_bytes())
     at = raw.index(b"deepseek4")
     raw[at : at + 9] = b"deepseekX"
     broken.write_bytes(raw)
-    for kind in servers.KINDS:
-        with pytest.raises(ModelError, match="died while it started") as caught:
-            servers.start(kind, broken, SETTINGS, log=tmp_path / "log")
-        assert "last lines" in caught.value.__notes__[0]
+    with pytest.raises(ModelError, match="died while it started") as caught:
+        servers.start(broken, SETTINGS, log=tmp_path / "log")
+    assert "last lines" in caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize(
-    "fault, verdict", [("404", "pass"), ("422", "pass"), ("500", "fail"), ("die", "fail"), ("none", "note")]
-)
-def test_only_a_refusal_is_a_refused_name(fault, verdict):
-    with FaultyServer(faults=[fault]) as faulty:
-        made = server_checks.Checks(endpoint.connect(faulty.url)).run(server_checks.Checks.model_name)
-    assert made["verdict"] == verdict, made["finding"]
+def test_what_stops_a_check_is_its_finding():
+    with FaultyServer(faults=["none", "die"]) as faulty:
+        connected = dataclasses.replace(endpoint.connect(faulty.url, retries=0), n_ctx=512)
+        made = server_checks.Checks(connected, None).run(server_checks.Checks.context_length)
+    assert made["verdict"] == "fail" and made["finding"].startswith("it stopped: "), made["finding"]
 
 
 def test_slots_that_share_batches_show_how_far_numbers_move(merged_reference):
-    with servers.start("llama.cpp", merged_reference, SETTINGS, n_parallel=4) as four:
-        verdict, finding = server_checks.Checks(four.connect(), n_tokens=8).same_beside_others()
+    with servers.start(merged_reference, SETTINGS, n_parallel=4) as four:
+        verdict, finding = server_checks.Checks(four.connect(), None, n_tokens=8).same_beside_others()
     assert verdict in ("pass", "note")
     assert re.search("of 16 answers differ .*; log-probabilities move by up to", finding)
 
 
-@pytest.mark.parametrize(
-    "clients, words", [((1, 4), "tokens of one client "), ((2, 4), "tokens of 2 clients ")]
-)
-def test_the_gain_of_clients_is_over_the_fewest_that_were_timed(clients, words):
-    speeds = pd.DataFrame({"server": "s", "clients": clients, "tokens_per_sec": (10.0, 20.0), "requests": 4})
-    assert words in serve_plots.speed_by_clients(speeds).get_title(loc="left")
-
-
-@pytest.mark.parametrize("server", ["llama.cpp"], indirect=True)
 def test_what_the_notebook_hands_on(server, merged_reference, model, tmp_path):
     questions, connected = [ItemSet.load("nano-reasoning")], {"llama.cpp": server.connect()}
-    health = server_checks.Checks(connected["llama.cpp"], model, server).run(server_checks.Checks.health)
-    checks = pd.DataFrame([health]).assign(server="llama.cpp")
-    speeds = server_checks.speed_of_all(connected, (1, 2), n_tokens=8, repetitions=1)
-    options = {"progress": False, "model_id": "0"}
+    checks = pd.DataFrame([{"check": "context length", "server": "llama.cpp", "verdict": "pass"}])
+    speeds = server_checks.speed_of_all(connected, (1, 2), 8, {})
+    options = {"progress": False, "model_id": "0", "stopped": {}}
     items = measure.compare_all(
         model, connected, questions, tmp_path, limit=4, local=("llama.cpp",), **options
     )
     answers = tmp_path / "llama.cpp/answers-nano-reasoning.jsonl"
     kept = answers.read_bytes()
-    measure.compare_all(model, connected, questions, tmp_path, limit=1, **options)
+    measure.compare_all(model, connected, questions, tmp_path, limit=1, local=(), **options)
     assert len(kept.splitlines()) == 4 and len(answers.read_bytes().splitlines()) == 5, (
         "another model, it may be"
     )
-    shutdown = pd.DataFrame({"server": ["llama.cpp"], "check": ["shutdown"], "verdict": ["pass"]})
     core.Stage(tmp_path, "merge").finish(conditions={}, summary=[], model={"sha256": "0"})
-    stage = core.Stage(tmp_path, "serving")
     lines = server_checks.hand_on(
-        stage,
+        core.Stage(tmp_path, "serving"),
         running={"llama.cpp": server},
         checks=checks,
         speeds=speeds,
         items=items,
         connected=connected,
         recipes=["ollama"],
-        shutdown=shutdown,
         stopped={"other": "it ended"},
     )
     assert "other: its server stopped, and was not measured to the end: it ended" in lines
-    assert all(" requests, " in line for line in lines if "tokens/s" in line), "a speed has its n"
+    timed = [line for line in lines if "tokens/s" in line]
+    assert len(timed) == 2 and all(" requests, " in line for line in timed), "a speed has its n"
     stage = json.loads((tmp_path / "serving.json").read_text())
-    assert stage[
-        "summary"
-    ] == lines and "4 of 4 answers of nano-reasoning are those of this process" in "\n".join(lines)
+    assert stage["summary"] == lines
+    assert "llama.cpp: 4 of 4 answers of nano-reasoning are those of this process" in lines
     assert stage["conditions"]["llama.cpp"]["n_ctx"] == 512 and "127.0.0.1" not in json.dumps(stage)
-    ax = serve_plots.speed_by_clients(speeds)
-    assert ax.get_title(loc="left") and ax.get_xlabel() and ax.get_ylabel() and ax.lines
-    plots.save(ax, tmp_path / "speeds.png")
+
+
+def test_a_server_that_fails_for_good_is_left_out_and_named(server, model, tmp_path):
+    questions, stopped = [ItemSet.load("nano-reasoning")], {}
+    with FaultyServer(faults=["500"]) as faulty:
+        connected = {"bad": endpoint.connect(faulty.url, retries=0), "good": server.connect()}
+        options = {"local": (), "model_id": "", "stopped": stopped, "limit": 2, "progress": False}
+        items = measure.compare_all(model, connected, questions, tmp_path, **options)
+        assert set(items["server"]) == {"good"} and list(stopped) == ["bad"] and "500" in stopped["bad"]
+        assert set(server_checks.speed_of_all(connected, (1,), 4, stopped)["server"]) == {"good"}
+        faulty.faults = ["500"]
+        with pytest.raises(EndpointError, match="no server answers"):
+            measure.compare_all(model, {"bad": connected["bad"]}, questions, tmp_path / "2", **options)
 
 
 @pytest.mark.slow
 def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
     settings = OpenSettings(n_ctx=1024, n_threads=1)
     with llama_model.open_model(merged_reference, settings) as model:
-        for kind in servers.KINDS:
-            with servers.start(kind, merged_reference, settings) as server:
-                items = measure.compare_all(
-                    model, {kind: server.connect()}, ItemSet.of_tier("nano"), tmp_path, progress=False
-                )
-            table = measure.comparison_table(items)
-            assert items["same_text"].all(), table["causes"]
-            assert (table["right_process"] == table["right_server"]).all()
-            assert table["items"].tolist() == [len(each.items) for each in ItemSet.of_tier("nano")]
+        with servers.start(merged_reference, settings) as server:
+            connected = {"llama.cpp": server.connect()}
+            items = measure.compare_all(
+                model, connected, ItemSet.of_tier("nano"), tmp_path, progress=False, **OURS
+            )
+        table = measure.comparison_table(items)
+        assert items["same_text"].all(), table["causes"]
+        assert (table["right_process"] == table["right_server"]).all()
+        assert table["items"].tolist() == [len(each.items) for each in ItemSet.of_tier("nano")]

@@ -130,11 +130,6 @@ def test_a_wrong_command_line_says_what_is_wrong_with_it(words, says, capsys):
     assert says in " ".join(re.sub("[│╭╮╰╯─]", " ", "".join(capsys.readouterr())).split())
 
 
-def test_long_context_of_a_file_is_the_notebook_s():
-    done = dfqs("score", FIRST, "--long-context")
-    assert done.returncode == 1 and "notebook 05" in done.stderr
-
-
 def test_inspect_starts_without_the_heavy_imports():
     code = "import sys, dfqs_nb.workbook.cli as c; c.main(['inspect', '--quick', sys.argv[1]])"
     code += "; print(*sys.modules)"
