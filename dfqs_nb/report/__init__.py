@@ -8,7 +8,7 @@ if TYPE_CHECKING:  # every module of this stage needs pandas, which takes a seco
     from dfqs_nb.report.compare import compare_reports, leaderboard
     from dfqs_nb.report.files import check_run, write_report
     from dfqs_nb.report.metrics import build_report
-    from dfqs_nb.report.reading import read_report, refusal_of_an_edit
+    from dfqs_nb.report.reading import read_report
     from dfqs_nb.report.text import tables, verdict
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "compare_reports",
     "leaderboard",
     "read_report",
-    "refusal_of_an_edit",
     "tables",
     "verdict",
     "write_report",
@@ -30,7 +29,6 @@ __getattr__ = lazy(
     compare_reports="compare",
     leaderboard="compare",
     read_report="reading",
-    refusal_of_an_edit="reading",
     tables="text",
     verdict="text",
     write_report="files",

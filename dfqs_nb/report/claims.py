@@ -13,17 +13,18 @@ import pandas as pd
 
 from dfqs_nb.gguf.facts import bits_per_weight, parameters, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import published
-from dfqs_nb.gguf.models import registered
+from dfqs_nb.gguf.memory import CACHE_TYPES, active_bytes, kv_cache_bytes, published, published_shape
+from dfqs_nb.gguf.models import Model, registered
 from dfqs_nb.report import spec
 from dfqs_nb.report.envelope import SINGLE
-from dfqs_nb.report.reading import Run, is_file_of
+from dfqs_nb.report.reading import Run
 from dfqs_nb.report.spec import CONFIRMED, CONTRADICTED, GB, GIB, IN_PART, NOT_TESTABLE, Claim, spec_table
 
 SHARDS = "deepseek-v4-flash-iq1_s-xl"  # in data/models.toml
 QUANTIZATION = "IQ1_S"  # of most bytes of the artifact
 SIZE_MARGIN = 0.03  # within this share of its size, a file of its shapes and types is taken for the artifact
 COLUMNS = ("number", "id", "document", "section", "claim", "how", "found", "verdict", "evidence", "source")
+KV_CONTEXTS, BOUNDS = (8192, 1048576), ("value", "low", "high")
 SUDDEN = 0.5  # of the ability above guessing, lost within one doubling of the context
 
 
@@ -113,8 +114,8 @@ def relation(header: GGUFHeader | None, run: Run) -> str:
     ``reference`` (the model that the workbook ships) or ``another``. No quantity that a statement is about
     decides it, so that a header can contradict a statement.
     """
-    digest, size = run["merge"]["model"]["sha256"] if run else None, registered()[SINGLE].size_bytes
-    if is_file_of(digest):
+    digest, known = run["merge"]["model"]["sha256"] if run else None, registered()
+    if any(digest in hashes(it) for it in known.values() if it.source.startswith("data/")):
         return "reference"
     if header is None or header.get("split.count", 0) > 1 or header.architecture != "deepseek4":
         return "another"
@@ -122,13 +123,21 @@ def relation(header: GGUFHeader | None, run: Run) -> str:
         wanted = value if isinstance(value, list) else [value]
         if header.counts(key)[: len(wanted)] != wanted:  # a next-token layer may follow
             return "another"
-    most = next(iter(types_by_bytes(header.tensors)), "")
+    size, most = known[SINGLE].size_bytes, next(iter(types_by_bytes(header.tensors)), "")
     is_alike = most == QUANTIZATION and abs(header.file_size - size) <= SIZE_MARGIN * size
-    return "artifact" if is_alike or is_file_of(digest, (SHARDS, SINGLE)) else "model"
+    return "artifact" if is_alike or digest in {*hashes(known[SHARDS]), *hashes(known[SINGLE])} else "model"
+
+
+def hashes(model: Model) -> set[str]:
+    """SHA-256 of the files of a registered model, and of their merge."""
+    return {sha for sha in (model.merged_sha256, *(file.sha256 for file in model.files)) if sha}
 
 
 def facts(run: Run, header: GGUFHeader | None) -> dict[str, Any]:
-    """Every fact by its name; None for one that nobody knows here. ``why`` says so in a sentence."""
+    """Every fact by its name; None for one that nobody knows here. ``why`` says so in a sentence.
+
+    What the run's own header has, of the artifact or (for shapes) of its model, goes before the record.
+    """
     level = relation(header, run)
     own = header if level in ("artifact", "model") else None
     file = header if level == "artifact" else None
@@ -141,50 +150,61 @@ def facts(run: Run, header: GGUFHeader | None) -> dict[str, Any]:
         "stated": True,
         "basis": bases.get(level, "the published configuration"),
         "why": "this run did not measure it" if file else measured,
-        **_shape(own, file),
+        **_shape(own),
+        **_bytes(file),
         **_measurements(run if file else {}, run),
     }
 
 
-def _shape(own: GGUFHeader | None, file: GGUFHeader | None) -> dict[str, Any]:
-    record, count = spec_table("claims")["published"], parameters(own) if own else None
+def _shape(own: GGUFHeader | None) -> dict[str, Any]:
+    """What follows from shapes: counts of weights, and the cache in every type, without and with swa_full."""
+    record, shape = spec_table("claims")["published"], own or published_shape()
     total, active, routed = (record[f"{name}parameters"] for name in ("", "active_", "routed_"))
-    if count:
+    if own and (count := parameters(own)):
         total, active, routed = count.total, count.active, count.routed
-    keys = {key: own.arch(key) if own else value for key, value in record["keys"].items()}
-    used, number = keys["expert_used_count"], keys["expert_count"]
-    types = types_by_bytes(file.tensors) if file else {}
-    shares = [f"{name} {nbytes / sum(types.values()):.1%}" for name, nbytes in types.items()]
-    return {
-        **keys,
-        "parameters": total,
-        "parameters_b": total / 1e9,
-        "active_parameters": active,
-        "active_b": active / 1e9,
-        "active_with_2_b": (active + routed * (2 - used) / number) / 1e9 if used and number else None,
-        "mean_bits": bits_per_weight(file.tensors) if file else None,
-        "main_type": next(iter(types), None),
-        "type_shares": ", ".join(shares[:4]),
-    }
+    known = {key: own.arch(key) if own else value for key, value in record["keys"].items()}
+    used, number = known["expert_used_count"], known["expert_count"]
+    known |= {"parameters": total, "parameters_b": total / 1e9}
+    known |= {"active_parameters": active, "active_b": active / 1e9, "active_with_2_b": None}
+    if used and number:
+        known["active_with_2_b"] = (active + routed * (2 - used) / number) / 1e9
+    for n in KV_CONTEXTS:
+        kinds = [(kind, full) for kind in CACHE_TYPES for full in (False, True)]
+        sizes = {it: kv_cache_bytes(shape, n, 512, it[0], it[0], it[1]).total / GB for it in kinds}
+        known |= {f"kv_{n}": list(sizes.values()), f"kv_{n}_gb": sizes["f16", False]}
+        known[f"kv_{n}_full_gb"] = sizes["f16", True]
+    return known
+
+
+def _bytes(file: GGUFHeader | None) -> dict[str, Any]:
+    """What the tensor table of the artifact's own file has; types are known from there alone."""
+    if file is None:
+        return dict.fromkeys(("mean_bits", "main_type", "type_shares"))
+    types, weights = types_by_bytes(file.tensors), active_bytes(file)
+    shares = [f"{name} {nbytes / weights.weights:.1%}" for name, nbytes in types.items()]
+    known = {"mean_bits": bits_per_weight(file.tensors), "main_type": next(iter(types), None)}
+    known |= {"type_shares": ", ".join(shares[:4]), "all_tensors": len(file.tensors)}
+    known |= {"weights_gb": weights.weights / GB, "weights_gib": weights.weights / GIB}
+    return {**known, "experts_gb": weights.routed_total / GB, "layers_43_gb": weights.routed_total / GB}
 
 
 def _measurements(own: Run, run: Run) -> dict[str, Any]:
     """What only a run of the artifact shows, and what notebook 04 says of this run's own model."""
     scored, context = own.get("scores", {}), own.get("long_context", {})
-    code = [score for score in scored.get("scores", []) if score["set"] == "standard-code"]
-    shares: list[Any] = [code[0][name] for name in ("value", "low", "high")] if code else [None]
+    code = next((score for score in scored.get("scores", []) if score["set"] == "standard-code"), None)
     is_whole = bool(own) and own["merge"]["model"].get("nbytes") == registered()[SINGLE].size_bytes
     recorded = spec_table("claims")["published"]["independent_sha256"]
     known: dict[str, Any] = {
         "sha256": own["merge"]["model"]["sha256"] if is_whole else recorded,
         "whose_sha256": "this run's file has" if is_whole else "an independent download is recorded with",
         "cpu_tokens_per_sec": scored.get("cpu_tokens_per_sec"),
-        "humaneval": None if None in shares or code[0]["n_missing"] else [100 * it for it in shares],
-        "humaneval_n": code[0]["n"] if code else None,
+        "humaneval": None,
         "boundary": context.get("boundary"),
         "longest": max((row["length"] for row in context.get("curve", [])), default=None),
         "largest_fall": context.get("largest_fall") or None,
     }
+    if code and not code["n_missing"] and None not in (shares := [code[name] for name in BOUNDS]):
+        known |= {"humaneval": [100 * share for share in shares], "humaneval_n": code["n"]}
     for claim in run.get("routing", {}).get("claims", []):
         key = "_".join(claim["claim"].split()[:2])
         known |= {key: claim["status"] if own else None, f"{key}_evidence": claim["evidence"]}

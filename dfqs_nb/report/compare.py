@@ -22,7 +22,7 @@ from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.metrics import METRICS
 from dfqs_nb.report.reading import BOUNDARY, CURVE, FILE, SCORES, SPEED, RunItems, read_answers
-from dfqs_nb.report.template import render, sentence
+from dfqs_nb.report.template import render
 from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import LEVEL, holm, sign_flip
 
@@ -34,9 +34,8 @@ SAME_QUESTION = ["haystack", "length", "question", "expected"]  # its key, and t
 COLUMNS = (
     "metric model n value low high kind difference difference_low difference_high p p_holm reading".split()
 )
-NUMBERS = [name for name in METRICS if name != CURVE]
-BOARD_COLUMNS = ["tier", "conditions", "place", "run", "model", "size_bytes", *NUMBERS]
-BOARD_COLUMNS += [*(f"{name}_shown" for name in METRICS), "contended", "withheld", "report", "problem"]
+BOARD_COLUMNS = ["tier", "conditions", "place", "run", "model", "size_bytes"]
+BOARD_COLUMNS += [*(name for name in METRICS if name != CURVE), "contended", "report", "problem"]
 Row = dict[str, Any]
 
 
@@ -64,11 +63,6 @@ class ReportComparison:
         pairs = [(own, row) for own, *others in groups for row in others]
         return render("comparison.md", **vars(self), pairs=pairs, details=details)
 
-    def write(self, folder: str | Path) -> Path:
-        """Write ``comparison.md`` into a folder, whole, and return its path."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return write_text(Path(folder) / "comparison.md", str(self))
-
 
 def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) -> ReportComparison:
     """Compare runs, by their folders or reports, with the first of them, item by item.
@@ -76,22 +70,19 @@ def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) 
     ``accept=["chat_template_sha256"]`` compares models that have templates of their own. A ReportError or
     ComparisonError says where reports, conditions or items do not fit.
     """
-    runs = [read_answers(path) for path in paths]
-    for add in (lambda it: it.report["run"], lambda it: tilde(it.path.parent)):  # until all names differ
-        labels = [run.label for run in runs]
-        longer = [replace(run, label=f"{run.label} ({one_line(add(run))})") for run in runs]
-        runs = [new if labels.count(run.label) > 1 else run for run, new in zip(runs, longer, strict=True)]
-    accepted, first, table = _accepted(runs, accept), runs[0], list[Row]()
-    rows = [_row(metric, first, run) for metric in ROWS for run in runs[1:]]
-    tested = [row for row in rows if "p" in row]
+    runs, table = [read_answers(path) for path in paths], list[Row]()
+    if len({run.label for run in runs}) < len(runs):
+        runs = [replace(run, label=f"{run.label} ({one_line(tilde(run.path.parent))})") for run in runs]
+    accepted, (first, *others) = _accepted(runs, accept), runs
+    for metric in ROWS:
+        own = _alone(first.context) if metric == RETRIEVAL else first.stated(metric)
+        table.append({"metric": metric, "model": first.label, "kind": "", "reading": "baseline", **own})
+        table += [_row(metric, first, run) for run in others]
+    tested = [row for row in table if "p" in row]
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):  # over the whole table
         higher = "higher" if row["difference"] > 0 else "lower"
         word = higher if p < 1 - LEVEL else "no evidence of a difference"
         row |= {"p_holm": p, "reading": f"{word}; {row['reading']}"}
-    for metric in ROWS:
-        own = _alone(first.context) if metric == RETRIEVAL else first.stated(metric)
-        table.append({"metric": metric, "model": first.label, "kind": "", "reading": "baseline", **own})
-        table += [row for row in rows if row["metric"] == metric]
     return ReportComparison(tuple(runs), accepted, pd.DataFrame(table, columns=COLUMNS))
 
 
@@ -176,13 +167,7 @@ def flip_test(a: pd.DataFrame, b: pd.DataFrame) -> float:
 
 def _boundary(metric: str, first: RunItems, run: RunItems) -> Row:
     """No ratio of two boundaries: retrieval, whose texts are paired, tells better which carries further."""
-    reading = "their intervals stand beside them"
-    for it in (first, run):
-        detail = it.report["details"][metric]
-        reading += f"; {it.label} does no better than chance" * (detail["status"] == "floor")
-        reading += f"; {it.label}'s was not reached" * bool(detail.get("right_censored"))
-        reading += sentence("flags", detail).replace("; ", f"; {it.label} ")
-    return {"reading": reading}
+    return {"reading": "not tested: each stands with its interval, and with what qualifies it"}
 
 
 def _speed(metric: str, first: RunItems, run: RunItems) -> Row:
@@ -214,14 +199,14 @@ ROWS: dict[str, Callable[[str, RunItems, RunItems], Row]] = {
 class Leaderboard:
     """Reports of a folder, ranked: ``table`` has one row a report, columns `BOARD_COLUMNS`.
 
-    Sections have equal ``tier`` and ``conditions`` (12 digits of their SHA-256, the keys of ``conditions``).
-    Within one by reasoning score, then code score; equal scores share a ``place``, a withheld one has none.
-    ``contended``: the speed was taken on a busy machine. ``problem``: why a file does not count.
+    Sections have equal ``tier`` and ``conditions`` (12 digits of their SHA-256). Within one by reasoning
+    score, then code score; equal scores share a ``place``, a withheld one has none. ``contended``: the speed
+    was taken on a busy machine. ``problem``: why a file does not count. ``reports``: those that do, by file.
     """
 
     folder: Path
     table: pd.DataFrame
-    conditions: Mapping[str, Mapping[str, Any]]
+    reports: Mapping[str, Mapping[str, Any]]
 
     @property
     def n_problems(self) -> int:
@@ -230,14 +215,15 @@ class Leaderboard:
 
     def __str__(self) -> str:
         """The leaderboard as Markdown: a section for each tier and conditions, then what does not count."""
-        good, bad = (self.table[(self.table["problem"] == "") == counts] for counts in (True, False))
-        first: Any = self.conditions[good["conditions"].iloc[0]] if len(good) else {}
-        sections = [
-            (tier, own, differing_fields(first, self.conditions[own]), group.to_dict("records"))
-            for (tier, own), group in good.groupby(["tier", "conditions"], sort=False)
-        ]
-        problems = list(zip(bad["report"], bad["problem"], strict=True))
-        return render("leaderboard.md", sections=sections, bad=problems, metrics=list(METRICS))
+        sections, first = [], None
+        for (tier, own), group in self.table.groupby(["tier", "conditions"], sort=False):
+            conditions = self.reports[group["report"].iloc[0]]["conditions"]
+            first = first or conditions
+            sections.append((tier, own, differing_fields(first, conditions), group.to_dict("records")))
+        bad = self.table[self.table["problem"] != ""][["report", "problem"]].to_numpy().tolist()
+        return render(
+            "leaderboard.md", sections=sections, bad=bad, metrics=list(METRICS), reports=self.reports
+        )
 
     def write(self) -> list[Path]:
         """Write ``leaderboard.csv`` and ``leaderboard.md`` into the folder, each whole or not at all."""
@@ -252,10 +238,9 @@ def leaderboard(folder: str | Path) -> Leaderboard:
     Reports are ranked within equal tier and conditions, never across. What cannot be read or counted again
     is listed with its reason, without a place. Hidden folders and linked ones are left out.
     """
-    folder, rows = Path(folder), []
+    folder, rows, reports = Path(folder), list[Row](), dict[str, Mapping[str, Any]]()
     if not folder.is_dir():
         raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
-    seen, conditions = dict[str, str](), dict[str, Mapping[str, Any]]()
     for path in sorted(folder.rglob(FILE)):
         within = path.relative_to(folder)
         if any(part.startswith(".") for part in within.parts):
@@ -263,43 +248,35 @@ def leaderboard(folder: str | Path) -> Leaderboard:
         name = plain(within.as_posix())
         try:
             report = read_answers(path).report
-            if (other := seen.setdefault(report["integrity"]["sha256"], name)) != name:
-                raise DfqsError(f"the same report as {other}")
-            row = _place(report)
-            conditions[row["conditions"]] = report["conditions"]
+            same = [other for other, it in reports.items() if it["integrity"] == report["integrity"]]
+            if same:
+                raise DfqsError(f"the same report as {same[0]}")
+            reports[name], row = report, _place(report)
         except DfqsError as error:
             row = {"problem": plain(f"{error.what}; {error.hint}" if error.hint else error.what)}
         rows.append({**row, "report": name})
-    return Leaderboard(folder, _placed(pd.DataFrame(rows, columns=BOARD_COLUMNS)), conditions)
+    return Leaderboard(folder, _placed(pd.DataFrame(rows, columns=BOARD_COLUMNS)), reports)
 
 
 def _place(report: Mapping[str, Any]) -> Row:
-    details = report["details"]
-    held = [f"{name}: {detail['withheld']}" for name, detail in details.items() if detail["withheld"]]
     return {
         "tier": report["tier"],
         "conditions": report["conditions_sha256"][:12],
         "run": plain(report["run"]),
         "model": plain(report["model"]["name"]),
         "size_bytes": report["model"]["size_bytes"],
-        **{name: report["metrics"][name] for name in NUMBERS},
-        **{f"{name}_shown": sentence("cell", name, details[name]) for name in METRICS},
-        "contended": bool(details[SPEED].get("contended")),
-        "withheld": plain("; ".join(held)),
+        **{name: value for name, value in report["metrics"].items() if name != CURVE},
+        "contended": bool(report["details"][SPEED].get("contended")),
         "problem": "",
     }
 
 
 def _placed(table: pd.DataFrame) -> pd.DataFrame:
-    """Standard before nano, sections with most reports first, rows by score, problems last."""
-    table, section = table.assign(problem=table["problem"].fillna("")), ["tier", "conditions"]
-    good, bad = table[table["problem"] == ""].copy(), table[table["problem"] != ""].sort_values("report")
-    good[NUMBERS] = good[NUMBERS].astype(float)
-    good["nano"], good["size"] = good["tier"] == "nano", -good.groupby(section)["run"].transform("size")
-    order = ["nano", "size", "conditions", *SCORES, "run"]
-    ascending = [name not in SCORES for name in order]
-    good = good.sort_values(order, ascending=ascending, na_position="last", kind="stable")
-    row = good.groupby(section).cumcount() + 1.0
-    place = row.groupby([good[name] for name in (*section, *SCORES)], dropna=False).transform("min")
-    good["place"] = place.where(good["reasoning_score"].notna())
-    return pd.concat([good[BOARD_COLUMNS].astype(object), bad.astype(object)], ignore_index=True)
+    """Standard before nano, rows by score, problems last."""
+    section, scores = ["tier", "conditions"], list(SCORES)
+    table = table.assign(**table[scores].astype(float))
+    order = {"tier": False, "conditions": True, **dict.fromkeys(scores, False), "run": True, "report": True}
+    table = table.sort_values(list(order), ascending=list(order.values()), na_position="last")
+    row = table.groupby(section).cumcount() + 1.0
+    place = row.groupby([table[name] for name in (*section, *scores)], dropna=False).transform("min")
+    return table.assign(place=place.where(table["reasoning_score"].notna())).reset_index(drop=True)

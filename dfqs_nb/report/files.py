@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from dfqs_nb.core.display import plain
 from dfqs_nb.core.files import is_file, sha256_of_file, write_text
-from dfqs_nb.core.paths import public_address, tilde
-from dfqs_nb.core.stage import UNSEALED, Stage, read_stage
-from dfqs_nb.report import claims, reading, requirements
+from dfqs_nb.core.paths import tilde
+from dfqs_nb.core.stage import Stage, read_stage
 from dfqs_nb.report.metrics import METRICS
 from dfqs_nb.report.reading import (
     AGAIN,
@@ -29,49 +25,23 @@ from dfqs_nb.report.template import FEW_QUESTIONS, sentence, words
 from dfqs_nb.report.text import texts, verdict
 
 SEALED = "dfqs_report"  # the stage of notebook 07
-HUB_SETS = {"standard-code": ("openai/openai_humaneval", "openai_humaneval")}  # that exist as data sets there
 
 
-def write_report(stage: Stage | str | Path, report: Mapping[str, Any] | None = None) -> list[Path]:
+def write_report(stage: Stage | str | Path, report: Mapping[str, Any]) -> list[Path]:
     """Write every file of a report into its run's folder, and seal them; their paths.
 
-    The seal covers every file of the folder that no other stage covers, such as traces and ``summary.md``.
-    ``stage``: the stage ``dfqs_report``, or the run's folder. Without a report the files that are there are
-    sealed again.
+    ``stage``: the stage ``dfqs_report``, or the run's folder.
     """
     stage = stage if isinstance(stage, Stage) else Stage(Path(stage), SEALED)
-    folder = stage.folder
-    if report is None:
-        report = reading.read_report(folder)
-        there = read_stage(folder, SEALED).get("files", {})
-        written = [folder / name for name in there if (folder / name).is_file()]
-    else:
-        check_report(report, folder / FILE)
-        written = [stage.json("report", report)]
-        for name, text in (texts(report, folder) | hub_forms(report)).items():
-            if text:
-                written.append(write_text(stage.path(name), text))
-            else:  # one of an earlier report would state what this one withholds
-                (folder / name).unlink(missing_ok=True)
-        for name, columns in (("conformance", requirements.COLUMNS), ("claims", claims.COLUMNS)):
-            written.append(stage.table(name, pd.DataFrame(report[name], columns=list(columns))))
-    for path in [*written, *uncovered(folder, {path.relative_to(folder).as_posix() for path in written})]:
-        stage.add(path)
+    check_report(report, stage.folder / FILE)
+    written = [stage.json("report", report)]
+    for name, text in {**texts(report, stage.folder), "model-index.yml": hub_form(report)}.items():
+        if text:
+            written.append(write_text(stage.path(name), text))
+        else:  # one of an earlier report would state what this one withholds
+            (stage.folder / name).unlink(missing_ok=True)
     lines = [words("nano")] * (report["tier"] == "nano") + verdict(report).summary
     return [*written, stage.finish(conditions=report["conditions"], tier=report["tier"], summary=lines)]
-
-
-def uncovered(folder: Path, known: set[str]) -> list[Path]:
-    """Files of a run's folder that no stage's seal covers: models, notebooks and parts of files apart."""
-    for name, stage in stages_in(folder).items():
-        known |= {f"{name}.json", *stage.get("files", ())}
-    skipped, known = (*UNSEALED, ".part", ".lock", ".files"), known | {f"{SEALED}.json"}
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if (name := path.relative_to(folder).as_posix()) not in known and not name.startswith(".")
-        if not name.endswith(skipped) and path.is_file() and not path.is_symlink()
-    ]
 
 
 def check_run(folder: str | Path) -> list[str]:
@@ -107,50 +77,32 @@ def check_run(folder: str | Path) -> list[str]:
     ]
 
 
-def hub_forms(report: Mapping[str, Any]) -> dict[str, str]:
-    """The files that the hub reads, by name; "" without metrics.
+def hub_form(report: Mapping[str, Any]) -> str:
+    """``model-index.yml``, the block of that name for the front matter of a card; "" without metrics.
 
-    Both take numbers alone, so a curve, a boundary that is censored or provisional, and a score of fewer than
+    It takes numbers alone, so a curve, a boundary that is censored or provisional, and a score of fewer than
     `FEW_QUESTIONS` have no entry.
-
-    ``model-index.yml``: the block ``model-index`` for the front matter of a card.
-    ``.eval_results/dfqs.yaml``: the file of that name in a model's repository.
     """
     import huggingface_hub as hub
     import yaml
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    index, entries, address = [], [], public_address()
+    index = []
     for name, (_, _, kind, _) in METRICS.items():
         detail = report["details"][name]
         is_few = name in SCORES and detail["n"] < FEW_QUESTIONS
-        if (
-            detail["withheld"]
-            or not kind
-            or is_few
-            or detail.get("right_censored")
-            or detail.get("provisional")
-        ):
+        is_bound = detail.get("right_censored") or detail.get("provisional")
+        if detail["withheld"] or not kind or is_few or is_bound:
             continue
         stated, questions = sentence("metric", name, detail), detail.get("set") or f"{report['tier']}-{name}"
         value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
         facts = {"conditions_sha256": report["conditions_sha256"], "n": detail["n"], "stated": stated}
         facts |= {"contended": True} if detail.get("contended") else {}
-        about: dict[str, Any] = {
-            "dataset_type": f"dfqs-{questions}",
-            "dataset_name": f"DFQS 1.0, {questions}",
-        }
+        about: dict[str, Any] = {"dataset_type": f"dfqs-{questions}", "dataset_name": f"DFQS 1.0, {questions}"}
         about |= {"task_type": "text-generation", "task_name": "Text generation", "metric_type": kind}
         index.append(hub.EvalResult(metric_name=name, metric_value=value, dataset_args=facts, **about))
-        dataset, task = HUB_SETS.get(questions, (address.removeprefix("https://github.com/"), questions))
-        source = {"source_url": address, "source_name": "DFQS workbook", "date": report["created"]}
-        source |= {"dataset_id": dataset, "task_id": task, "notes": f"{name} {stated}"}
-        entries.append(hub.EvalResultEntry(value=value, **source))
-    model = plain(report["model"]["name"])
-    forms = {
-        "model-index.yml": {"model-index": eval_results_to_model_index(model, index)} if index else None,
-        ".eval_results/dfqs.yaml": hub.eval_result_entries_to_yaml(entries),
-    }
+    if not index:
+        return ""
+    form = {"model-index": eval_results_to_model_index(plain(report["model"]["name"]), index)}
     first = f"# {words('nano')}\n" if report["tier"] == "nano" else ""
-    dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
-    return {name: f"{first}{dump(value)}" if value else "" for name, value in forms.items()}
+    return first + str(yaml.safe_dump(form, sort_keys=False, allow_unicode=True))

@@ -22,7 +22,16 @@ from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.report import envelope, reading
 from dfqs_nb.report.claims import check_claims, relation
-from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORE_ITEMS, SPEED, ReportError, Run, settings_of
+from dfqs_nb.report.reading import (
+    BOUNDARY,
+    CHOICE_ITEMS,
+    CURVE,
+    SCORE_ITEMS,
+    SPEED,
+    ReportError,
+    Run,
+    settings_of,
+)
 from dfqs_nb.report.requirements import check_requirements
 from dfqs_nb.report.template import FEW_TEXTS
 from dfqs_nb.stats import LEVEL
@@ -30,7 +39,8 @@ from dfqs_nb.stats import LEVEL
 WRITTEN_WITH = ("Python", *machine.PACKAGES)
 DIGITS = 10  # of every float in report.json: more than any measurement has
 # The files with one row an answer, from which scores and curve are counted again.
-ITEMS = {"reasoning": SCORE_ITEMS, "code": SCORE_ITEMS, "long_context": "long_context*.jsonl"}
+ITEMS = {"reasoning": SCORE_ITEMS, "code": SCORE_ITEMS, "choices": CHOICE_ITEMS}
+ITEMS["long_context"] = "long_context*.jsonl"
 Detail = dict[str, Any]
 
 
@@ -43,9 +53,10 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     cannot be trusted (see `read_run`), or that its model is gone.
     """
     folder = Path(folder)
-    run, name = reading.read_run(folder), folder.resolve().name
-    header, drawn = _header(run), {stage: run[stage] for stage in reading.DRAWN_ON if stage in run}
-    level, details = relation(header, run), details_of(run, name)
+    run = reading.read_run(folder)
+    command, header = reading.command_of(folder, run), _header(run)
+    drawn = {stage: run[stage] for stage in reading.DRAWN_ON if stage in run}
+    level, details = relation(header, run), details_of(run, command)
     metrics, known = {metric: detail["value"] for metric, detail in details.items()}, machine.describe()
     conditions = {
         stage: {key: value for key, value in run[stage]["conditions"].items() if key != "model"}
@@ -59,7 +70,8 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "schema": "dfqs-report/1.0",
         "specification": "DFQS 1.0",
         "tier": (tiers or ["nano" if level == "reference" else "standard"])[0],
-        "run": name,
+        "run": command["run"],
+        "command": command,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": _model(run, header, level),
         "metrics": metrics,
@@ -71,9 +83,9 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
             for kind, form in ITEMS.items()
         },
         "routing": run.get("routing", {}).get("verdict"),
-        "conformance": check_requirements(run, header, metrics, name).to_dict("records"),
+        "conformance": check_requirements(run, header, metrics, command).to_dict("records"),
         "claims": [] if level == "another" else check_claims(run, header).to_dict("records"),
-        "hardware_envelope": _envelopes(run, header, level, ask_llama_cpp),
+        "hardware_envelope": _envelope(run, header, level, ask_llama_cpp),
         "machine": run.get("scores", {}).get("machine") or known,  # that of the speeds
         "versions": {key: str(known[key]) for key in WRITTEN_WITH} | {"dfqs-workbook": __version__},
         "sources": dict(sorted(sources.items())),
@@ -87,13 +99,13 @@ def _rounded(value: Any) -> Any:
     return json.loads(text, parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
 
 
-def details_of(run: Run, run_name: str = "RUN") -> dict[str, Detail]:
+def details_of(run: Run, command: Mapping[str, Any] = reading.UNKNOWN) -> dict[str, Detail]:
     """Each metric with all that stands beside it; one that cannot be given has the reason."""
     details = {}
     for name, (stage, unit, _, measured) in METRICS.items():
         empty = dict.fromkeys(("value", "low", "high", "guess_rate", "withheld"))
         empty |= {"n": 0, "level": LEVEL, "unit": unit, "source": f"{stage}.json"}
-        missing = {"withheld": reading.not_run([stage], run_name)}
+        missing = {"withheld": reading.not_run([stage], command)}
         details[name] = empty | (measured(run[stage], name) if stage in run else missing)
     speed, generate = details[SPEED], run.get("generate", {})
     speed.setdefault("contended", None)
@@ -215,18 +227,12 @@ def _model(run: Run, header: GGUFHeader, level: str) -> dict[str, Any]:
     }
 
 
-def _envelopes(run: Run, header: GGUFHeader, level: str, ask_llama_cpp: bool) -> dict[str, Any]:
-    """The hardware envelope of this model, and of the published artifact where the report is about it."""
-    generate = run.get("generate", {})
+def _envelope(run: Run, header: GGUFHeader, level: str, ask_llama_cpp: bool) -> dict[str, Any]:
+    """What the run's model needs of a machine, and what notebook 03 saw a token read from the disk."""
+    generate, memory = run.get("generate", {}), machine.available_memory().total_bytes
     given = settings_of(generate)
     known = [field.name for field in fields(OpenSettings) if given[field.name] is not None]
-    settings = OpenSettings(**{name: given[name] for name in known})
-    contexts = envelope.within(header) if ask_llama_cpp else []
-    compute = envelope.planned_compute(header.path, contexts, settings)
-    memory = machine.available_memory().total_bytes
-    own = envelope.hardware_envelope(
-        header, memory, compute, flash_attn=settings.flash_attn, is_artifact=level == "artifact"
-    )
-    demonstrated = envelope.published_envelope(memory) if level in ("reference", "model") else None
-    paging = generate.get("paging", {})
-    return {"model": own, "artifact": demonstrated, "memory_bytes": memory, "paging": paging}
+    settings, contexts = OpenSettings(**{name: given[name] for name in known}), envelope.within(header)
+    compute = envelope.planned_compute(header.path, contexts, settings) if ask_llama_cpp else {}
+    own = envelope.hardware_envelope(header, memory, compute, is_artifact=level == "artifact")
+    return {**own, "paging": generate.get("paging", {})}

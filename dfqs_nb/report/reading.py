@@ -7,9 +7,9 @@ hashes catch accidents. Its numbers are believed because they follow from the an
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -21,19 +21,22 @@ import pandas as pd
 from dfqs_nb import context
 from dfqs_nb.context import Counts
 from dfqs_nb.core.display import cell, one_line, quoted
-from dfqs_nb.core.errors import DfqsError, StageError
-from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file, write_json
+from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS, read_stage
-from dfqs_nb.gguf.models import registered
 from dfqs_nb.scores import SetRun
+from dfqs_nb.stats import wilson
 
 DRAWN_ON = ("merge", "header", "generate", "routing", "long_context", "scores")
 BESIDE = ("ladder", "serving")  # shown in the texts, and no part of the five metrics
 SCORES = ("reasoning_score", "code_score")
 CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
-FILE, JOURNAL, SCORE_ITEMS = "report.json", "long_context_items.jsonl", "score_items.csv"
+FILE, JOURNAL = "report.json", "long_context_items.jsonl"
+SCORE_ITEMS, CHOICE_ITEMS = "score_items.csv", "choice_items.csv"
+COMMAND = ".command.json"  # how a run was started
 AGAIN = "write the report again: `dfqs-nb report RUN`"
+UNKNOWN: Mapping[str, Any] = {"run": "RUN", "model": "MODEL", "options": [], "budget_minutes": None}
 LONGEST_NAME = 80  # characters, in tables and figures
 RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
 COLUMNS = {"set": str, "id": str, "sample": int, "family": str, "guess": float, "grade": str}
@@ -113,46 +116,42 @@ def sha256_of(stage: Mapping[str, Any]) -> Any:
     return stage["model"]["sha256"] if stage.get("model") else settings_of(stage)["model"]
 
 
-def is_file_of(sha256: str | None, names: Sequence[str] = ()) -> bool:
-    """Whether a file is of a registered model, by SHA-256: of those named, else of one the workbook ships."""
-    known = registered().items()
-    models = [it for name, it in known if (name in names if names else it.source.startswith("data/"))]
-    hashes = {sha for it in models for sha in (it.merged_sha256, *(file.sha256 for file in it.files))}
-    return bool(sha256) and sha256 in hashes
+def command_of(folder: Path, run: Run) -> dict[str, Any]:
+    """How a run was started: its name, model, other options, and minutes of budget; None: by hand."""
+    started = {}
+    with suppress(OSError, ValueError, TypeError):
+        started = dict(read_json(folder / COMMAND))
+    own = {"run": folder.resolve().name, "model": settings_of(run["merge"])["model"] or "MODEL"}
+    return {**UNKNOWN, **started, **own}
 
 
-def rerun(stages: Sequence[str], run_name: str, budget_minutes: int = 0) -> str:
-    """The command that runs the notebooks of some stages, and the report after them, in that run.
+def rerun(stages: Sequence[str], command: Mapping[str, Any], *, more: bool = False) -> str:
+    r"""The command that runs some stages (none: all) and the report again, as the run was started.
 
-    >>> rerun(["scores"], "nano"), rerun(["scores"], "nano", 120)
-    ('`dfqs-nb run 06 07 --run nano`', '`dfqs-nb run 06 07 --run nano --budget-minutes 120`')
+    ``more``: with twice its budget.
+
+    >>> nano = {"run": "nano", "model": "m.gguf", "options": ["-p", "n_ctx=512"], "budget_minutes": 5.0}
+    >>> print(rerun(["scores"], nano), rerun([], nano, more=True), sep="\n")
+    `dfqs-nb run 06 07 --run nano -p n_ctx=512 --budget-minutes 5`
+    `dfqs-nb run --run nano --model m.gguf -p n_ctx=512 --budget-minutes 10`
     """
-    numbers = [NOTEBOOKS[name][:2] for name in stages]
-    budget = ["--budget-minutes", str(budget_minutes)] if budget_minutes else []
-    return f"`{' '.join(['dfqs-nb run', *numbers, '07 --run', quoted(run_name), *budget])}`"
+    numbers = [NOTEBOOKS[name][:2] for name in (*stages, "dfqs_report")] if stages else []
+    model = [] if stages else ["--model", command["model"]]
+    minutes = (command["budget_minutes"] or 60 * more) * (1 + more)
+    budget = ["--budget-minutes", f"{minutes:g}"] if minutes else []
+    words = ["dfqs-nb", "run", *numbers, "--run", command["run"], *model, *command["options"], *budget]
+    return f"`{' '.join(map(quoted, words))}`"
 
 
-def not_run(missing: Sequence[str], run_name: str) -> str:
+def not_run(missing: Sequence[str], command: Mapping[str, Any]) -> str:
     """Which notebooks did not run, and the command that makes up for it.
 
-    >>> not_run(["generate", "scores"], "nano")
-    'notebooks 03 and 06 did not run; `dfqs-nb run 03 06 07 --run nano` makes up for it'
+    >>> not_run(["scores"], {"run": "nano", "options": [], "budget_minutes": None})
+    'notebook 06 did not run; `dfqs-nb run 06 07 --run nano` makes up for it'
     """
     *first, last = (NOTEBOOKS[name][:2] for name in missing)
     named = f"notebooks {', '.join(first)} and {last}" if first else f"notebook {last}"
-    return f"{named} did not run; {rerun(missing, run_name)} makes up for it"
-
-
-def refusal_of_an_edit(folder: str | Path) -> str:
-    """What `read_run` answers when a number in a copy of the run's last stage was edited; "" if nothing."""
-    name = [name for name in DRAWN_ON if (Path(folder) / f"{name}.json").exists()][-1]
-    with tempfile.TemporaryDirectory() as copy:
-        write_json(Path(copy, f"{name}.json"), {**read_stage(Path(folder), name), "edited": 0.99})
-        try:
-            read_stage(Path(copy), name, sealed=True)
-        except StageError as error:
-            return f"{name}.json {error.what}"
-    return ""
+    return f"{named} did not run; {rerun(missing, command)} makes up for it"
 
 
 # ---- a report ----
@@ -187,28 +186,19 @@ def check_report(report: Any, path: str | Path) -> None:
     elif canonical_sha256(report["conditions"]) != report["conditions_sha256"]:
         wrong = "its conditions do not have the hash that it states"
     elif clashes := contradictions(report):
-        wrong = f"contradicts itself: {'; '.join(clashes)}"
+        wrong = f"contradicts itself about {', '.join(clashes)}"
     else:
         return
     raise ReportError(wrong, where=tilde(path), hint=AGAIN)
 
 
 def contradictions(report: Mapping[str, Any]) -> list[str]:
-    """What two places of a report say differently, each in a clause; a schema cannot see it."""
-    wrong = []
-    for name, value in report["metrics"].items():
-        own = report["details"][name]
-        low, high = (value if own[end] is None else own[end] for end in ("low", "high"))
-        if value != own["value"]:
-            wrong.append(f"{name} is {value} and {own['value']}")
-        elif name == BOUNDARY and value is not None and own["tokens"] != value:  # sentences show these
-            wrong.append(f"{name} is {value} and {own['tokens']} tokens")
-        elif isinstance(value, list):
-            if len(value) != len(own["lengths"]):
-                wrong.append("the curve has another number of points than of lengths")
-        elif value is not None and own.get("status") != "floor" and not low - 1e-9 <= value <= high + 1e-9:
-            wrong.append(f"{name} {value} lies outside its interval, {low} to {high}")
-    return wrong
+    """Metrics that two places of a report state differently; a schema cannot see it."""
+    details = report["details"]
+    wrong = [name for name, value in report["metrics"].items() if value != details[name]["value"]]
+    curve, boundary = details[CURVE], details[BOUNDARY]  # sentences show tokens, and values beside lengths
+    wrong += [CURVE] * (curve["value"] is not None and len(curve["value"]) != len(curve["lengths"]))
+    return wrong + [BOUNDARY] * (boundary["value"] is not None and boundary["value"] != boundary["tokens"])
 
 
 @dataclass(frozen=True)
@@ -238,43 +228,53 @@ def read_answers(path: str | Path) -> RunItems:
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     report, folder = read_report(path), path.parent
-    files = {item["file"]: item["sha256"] for group in report["items"].values() for item in group}
-    files |= {name: sha for name, sha in report["sources"].items() if name in (SCORE_ITEMS, JOURNAL)}
-    for name, digest in files.items():
+    listed = [item for group in report["items"].values() for item in group]
+    for name, digest in {item["file"]: item["sha256"] for item in listed}.items():
         file = folder / name
         if not is_file(file) or not file.resolve().is_relative_to(folder.resolve()):
             raise _refused(folder, f"the report's items are missing ({name})")
         if sha256_of_file(file) != digest:
             raise _refused(folder, f"{name} is not the file that the report was made from")
-    name = one_line(report["model"]["name"])[:LONGEST_NAME]
-    return RunItems(name, path, report, _scores(report, folder / SCORE_ITEMS), _context(report, folder))
+    name, details = one_line(report["model"]["name"])[:LONGEST_NAME], report["details"]
+    if choices := details["reasoning_score"].get("choices"):
+        _count_choices(choices, folder / CHOICE_ITEMS)
+    return RunItems(name, path, report, _scores(details, folder / SCORE_ITEMS), _context(report, folder))
 
 
 def _refused(where: Path, what: str) -> ReportError:
     return ReportError(what, where=tilde(where), hint="run notebooks 05 to 07 again")
 
 
-def _scores(report: Mapping[str, Any], path: Path) -> dict[str, SetRun]:
-    stated = {name: report["details"][name] for name in SCORES if report["metrics"][name] is not None}
-    items, scores = _score_items(path) if stated else pd.DataFrame(), {}
+def _scores(details: Mapping[str, Any], path: Path) -> dict[str, SetRun]:
+    stated = {name: details[name] for name in SCORES if details[name]["value"] is not None}
+    items, scores = _table(path, COLUMNS) if stated else pd.DataFrame(), {}
     for name, detail in stated.items():
-        own, kind = detail["set"], name.removesuffix("_score")
-        run = SetRun.of(kind, own, items[items["set"] == own], n_items=detail["n"])
-        for key in ("value", "low", "high", "guess_rate"):
-            made, then = getattr(run.score, key), detail[key]
-            if made is None or not np.isclose(made, then, atol=1e-9):
-                what = f"its items give {name} {key} {cell(made)}, and the report states {cell(then)}"
-                raise _refused(path, what)
-        scores[name] = run
+        own = items[items["set"] == detail["set"]]
+        own = own.assign(correct=own["grade"].isin(RIGHT))
+        scores[name] = SetRun.of(name.removesuffix("_score"), detail["set"], own, n_items=detail["n"])
+        _agree(path, name, vars(scores[name].score), detail)
     return scores
 
 
-def _score_items(path: Path) -> pd.DataFrame:
+def _count_choices(stated: Mapping[str, Any], path: Path) -> None:
+    items = _table(path, {"guess": float, "acc": int})
+    low, high = map(float, wilson(items["acc"].sum(), len(items)))
+    made = {"n": len(items), "value": items["acc"].mean(), "low": low, "high": high}
+    _agree(path, "multiple choice", {**made, "guess_rate": items["guess"].mean()}, stated)
+
+
+def _table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
     try:
-        items = pd.read_csv(path, keep_default_na=False, dtype=COLUMNS, usecols=list(COLUMNS))
+        return pd.read_csv(path, keep_default_na=False, dtype=dict(columns), usecols=list(columns))
     except (OSError, ValueError, OverflowError) as error:
         raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
-    return items.assign(correct=items["grade"].isin(RIGHT))
+
+
+def _agree(path: Path, name: str, made: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
+    for key in ("n", "value", "low", "high", "guess_rate"):
+        if made[key] is None or not np.isclose(made[key], stated[key], atol=1e-9):
+            what = f"its items give {name} {key} {cell(made[key])}, and the report states {cell(stated[key])}"
+            raise _refused(path, what)
 
 
 def _context(report: Mapping[str, Any], folder: Path) -> pd.DataFrame:

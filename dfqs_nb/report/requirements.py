@@ -7,15 +7,15 @@ requirement is "not tested". One that is about experts is "not applicable" to a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from dfqs_nb.gguf.facts import experts
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORES, SPEED, Run, not_run, settings_of, sha256_of
+from dfqs_nb.report import reading
+from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORES, SPEED, Run, settings_of, sha256_of
 from dfqs_nb.report.spec import filled, spec_table
 from dfqs_nb.report.template import sentence
 
@@ -27,85 +27,87 @@ SHARED = "runtime system_info n_batch n_ubatch n_threads n_threads_batch n_gpu_l
 SHARED += "type_k type_v use_mmap use_extra_bufts swa_full".split()
 # What the conditions of metrics are about: without one of each, there is nothing to judge.
 MEASURED = {"the curve": (CURVE, BOUNDARY), "the scores and the speed": (*SCORES, SPEED)}
-Judgement = tuple[str, str]  # a verdict, and the sentence that it rests on
+Judgement = tuple[str, str, dict[str, Any]]  # a verdict, the names of its sentences, their values
 
 
-@dataclass(frozen=True)
-class Case:
-    """What a check may look at. It returns `judged`: a verdict, and the sentence that it rests on."""
+class Case(NamedTuple):
+    """What a check may look at, beside the stages that its parameters name."""
 
-    sentences: Mapping[str, str]
     run: Run
     header: GGUFHeader | None
     metrics: Mapping[str, Any]
+    declared: int | None  # the context that the header declares, in tokens
 
-    def text(self, name: str, /, **values: Any) -> str:
-        """The sentence of that name of this requirement, with its values."""
-        generate = self.run.get("generate", {})
-        known = {"file": self.run.get("merge", {}).get("model"), "at": settings_of(generate)}
-        return filled(self.sentences[name], {**known, "answered": sentence("answered", generate), **values})
 
-    def judged(self, verdict: str | bool, name: str = "met", /, **values: Any) -> Judgement:
-        """A verdict (as a truth: met or not met), and the sentence of that name."""
-        met = (MET if verdict else NOT_MET) if isinstance(verdict, bool) else verdict
-        return met, self.text(name, **values)
-
-    def answers(self) -> Judgement:
-        """Met where notebook 03's prompts were answered; open where its time ran out before."""
-        answers = self.run.get("generate", {}).get("answers", [])
-        if any(answer["tokens"] > 0 for answer in answers):
-            return self.judged(MET)
-        is_late = any(answer.get("finish_reason") == "time" for answer in answers)
-        return self.judged(NOT_TESTED if is_late else NOT_MET, "silent")
-
-    @property
-    def declared(self) -> int | None:
-        """The context that the header declares, in tokens."""
-        return self.header.arch("context_length") if self.header is not None else None
+def judged(verdict: str | bool, names: str = "met", /, **values: Any) -> Judgement:
+    """A verdict (as a truth: met or not met), and the sentences that it rests on."""
+    met = (MET if verdict else NOT_MET) if isinstance(verdict, bool) else verdict
+    return met, names, values
 
 
 def check_requirements(
-    run: Run, header: GGUFHeader | None, metrics: Mapping[str, Any], run_name: str = "RUN"
+    run: Run,
+    header: GGUFHeader | None,
+    metrics: Mapping[str, Any],
+    command: Mapping[str, Any] = reading.UNKNOWN,
 ) -> pd.DataFrame:
     """Judge every requirement of DFQS 1.0 by the stages of one run: a row each, columns `COLUMNS`.
 
     ``header`` is of the model that was run; ``metrics`` are the required ones by name, None for one withheld.
-    ``run_name`` is for the commands that evidence names.
+    ``command`` is how the run was started, for the commands that evidence names.
     """
-    is_dense, rows = header is not None and not experts(header).moe_layers, []
+    is_dense, rows, generate = (
+        header is not None and not experts(header).moe_layers,
+        [],
+        run.get("generate", {}),
+    )
+    case = Case(run, header, metrics, header.arch("context_length") if header is not None else None)
+    known = {
+        "file": run.get("merge", {}).get("model"),
+        "at": settings_of(generate),
+        "declared": case.declared,
+    }
+    known["answered"] = sentence("answered", generate)
     absent = [what for what, names in MEASURED.items() if all(metrics.get(name) is None for name in names)]
     for row in spec_table("requirements")["requirements"]:
-        case, check = Case(row["evidence"], run, header, metrics), CHECKS[row["check"]]
+        check = CHECKS[row["check"]]
         _, *needs = signature(check).parameters
         missing = [name for name in needs if name not in run]
-        if is_dense and check is routing:
-            judgement = case.judged(NOT_APPLICABLE, "dense")
-        elif missing:
-            judgement = NOT_TESTED, not_run(missing, run_name)
+        if missing and not (is_dense and check is routing):
+            verdict, evidence = NOT_TESTED, reading.not_run(missing, command)
         else:
-            judgement = check(case, **{name: run[name] for name in needs})
-            if absent and check in CONDITIONS and judgement[0] == MET:
-                judgement = NOT_TESTED, f"not measured: {', '.join(absent)}"
+            verdict, names, values = check(case, **{name: run.get(name, {}) for name in needs})
+            if is_dense and check is routing:
+                verdict, names = NOT_APPLICABLE, "dense"
+            told = known | values
+            evidence = "; ".join(filled(row["evidence"][name], told) for name in names.split())
+            if absent and check in CONDITIONS and verdict == MET:
+                verdict, evidence = NOT_TESTED, f"not measured: {', '.join(absent)}"
         stated = (row["id"], row["level"], row["text"])
-        rows.append((*stated, *judgement, row["notebook"], row["how"], row["source"]))
+        rows.append((*stated, verdict, evidence, row["notebook"], row["how"], row["source"]))
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def answers(generate: Any) -> Judgement:
+    """Met where notebook 03's prompts were answered; open where its time ran out before."""
+    given = generate.get("answers", [])
+    if any(answer["tokens"] > 0 for answer in given):
+        return judged(MET)
+    is_late = any(answer.get("finish_reason") == "time" for answer in given)
+    return judged(NOT_TESTED if is_late else NOT_MET, "silent")
 
 
 def single_file(case: Case, merge: Any, generate: Any) -> Judgement:
     """One file was made, and that file ran."""
     n_shards = case.header.get("split.count", 0) if case.header is not None else 0
     if n_shards > 1:
-        return case.judged(NOT_MET, "shard", n_shards=n_shards)
-    if sha256_of(generate) != sha256_of(merge):
-        return case.judged(NOT_TESTED, "other")
-    return case.answers()
+        return judged(NOT_MET, "shard", n_shards=n_shards)
+    return answers(generate) if sha256_of(generate) == sha256_of(merge) else judged(NOT_TESTED, "other")
 
 
 def cpu_only(case: Case, generate: Any) -> Judgement:
     """Ran with no layer on a GPU."""
-    if settings_of(generate)["n_gpu_layers"] != 0:
-        return case.judged(NOT_TESTED, "gpu")
-    return case.answers()
+    return answers(generate) if settings_of(generate)["n_gpu_layers"] == 0 else judged(NOT_TESTED, "gpu")
 
 
 def routing(case: Case, routing: Any) -> Judgement:
@@ -114,51 +116,49 @@ def routing(case: Case, routing: Any) -> Judgement:
     if it is None or not it["n_runs"] or it["failed_runs"]:
         failed = "; ".join(it["failed_runs"] if it else ())
         mark = NOT_MET if it and it["n_differ"] else NOT_TESTED
-        return case.judged(mark, "broken" if failed else "none", failed=failed)
+        return judged(mark, "broken" if failed else "none", failed=failed)
     if not it["routed"]:
-        return case.judged(NOT_APPLICABLE, "dense")
+        return judged(NOT_APPLICABLE, "dense")
     if (load := it.get("load_passed")) is not None:
-        return case.judged(it["passed"] and load, "loads", it=it)
-    return case.judged(NOT_TESTED if it["passed"] else NOT_MET, "alone", it=it)
+        return judged(it["passed"] and load, "loads", it=it)
+    return judged(NOT_TESTED if it["passed"] else NOT_MET, "alone", it=it)
 
 
 def metrics(case: Case, long_context: Any, scores: Any) -> Judgement:
     """Every metric is there. Its type is that of the specification, or it would be withheld."""
     values = case.metrics
     if missing := [name for name in spec_table("requirements")["metrics"] if values.get(name) is None]:
-        return case.judged(NOT_MET, "wrong", wrong="; ".join(f"{name} is withheld" for name in missing))
-    return case.judged(MET, n_points=len(values[CURVE]), **values)
+        return judged(NOT_MET, "wrong", wrong="; ".join(f"{name} is withheld" for name in missing))
+    return judged(MET, n_points=len(values[CURVE]), **values)
 
 
 def llama_cpp(case: Case, generate: Any) -> Judgement:
     """llama.cpp opened the file and generated."""
     name = settings_of(generate)["runtime"] or "not stated"
-    if "llama" not in name.lower():
-        return case.judged(NOT_TESTED, "other", name=name)
-    return case.answers()
+    return answers(generate) if "llama" in name.lower() else judged(NOT_TESTED, "other", name=name)
 
 
 def long_context(case: Case, long_context: Any) -> Judgement:
     """An analysis from the lengths on that the paper names, or of the whole context that the model has."""
     if why := long_context.get("not_measured"):
-        return case.judged(NOT_TESTED, "missing", why=why)
+        return judged(NOT_TESTED, "missing", why=why)
     rows, boundary = [*long_context["curve"], *long_context.get("refined", [])], long_context.get("boundary")
     if not long_context["curve"] or boundary is None:
-        return case.judged(NOT_MET, "empty")
-    lengths, reach = [row["length"] for row in rows], sentence("boundary", boundary)
-    known = {"start": LONG_FROM, "end": LONG_TO, "longest": max(lengths), "declared": case.declared}
-    known |= {"least": min(lengths), "n": len(lengths), "answers": sum(row["n"] for row in rows)}
+        return judged(NOT_MET, "empty")
+    lengths = [row["length"] for row in rows]
+    values = {"start": LONG_FROM, "end": LONG_TO, "longest": max(lengths), "least": min(lengths)}
+    values |= {"n": len(lengths), "answers": sum(row["n"] for row in rows)}
     is_long = max(lengths) >= min(LONG_FROM, case.declared or LONG_FROM)
     verdict, name = (MET, "met") if is_long else (NOT_TESTED, "short")
-    return case.judged(verdict, name, reach=reach, **known)
+    return judged(verdict, name, reach=sentence("boundary", boundary), **values)
 
 
 def gpu(case: Case, generate: Any) -> Judgement:
     """An option: whether this run used it."""
     layers = settings_of(generate)["n_gpu_layers"]
     if layers == 0 or settings_of(generate)["offloaded_layers"] == 0:
-        return case.judged(NOT_TESTED, "unused" if layers == 0 else "idle")
-    return case.judged(MET, "all" if layers == -1 else "some")
+        return judged(NOT_TESTED, "unused" if layers == 0 else "idle")
+    return judged(MET, "all" if layers == -1 else "some")
 
 
 def beyond_64k(case: Case) -> Judgement:
@@ -166,7 +166,7 @@ def beyond_64k(case: Case) -> Judgement:
     curve = case.run.get("long_context", {}).get("curve", [])
     longest = max((row["length"] for row in curve), default=0)
     verdict = NOT_MET if 0 < (case.declared or 0) <= LONG_TO else NOT_TESTED
-    return case.judged(MET if longest > LONG_TO else verdict, declared=case.declared, longest=longest)
+    return judged(MET if longest > LONG_TO else verdict, longest=longest)
 
 
 def identical_conditions(case: Case, long_context: Any, scores: Any) -> Judgement:
@@ -179,25 +179,24 @@ def identical_conditions(case: Case, long_context: Any, scores: Any) -> Judgemen
         differ.append("n_threads of the speed")
     if sha256_of(long_context) != (sha256_of(scores) or sha256_of(case.run.get("merge", {}))):
         differ.append("the model")
-    if differ:
-        return case.judged(NOT_MET, "differ", names=", ".join(differ))
-    if silent:
-        return case.judged(NOT_TESTED, "unstated", names=", ".join(silent))
-    return case.judged(MET, n=len(SHARED), names=", ".join(SHARED), curve=first, scores=second)
+    if differ or silent:
+        verdict, name = (NOT_MET, "differ") if differ else (NOT_TESTED, "unstated")
+        return judged(verdict, name, names=", ".join(differ or silent))
+    return judged(MET, n=len(SHARED), names=", ".join(SHARED), curve=first, scores=second)
 
 
 def cpu_baseline(case: Case, long_context: Any, scores: Any) -> Judgement:
     """No layer on a GPU where metrics were measured. The curve may say otherwise; the CPU's speed may not."""
     at = {"curve": settings_of(long_context), "scores": settings_of(scores)}
     if at["scores"]["n_gpu_layers"]:
-        return case.judged(NOT_MET, "scores", **at)
-    return case.judged(MET, "curve" if at["curve"]["n_gpu_layers"] else "met", **at)
+        return judged(NOT_MET, "scores", **at)
+    return judged(MET, "curve" if at["curve"]["n_gpu_layers"] else "met", **at)
 
 
 def runtime(case: Case, long_context: Any, scores: Any) -> Judgement:
     """The runtime that the stages recorded is llama.cpp's."""
     names = sorted({settings_of(stage)["runtime"] or "not stated" for stage in (long_context, scores)})
-    return case.judged(all("llama" in name.lower() for name in names), "judged", names=", ".join(names))
+    return judged(all("llama" in name.lower() for name in names), "judged", names=", ".join(names))
 
 
 def prompt_sets(case: Case, long_context: Any, scores: Any) -> Judgement:
@@ -205,29 +204,24 @@ def prompt_sets(case: Case, long_context: Any, scores: Any) -> Judgement:
     recorded = sets_of(case.run)
     named = [it for it in recorded if it.get("prompt_set_sha256")]
     if n := len(recorded) - len(named):
-        return case.judged(NOT_MET, "unknown", n=n, total=len(recorded))
+        return judged(NOT_MET, "unknown", n=n, total=len(recorded))
     sets = ", ".join(f"{it.get('prompt_set')} ({it['prompt_set_sha256']:.8}...)" for it in named)
-    return case.judged(MET, sets=sets)
+    return judged(MET, sets=sets)
 
 
 def reproducible(case: Case, routing: Any, long_context: Any, scores: Any) -> Judgement:
     """Greedy decoding, one seed, and a repetition that gave the same."""
-    seeds = {settings_of(stage)["seed"] for stage in (scores, routing, long_context)}
+    seeds = sorted({str(settings_of(stage)["seed"]) for stage in (scores, routing, long_context)})
     hottest = max(it.get("sampling", {}).get("temperature", 0.0) for it in sets_of(case.run))
-    it, wrong, verdict = routing.get("verdict"), [], NOT_MET
-    if len(seeds) > 1:
-        wrong.append(case.text("seeds", seeds=", ".join(sorted(map(str, seeds)))))
-    if hottest:
-        wrong.append(case.text("hot", temperature=hottest))
-    if it is None or not it["n_runs"]:
-        verdict = NOT_MET if wrong else NOT_TESTED
-        wrong.append(case.text("alone"))
+    it = routing.get("verdict") or {"n_runs": 0}
+    wrong, verdict = ["seeds"] * (len(seeds) > 1) + ["hot"] * bool(hottest), NOT_MET
+    if not it["n_runs"]:
+        verdict, wrong = NOT_MET if wrong else NOT_TESTED, [*wrong, "alone"]
     elif not (it["passed"] and it["same_output"] and it["logits_equal"] == 1):
-        answers = "equal" if it["same_output"] else "differ"
-        wrong.append(case.text("repeats", it=it, answers=answers))
-    if wrong:
-        return case.judged(verdict, "wrong", wrong="; ".join(wrong))
-    return case.judged(MET, seed=seeds.pop(), it=it)
+        wrong.append("repeats")
+    values = {"seeds": ", ".join(seeds), "temperature": hottest, "it": it}
+    values["answers"] = "equal" if it.get("same_output") else "differ"
+    return judged(verdict if wrong else MET, " ".join(wrong) or "met", **values)
 
 
 def sets_of(run: Run) -> list[Mapping[str, Any]]:

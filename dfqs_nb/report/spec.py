@@ -63,22 +63,13 @@ class _Words(string.Formatter):
         return str(super().format_field(value, form))
 
 
-def spaced(text: str) -> str:
-    """A text with a space before each sign of per cent, as the whole report has it.
-
-    >>> spaced("7.2% of batches, 95 % interval")
-    '7.2 % of batches, 95 % interval'
-    """
-    return re.sub(r"(?<=\d)%", " %", text)
-
-
 def filled(form: str, values: Mapping[str, Any]) -> str:
     """A sentence of the two tables with its values; what is not known reads so.
 
     >>> filled("{n:,} bytes, {share:.0%}, {speed:.2f}", {"n": 1000, "share": 0.5, "speed": None})
     '1,000 bytes, 50 %, not measured'
     """
-    return spaced(_Words().vformat(form, (), values))
+    return re.sub(r"(?<=\d)%", " %", _Words().vformat(form, (), values))
 
 
 def spec_table(name: str) -> dict[str, Any]:

@@ -91,17 +91,15 @@ def linked(text: str, is_html: bool) -> Any:
     named = {it["called"]: it["address"] for it in spec["documents"].values()}
     named |= {f"notebook {file[:2]}": f"{own}/notebooks/{file}" for file in NOTEBOOKS.values()}
     named |= {"data/models.toml": f"{own}/data/models.toml", **spec["links"]}
-    forms = [*LINKS, *((rf"\b{re.escape(name)}\b", address) for name, address in named.items())]
-    text, made, at = display.plain(text), "", 0
-    places = [(*it.span(), it.expand(to)) for form, to in forms for it in re.finditer(form, text)]
+    forms = [*LINKS, *((rf"\b{re.escape(_escaped(name, is_html))}\b", it) for name, it in named.items())]
 
-    def escaped(part: str) -> str:
-        inner = str(escape(part.strip())) if is_html else display.markdown(part)
-        return part[: len(part) - len(part.lstrip())] + inner + part[len(part.rstrip()) :] * bool(inner)
+    def link(match: re.Match[str]) -> str:
+        words = match[0]
+        address = next(it.expand(to) for form, to in forms if (it := re.fullmatch(form, words)))
+        return f'<a href="{address}">{words}</a>' if is_html else f"[{words}]({address})"
 
-    for start, end, address in sorted(places):
-        if start >= at:
-            words = escaped(text[start:end])
-            link = f'<a href="{address}">{words}</a>' if is_html else f"[{words}]({address})"
-            made, at = f"{made}{escaped(text[at:start])}{link}", end
-    return Markup(made + escaped(text[at:]))
+    return Markup(re.sub("|".join(form for form, _ in forms), link, _escaped(text, is_html)))
+
+
+def _escaped(text: str, is_html: bool) -> str:
+    return str(escape(display.plain(text))) if is_html else display.markdown(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 
 import pandas as pd
 
-from dfqs_nb.core.display import plain, quoted
+from dfqs_nb.core.budget import duration
+from dfqs_nb.core.display import plain
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.report import requirements
-from dfqs_nb.report.envelope import envelope_tables
-from dfqs_nb.report.reading import BESIDE, BOUNDARY, CURVE, SCORES, SPEED, ReportError, stages_in
+from dfqs_nb.report.envelope import needs_table
+from dfqs_nb.report.reading import BESIDE, BOUNDARY, CURVE, SCORES, SPEED, ReportError, rerun, stages_in
 from dfqs_nb.report.requirements import MET, NOT_APPLICABLE, NOT_MET, NOT_TESTED
-from dfqs_nb.report.spec import link, spaced, spec_table
+from dfqs_nb.report.spec import link, spec_table
 from dfqs_nb.report.template import FEW_QUESTIONS, render, sentence, words
 
 YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
@@ -127,20 +127,17 @@ def _is_unmeasured(row: Mapping[str, Any]) -> bool:
 
 
 def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """What a report holds, as frames to show; what is about the artifact as ``artifact_...``."""
+    """What a report holds, as frames to show."""
     lines = [(name, sentence("metric", name, report["details"][name])) for name in report["metrics"]]
     columns = ["number", "document", "section", "claim", "found", "verdict", "evidence", "source"]
     stated = pd.DataFrame(report["claims"], columns=["id", *columns]).set_index("id")
-    frames = {
+    return {
         "metrics": pd.DataFrame(lines, columns=["metric", "value"]).set_index("metric"),
         "requirements": pd.DataFrame(report["conformance"], columns=requirements.COLUMNS).set_index("id"),
         "claims": stated,
         "contradicted": stated[stated["verdict"].str.startswith("contradict")],
-        **envelope_tables(report["hardware_envelope"]["model"]),
+        "needs": needs_table(report["hardware_envelope"]),
     }
-    if artifact := report["hardware_envelope"]["artifact"]:
-        frames |= {f"artifact_{name}": frame for name, frame in envelope_tables(artifact).items()}
-    return frames
 
 
 def texts(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -154,17 +151,19 @@ def texts(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """All that the templates of a report show; they write numbers as `core.display.cell` does."""
-    frames, details, beside = tables(report), report["details"], _beside(folder)
-    envelopes, ran, versions = report["hardware_envelope"], report["machine"], report["versions"].items()
+    frames, details, beside = tables(report), report["details"], _beside(report, folder)
+    ran, versions = report["machine"], report["versions"].items()
     other = {f"{name}, of this report": value for name, value in versions if ran.get(name) != value}
+    paging = report["hardware_envelope"].get("paging") or {}
+    is_paged = any(value != "0 B" for name, value in paging.items() if name.startswith("a token reads"))
     drawn = {
         "context_curve": details[CURVE].get("points"),
         "score_families": any(details[name]["value"] is not None for name in SCORES),
         "decode_roofline": details[SPEED]["value"],
     }
-    values = {
+    return {
         "report": report,
-        "absent": {*BESIDE, "left_out"} - set(beside) | (set() if report["claims"] else {"claims"}),
+        "absent": {*BESIDE, "budgets"} - set(beside) | (set() if report["claims"] else {"claims"}),
         "figure": lambda name: _figure(folder, name),
         "is_drawn": lambda name: f"{name}.png" in report["sources"] and bool(drawn.get(name, True)),
         "verdict": verdict(report),
@@ -175,21 +174,13 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "claims": frames["claims"].reset_index(),
         "documents": spec_table("claims")["documents"],
         "link": link,
-        "envelopes": [_envelope(it) for it in (envelopes["model"], envelopes["artifact"]) if it],
-        "paging": _paging(envelopes.get("paging") or {}),
+        "needs": frames["needs"].reset_index().rename(columns={"n_ctx": "context (tokens)"}),
+        "paging": _pairs(paging if is_paged else {}, "a token of decode, predicted and measured"),
         "beside": beside,
         "model": _model(report["model"]),
         "conditions": _pairs(pd.json_normalize(report["conditions"]).to_dict("records")[0], "condition"),
         "machine": _pairs({**ran, **other}, "where it ran"),
     }
-    body = render("report.md", occurs=lambda word, seen: False, **values)
-
-    def occurs(term: str, seen: str) -> bool:
-        """Whether the report has a glossary's term, or one of several; capitals stand for themselves."""
-        forms = "|".join(rf"\b{re.escape(word)}(?:s|es)?\b" for word in term.split(", "))
-        return bool(re.search(seen or (forms if term.isupper() else f"(?i:{forms})"), body))
-
-    return values | {"occurs": occurs}
 
 
 def _pairs(facts: Mapping[str, Any], name: str) -> pd.DataFrame:
@@ -204,58 +195,32 @@ def _model(model: Mapping[str, Any]) -> pd.DataFrame:
     return _pairs(facts, "of the model")
 
 
-def _paging(rows: Mapping[str, str]) -> pd.DataFrame:
-    """What a token was predicted to read from the disk, and did; nothing where memory holds the model."""
-    is_read = any(value != "0 B" for name, value in rows.items() if name.startswith("a token reads"))
-    where = "read from the disk for a token"
-    named = {name.replace("a token reads", where): spaced(rows[name]) for name in rows if is_read}
-    return _pairs(named, "a token of decode, predicted and measured")
-
-
 def retrieval(curve: Mapping[str, Any]) -> pd.DataFrame:
-    """Retrieval by task and length: every task that was asked, or the points of the curve.
-
-    The guess rate of a task is by the curve's rule: one of the keys where at least half of its wrong answers
-    are another key's, else 0.
-    """
-    tasks, keys, shown = curve.get("tasks") or [], curve.get("n_keys") or 0, []
-    for row in tasks or [{"task": "the curve's task", **row} for row in curve.get("points") or []]:
-        own = [it for it in tasks if it["task"] == row["task"]]
-        wrong, another = (sum(it.get(name) or 0 for it in own) for name in ("wrong", "another_key"))
-        guess = curve["guess_rate"] or 0.0
-        if tasks:
-            guess = 1 / keys if keys > 1 and 2 * another >= wrong else 0.0
-        cells = {"task": row["task"], "context (tokens)": row["length"], "n": row["n"]}
+    """Retrieval by task and length: every task that was asked, or the points of the curve."""
+    shown = []
+    for row in curve.get("tasks") or curve.get("points") or []:
+        cells = {
+            "task": row.get("task", "the curve's task"),
+            "context (tokens)": row["length"],
+            "n": row["n"],
+        }
         cells |= {"right answers": f"{row['accuracy']:.2f}"}
-        cells |= {"95 % interval": f"{row['low']:.2f} to {row['high']:.2f}", "guess rate": f"{guess:.2f}"}
-        cells |= {"another key's, of the task's wrong answers": f"{another} of {wrong}"} if wrong else {}
-        shown.append(cells)
-    return pd.DataFrame(shown).fillna("")
+        shown.append(cells | {"95 % interval": f"{row['low']:.2f} to {row['high']:.2f}"})
+    return pd.DataFrame(shown)
 
 
-def _envelope(envelope: Mapping[str, Any]) -> dict[str, Any]:
-    frames = {name: frame.reset_index() for name, frame in envelope_tables(envelope).items()}
-    frames["cache"] = frames["cache"].rename(columns={"n_ctx": "context (tokens)"})
-    counted = sorted({f"{row['resource']}: {row['counted']}" for row in envelope["fits"]})
-    of_gpus = any(row["resource"] == "VRAM" for row in envelope["fits"])
-    return {**envelope, "tables": frames, "counted": counted, "of_gpus": of_gpus}
-
-
-def _beside(folder: Path) -> dict[str, list[str]]:
-    """What else there is: the summaries of ladder and serving, and what any stage's budget left out."""
-    stages = stages_in(folder)
+def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
+    """What else there is: summaries of ladder and serving; each stage's budget, and what it left out."""
+    stages, budgets = stages_in(folder), []
+    for name, stage in stages.items():
+        if budget := stage.get("budget"):
+            taken = f"{duration(budget['used_seconds'])} of {duration(budget['seconds'])}"
+            missing = "".join(f"; left out: {it}" for it in stage.get("left_out") or ())
+            budgets.append(f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {taken}{missing}")
+    if any(stage.get("left_out") for stage in stages.values()):
+        budgets.append(f"A larger budget measures more: {rerun([], report['command'], more=True)}")
     lines = {name: stages[name].get("summary", []) for name in BESIDE if name in stages}
-    lines["left_out"] = [
-        f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {missing}"
-        for name, stage in stages.items()
-        for missing in stage.get("left_out") or ()
-    ]
-    if lines["left_out"]:
-        model = stages.get("merge", {}).get("conditions", {}).get("model", "MODEL")
-        run = folder.absolute().name
-        command = f"dfqs-nb run --model {quoted(model)} --run {quoted(run)} --budget-minutes 120"
-        lines["left_out"].append(f"Two hours for the whole run, for example, measure more: `{command}`")
-    return {name: [spaced(str(line)) for line in own] for name, own in lines.items() if own}
+    return {name: own for name, own in {**lines, "budgets": budgets}.items() if own}
 
 
 def _figure(folder: Path, name: str) -> str:

@@ -25,6 +25,7 @@ from typer import Argument, Option
 from dfqs_nb import __version__
 from dfqs_nb.core.display import did_you_mean, plain, quoted
 from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.files import write_text
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
 
 if TYPE_CHECKING:
@@ -111,14 +112,9 @@ def run(
         raise DfqsError(f"{odd[0]!r} is not of the form name=value", hint="write -p n_ctx=4096")
     texts = {name.strip(): text for name, _, text in (given.partition("=") for given in parameter)}
     texts |= {"model": model} if model else {}
-    types = workbook.parameter_types(paths)
-    if "model" in texts and "model" not in types:
-        workbook.refuse_model(texts["model"], paths, run or texts.get("run_name", ""))
-    values = workbook.parse_parameters(texts, types)
+    values = workbook.parse_parameters(texts, workbook.parameter_types(paths))
     name = values.pop("run_name", "")
     name = run or name or workbook.default_run_name(values.get("model"))
-    if given := values.get("model"):
-        workbook.check_model(given, values.get("output_dir") or outputs_dir() / name)
     result = workbook.run_workbook(name, values, paths, fresh, sys.stderr, tier, budget_minutes, say)
     say(f"\n{workbook.summary_text(result)}")
     raise typer.Exit(int(any(notebook.failed for notebook in result.notebooks)))
@@ -137,7 +133,6 @@ def models() -> None:
 @app.command(rich_help_panel=WHOLE)
 def sweep(
     table: Path = Argument(..., metavar="MODELS.CSV", help="Columns: model, run, any notebook parameter."),
-    jobs: int = Option(0, min=0, help="Rows at once. 0: one here, all workers of a cluster."),
     scheduler: str = Option("", metavar="tcp://HOST:8786", help="A Dask cluster that sees these files."),
     name: str = Option("", help="The folder under outputs/. Default: sweep- and the table's name."),
     notebook: list[str] = Option([], metavar="NN", help="Only these notebooks. Default: all."),
@@ -150,12 +145,11 @@ def sweep(
     from dfqs_nb.workbook import sweep as sweeps
     from dfqs_nb.workbook.run import find_notebooks
 
-    options: dict[str, Any] = {"jobs": jobs, "scheduler": scheduler, "name": name, "fresh": fresh}
+    options: dict[str, Any] = {"scheduler": scheduler, "name": name, "fresh": fresh}
     rows = sweeps.sweep(table, notebooks=find_notebooks(notebook), tell=say, **options)
     say_table(rows[["line", "run", "status", "seconds", "reason"]], ".1f")
     n_done = int((rows["status"] == "done").sum())
-    at_once = "; speeds of rows that ran at once are contended" if jobs > 1 or scheduler else ""
-    say(f"{n_done} of {len(rows)} rows done{at_once}")
+    say(f"{n_done} of {len(rows)} rows done")
     raise typer.Exit(int(n_done < len(rows)))
 
 
@@ -191,7 +185,7 @@ def report(
 
 @app.command(rich_help_panel=REPORT)
 def compare(
-    reports: list[str] = Argument(..., metavar="RUN...", help="Runs or report.json files; baseline first."),
+    runs: list[str] = Argument(..., metavar="RUN...", help="Runs or report.json files; baseline first."),
     accept: list[str] = Option([], metavar="FIELD", help="Only chat_template_sha256 may differ."),
 ) -> None:
     """Compare reports made under equal conditions, item by item.
@@ -200,11 +194,11 @@ def compare(
     """
     from dfqs_nb import report
 
-    places = [name if Path(name).is_file() else str(run_folder(name)) for name in reports]
+    places = [name if Path(name).is_file() else str(run_folder(name)) for name in runs]
     comparison = report.compare_reports(places, accept=accept)
     folder = run_dir("-".join(["compare", *(run.report["run"] for run in comparison.runs)]))
     say(comparison)
-    say_written([comparison.write(folder)], folder)
+    say_written([write_text(folder / "comparison.md", str(comparison))], folder)
 
 
 @app.command(rich_help_panel=REPORT)
@@ -255,13 +249,14 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        kind = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        what = f"unexpected {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         for folder in (outputs_dir(), Path(tempfile.gettempdir())):
             # the first may not be there, or be full
             with suppress(OSError), (folder / LOG).open("a", encoding="utf-8", errors="replace") as log:
                 print(traceback.format_exc(), file=log, flush=True)
-                return _fail(f"unexpected {kind}; its place in the code is in {tilde(folder / LOG)}")
-        return _fail(f"unexpected {kind}")
+                what += f"; its place in the code is in {tilde(folder / LOG)}"
+                break
+        return _fail(what)
 
 
 def _fail(message: str, status: int = 1) -> int:

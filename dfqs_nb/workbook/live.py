@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from dfqs_nb.core.budget import duration
 from dfqs_nb.core.display import plain
-from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.core.progress import Activity
 
 ENGINE = "dfqs-live"  # its name in papermill
-CONDITIONS = "dfqs_conditions"  # in the metadata of an executed notebook: their hash
 BAR = 10  # characters
 HEARTBEAT_SECONDS = 10.0  # between lines where there is no terminal to redraw one in
 REDRAW_SECONDS = 1.0
@@ -27,17 +24,13 @@ REDRAW_SECONDS = 1.0
 class Live:
     """One line that follows a notebook's execution; in a log file, a line every ten seconds of a long cell.
 
-    If an earlier run left the notebook at ``target`` under the same ``conditions``, the times of its cells
-    tell how long this run takes. ``budget_minutes`` 0: it has no budget. ``stream`` None: nobody watches.
+    ``budget_minutes`` 0: it has no budget. ``stream`` None: nobody watches.
     """
 
-    def __init__(
-        self, target: Path, budget_minutes: float, conditions: Mapping[str, Any], stream: IO[str] | None
-    ) -> None:
+    def __init__(self, target: Path, budget_minutes: float, stream: IO[str] | None) -> None:
         self.name, self.stream, self.budget = target.stem, stream or io.StringIO(), 60 * budget_minutes
-        self.key, self.bars = conditions_hash(conditions), target.with_name(".progress")
-        self.earlier, self.titles = cell_seconds(target, self.key), list[str]()
-        self.index, self.begun, self.cell_begun = 0, time.monotonic(), time.monotonic()
+        self.bars, self.titles, self.index = target.with_name(".progress"), list[str](), 0
+        self.begun = self.cell_begun = time.monotonic()
         self.activity, self.done, self.drawn = Activity(), threading.Event(), 0
 
     def __enter__(self) -> Live:
@@ -66,29 +59,20 @@ class Live:
         return f"{self.index + 1}/{len(self.titles)} {self.titles[self.index]}"
 
     def line(self, width: int = 1000) -> str:
-        """What is going on, for how long, what is left, and what the processes do.
+        """What is going on, for how long, what is left of the budget, and what the processes do.
 
-        If that is wider than ``width``, the heading is cut first, then what the processes do, then the name.
+        If that is wider than ``width``, its end is cut, and first of all the notebook's name.
         """
-        now, done = time.monotonic(), BAR * self.index // max(1, len(self.titles))
-        times = ", ".join(filter(None, [duration(now - self.begun), self._left(now)]))
-        bars = self.bars.read_text(encoding="utf-8", errors="replace") if self.bars.exists() else ""
-        more = "".join(f" | {part}" for part in (times, bars, self.activity.text()) if part)
-        number, _, title = self.place.partition(" ")
-        head = f"[{'#' * done}{'.' * (BAR - done)}] {number}"
-        name = self.name if len(f"{self.name} {head} | {times}") <= width else self.name[:2]
-        title = title[: max(0, width - len(f"{name} {head} {more}"))]
-        return plain(f"{name} {head} {title}".rstrip() + more)[:width]
-
-    def _left(self, now: float) -> str:
-        """What is left: as long as the cells took last time, or of the budget."""
-        if self.titles and len(self.earlier) == len(self.titles):
-            here = max(0.0, self.earlier[self.index] - (now - self.cell_begun))
-            return f"about {duration(here + sum(self.earlier[self.index + 1 :]))} left, as last time"
+        gone, done = time.monotonic() - self.begun, BAR * self.index // max(1, len(self.titles))
+        times, number, title = duration(gone), *self.place.partition(" ")[::2]
         if self.budget:
-            left = self.budget - (now - self.begun)
-            return f"{duration(left)} of its budget left" if left > 0 else "over its budget"
-        return ""
+            left = self.budget - gone
+            times += f", {duration(left)} of its budget left" if left > 0 else ", over its budget"
+        bars = self.bars.read_text(encoding="utf-8", errors="replace") if self.bars.exists() else ""
+        parts = filter(None, [times, title, bars, self.activity.text()])
+        line = plain(f" [{'#' * done}{'.' * (BAR - done)}] {number} | {' | '.join(parts)}")
+        name = self.name if len(self.name + line) <= width else self.name[:2]
+        return (name + line)[:width]
 
     def _watch(self) -> None:
         terminal = self.stream.isatty()
@@ -102,16 +86,6 @@ class Live:
         self.stream.write("\r" + line.ljust(self.drawn))
         self.stream.flush()
         self.drawn = len(line)
-
-
-def cell_seconds(path: Path, key: str) -> list[float]:
-    """How long each cell of a notebook took that ran to its end under the conditions ``key``; else empty."""
-    try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        seconds = [cell["metadata"]["papermill"]["duration"] for cell in notebook["cells"]]
-        return [] if None in seconds or notebook["metadata"][CONDITIONS] != key else seconds
-    except (OSError, ValueError, LookupError, TypeError):
-        return []  # no notebook, or not one that this program executed
 
 
 def cell_titles(cells: Sequence[Any]) -> list[str]:
@@ -132,7 +106,6 @@ def use(live: Live) -> str:
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
             titles, begin = cell_titles(nb_man.nb.cells), nb_man.cell_start
-            nb_man.nb.metadata[CONDITIONS] = live.key
 
             def started(cell: Any, cell_index: int = 0, **more: Any) -> None:
                 live.cell(titles, cell_index)

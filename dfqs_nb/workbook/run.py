@@ -8,15 +8,14 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from dfqs_nb.core.budget import counted
 from dfqs_nb.core.display import did_you_mean, markdown, plain, quoted
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import there_is, write_text
+from dfqs_nb.core.files import read_json, there_is, write_json, write_text
 from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
 from dfqs_nb.core.stage import Stage, read_stage
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
 KERNEL = "python3"
+COMMAND = ".command.json"  # in a run's folder: how it was started, for the commands that its report names
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 
 
@@ -53,16 +53,14 @@ class WorkbookRun(NamedTuple):
 def find_notebooks(names: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
     """The workbook's notebooks in order, or those named: ``01``, ``01_merge_shards`` or a path.
 
-    `DfqsError`: there is none, or a name fits none.
+    `DfqsError`: a name fits none.
     """
-    paths, wanted = sorted(folder.glob(PATTERN)), [f"{Path(name).stem}_" for name in names]
-    if not paths:
-        raise DfqsError("no notebooks here", where=folder, hint="run this from a checkout of the workbook")
+    paths, wanted = sorted(folder.glob(PATTERN)), tuple(f"{Path(name).stem}_" for name in names)
     for name in wanted:
         if not any(f"{path.stem}_".startswith(name) for path in paths):
-            hint = f"there are {', '.join(path.stem for path in paths)}"
+            hint = f"there are {', '.join(path.stem for path in paths) or 'none: go to a checkout'}"
             raise DfqsError(f"no notebook is called {name[:-1]!r}", where=folder, hint=hint)
-    return [path for path in paths if not wanted or f"{path.stem}_".startswith(tuple(wanted))]
+    return [path for path in paths if not wanted or f"{path.stem}_".startswith(wanted)]
 
 
 def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
@@ -90,33 +88,9 @@ def check_parameters(parameters: Iterable[str], declared: Iterable[str]) -> None
         raise DfqsError(f"no notebook has a parameter {', '.join(map(repr, unknown))}", hint=hint)
 
 
-def refuse_model(model: str, notebooks: Iterable[Path], run: str = "") -> NoReturn:
-    """Say how notebooks without a parameter ``model`` are given one: by the run's folder."""
-    numbers, own = [path.stem[:2] for path in notebooks], ["--run", run or default_run_name(model)]
-    here = " ".join(map(quoted, ["run", *numbers, *own]))
-    other = " ".join(map(quoted, ["run", "01", *numbers, "--model", model, *own]))
-    hint = f"for the model of that run: `dfqs-nb {here}`; to prepare this model first: `dfqs-nb {other}`"
-    raise DfqsError("these notebooks take the model that notebook 01 prepared in the run's folder", hint=hint)
-
-
-def check_model(model: str, merged_to: str | Path) -> None:
-    """Refuse a model that notebook 01 would refuse, as far as names and headers tell; nothing is written.
-
-    ``merged_to``: where an earlier merge may have put it. Errors as `dfqs_nb.merge.open_source`.
-    """
-    from dfqs_nb.gguf import models as registry
-    from dfqs_nb.merge import open_source
-
-    known = registry.registered().get(model)
-    if registry.ADDRESS.match(model):
-        registry.parse_address(model)
-    elif known is None or not registry.ADDRESS.match(known.source):
-        open_source(model, merged_to=Path(merged_to))
-
-
-def parameter_types(notebooks: Iterable[Path]) -> dict[str, str]:
-    """The type of each parameter that a notebook declares, as it is written there."""
-    declared = [declared_parameters(path) for path in notebooks]
+def parameter_types(notebooks: Iterable[Path] = ()) -> dict[str, str]:
+    """The type of each parameter that the workbook's notebooks, or these, declare, as it is written there."""
+    declared = [declared_parameters(path) for path in dict.fromkeys([*find_notebooks(), *notebooks])]
     return {name: facts["inferred_type_name"] for names in declared for name, facts in names.items()}
 
 
@@ -163,12 +137,13 @@ def run_workbook(
     `DfqsError`: no notebook declares a parameter, or a cell fails; what earlier notebooks wrote stays.
     """
     paths = list(notebooks) if notebooks is not None else find_notebooks()
-    declared = [declared_parameters(path) for path in paths]
-    check_parameters(parameters or {}, chain.from_iterable(declared))
+    check_parameters(parameters or {}, parameter_types(paths))
     given = {name: _absolute(value) for name, value in (parameters or {}).items()}
     budget_minutes = given.pop("budget_minutes", budget_minutes)
     if not budget_minutes >= 1:
         raise DfqsError(f"the budget is {budget_minutes:g} minutes", hint="give a run 1 minute or more")
+    folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
+    _note_command(folder, given, tier, budget_minutes)
     tier = tier or tiers.tier_of(given.get("model"), run)
     settings = {name: value for name, value in tiers.settings_of(tier).items() if name not in given}
     n_notebooks = counted(len(paths), "notebooks")
@@ -176,14 +151,13 @@ def run_workbook(
     if settings:
         tell("  " + ", ".join(f"{name}={value}" for name, value in settings.items()))
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
-    folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
-    for number, (path, names) in enumerate(zip(paths, declared, strict=True)):
+    for number, path in enumerate(paths):
         tell(f"{path.stem} ...")
         # Kernel, imports and figures of the notebooks to come are in no plan: about the shortest one so far.
         beside = min((notebook.seconds for notebook in done), default=0.0) * len(paths[number:])
         left = budget_minutes - (time.monotonic() - begin + beside) / 60
         budget = tiers.budget_of(path.stem, left, [later.stem for later in paths[number:]])
-        now = {"budget_minutes": round(budget, 1), **values}
+        now, names = {"budget_minutes": round(budget, 1), **values}, declared_parameters(path)
         chosen, target = {name: now[name] for name in now if name in names}, folder / path.name
         try:
             if "ladder_source" in names and tier != tiers.NANO and not chosen.get("ladder_source"):
@@ -192,17 +166,25 @@ def run_workbook(
             Stage(run, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
             done.append(NotebookRun(target, left_out=str(error)))
         else:
-            conditions = {**chosen, "budget_minutes": budget_minutes}
-            conditions["model"] = given.get("model") or ("model" not in names and tiers.model_of(run))
-            live = Live(target, chosen.get("budget_minutes", 0.0), conditions, watch)
-            done.append(_executed(path, target, chosen, live))
+            done.append(
+                _executed(path, target, chosen, Live(target, chosen.get("budget_minutes", 0.0), watch))
+            )
         ended = done[-1]
         tell(f"{path.stem}: {f'left out: {ended.left_out}' if ended.left_out else f'{ended.seconds:.1f} s'}")
     return _summed_up(folder, done)
 
 
+def _note_command(folder: Path, given: Mapping[str, Any], tier: str, budget_minutes: float) -> None:
+    """Keep the options that a run was given; those of before, where a part of it runs again without any."""
+    options = [word for name, value in given.items() if name != "model" for word in ("-p", f"{name}={value}")]
+    options += ["--tier", tier] if tier else []
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        options = options or read_json(folder / COMMAND)["options"]
+    write_json(folder / COMMAND, {"options": options, "budget_minutes": budget_minutes})
+
+
 def _summed_up(folder: Path, done: list[NotebookRun]) -> WorkbookRun:
-    """Write the summary, and again the report, if there is one: it shows later notebooks and seals all."""
+    """Write the summary, and again the report, if there is one: it shows later notebooks, too."""
     from dfqs_nb import report
 
     own = report.read_report(folder) if (folder / "report.json").is_file() else None
@@ -228,14 +210,14 @@ def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) 
     from papermill import PapermillExecutionError, execute_notebook
 
     begin, so_far = time.perf_counter(), f"its output so far is in {tilde(target)}"
+    # a text that is streamed is one output
+    kernel = {"kernel_name": KERNEL, "cwd": path.parent, "extra_arguments": [QUIET], "coalesce_streams": True}
     try:
         with kernel_environment(progress=live.bars), live:
-            kernel = {"kernel_name": KERNEL, "cwd": path.parent, "extra_arguments": [QUIET]}
-            kernel["coalesce_streams"] = True  # a text that is streamed is one output
             execute_notebook(path, target, parameters, engine_name=use(live), progress_bar=False, **kernel)
     except KeyboardInterrupt:
-        print(f"\nstopped in {live.name}, cell {plain(live.place)}; {so_far}", file=sys.stderr)
         report = f"`dfqs-nb report {quoted(target.parent.name)}` reports what there is"
+        print(f"\nstopped in {live.name}, cell {plain(live.place)}; {so_far}", file=sys.stderr)
         print(f"the same command measures what is missing; {report}", file=sys.stderr)
         raise
     except (PapermillExecutionError, DeadKernelError) as error:
@@ -266,10 +248,10 @@ def kernel_environment(outputs: Path | None = None, progress: Path | None = None
     before = dict(os.environ)
     # a user may have a kernel of that name of another interpreter
     places = [f"{sys.prefix}/share/jupyter", before.get("JUPYTER_PATH", "")]
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, places))
-    os.environ["DFQS_OUTPUTS"] = str((outputs or outputs_dir()).absolute())
-    os.environ |= {"DFQS_PROGRESS": str(progress.absolute())} if progress else {}
-    os.environ |= {"TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ |= {"JUPYTER_PATH": os.pathsep.join(filter(None, places)), "TQDM_DISABLE": "1"}
+    os.environ |= {"DFQS_OUTPUTS": f"{(outputs or outputs_dir()).absolute()}"}
+    os.environ |= {"DFQS_PROGRESS": f"{progress.absolute()}"} if progress else {}
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     try:
         yield
     finally:
@@ -279,32 +261,27 @@ def kernel_environment(outputs: Path | None = None, progress: Path | None = None
 
 def read_summary(folder: Path) -> dict[str, list[str]]:
     """The ``summary`` lines of every stage file ``<stage>.json`` in a run's folder, in stage order."""
-    stages = [stage for stage in STAGES if (folder / f"{stage}.json").exists()]
-    return {stage: [plain(line) for line in read_stage(folder, stage).get("summary", [])] for stage in stages}
+    stages = {stage: read_stage(folder, stage) for stage in STAGES if (folder / f"{stage}.json").exists()}
+    return {name: [plain(line) for line in stage.get("summary", [])] for name, stage in stages.items()}
 
 
 def summary_markdown(result: WorkbookRun) -> str:
     """The verdict, what was found, and how long each notebook took."""
-    lines = [f"# Run {result.folder.name}", ""]
-    if result.verdict:
-        title, *answers = result.verdict.splitlines()
-        lines += ["## Verdict", "", markdown(title), "", *(f"- {markdown(line)}" for line in answers), ""]
-        lines += ["The whole report: [report.html](report.html)", ""]
-    lines += ["## What was found", ""]
-    for stage, sentences in result.summary.items():
-        lines += [f"**{stage}**", "", *(f"- {markdown(sentence)}" for sentence in sentences), ""]
-    lines += ["## Notebooks", ""]
-    for path, seconds, left_out, _ in result.notebooks:
-        done = f"- [{path.stem}]({path.name}): {seconds:.1f} s"
-        lines.append(f"- {path.stem}: left out: {markdown(left_out)}" if left_out else done)
-    return "\n".join(lines) + "\n"
+    parts = {"Verdict": result.verdict.splitlines(), **result.summary}
+    parts = {title: [markdown(line) for line in lines] for title, lines in parts.items()}
+    parts["Notebooks"] = [
+        f"[{path.stem}]({path.name}): {markdown(left_out and f'left out: {left_out}') or f'{seconds:.1f} s'}"
+        for path, seconds, left_out, _ in result.notebooks
+    ]
+    parts |= {"Report": ["[report.html](report.html)"]} if result.verdict else {}
+    sections = [f"## {title}\n\n- " + "\n- ".join(lines) for title, lines in parts.items() if lines]
+    return "\n\n".join([f"# Run {result.folder.name}", *sections]) + "\n"
 
 
 def summary_text(result: WorkbookRun) -> str:
     """The same for a terminal: the verdict, or without a report what each stage found."""
-    lines = [result.verdict, f"open {tilde(result.folder / 'report.html')}"]
-    if not result.verdict:
-        lines = [f"{stage}: {line}" for stage, found in result.summary.items() for line in found]
+    lines = [f"{stage}: {line}" for stage, found in result.summary.items() for line in found]
+    lines = [result.verdict, f"open {tilde(result.folder / 'report.html')}"] if result.verdict else lines
     return "\n".join([*lines, f"\nWhere it is: {tilde(result.folder)}/"])
 
 
@@ -319,21 +296,18 @@ def overview() -> pd.DataFrame:
     import pandas as pd
 
     content = tomllib.loads((data_dir() / "notebooks.toml").read_text(encoding="utf-8"))
-
-    def cost(name: str, row: dict[str, Any], size: str) -> str:
-        if size in row:
-            return "{:.2g} min, {:.2g} GB".format(*row[size])
-        share = tiers.share_of(name)
-        if not share or size not in content["estimate"]:
-            return "not measured"
-        return f"budget {tiers.BUDGET_MINUTES * share:.0f} min, ~{content['estimate'][size]:.0f} GB"
-
-    sizes, rows = content["sizes"], content["notebooks"]
-    costs = {
-        name[:2]: {"answers": row["answers"], **{sizes[size]: cost(name, row, size) for size in sizes}}
-        for name, row in rows.items()
-    }
-    return pd.DataFrame.from_dict(costs, orient="index").rename_axis("notebook")
+    rows = dict[str, dict[str, str]]()
+    for name, row in content["notebooks"].items():
+        rows[name[:2]] = {"answers": row["answers"]}
+        for size, title in content["sizes"].items():
+            cost, share = "not measured", tiers.share_of(name)
+            if size in row:
+                cost = "{:.2g} min, {:.2g} GB".format(*row[size])
+            elif share and size in content["estimate"]:
+                minutes = tiers.BUDGET_MINUTES * share
+                cost = f"budget {minutes:.0f} min, ~{content['estimate'][size]:.0f} GB"
+            rows[name[:2]][title] = cost
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("notebook")
 
 
 def parameter_table() -> pd.DataFrame:

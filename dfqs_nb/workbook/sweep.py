@@ -1,7 +1,7 @@
 """Run the workbook for many models and settings, from a table, and end in a leaderboard.
 
 Each row runs the notebooks in a process of its own, so a crash fails one row. A journal keeps what is done,
-so the same command resumes a killed sweep. Rows run here, or on the workers of a Dask cluster.
+so the same command resumes a killed sweep. Rows run here one by one, or on the workers of a Dask cluster.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ JOURNAL, FORMAT = "sweep.jsonl", {"format": "dfqs-sweep/2"}
 CONNECT_SECONDS, NO_WORKER_SECONDS = 20.0, 60.0  # for a scheduler to answer; without a single worker
 Answer = dict[str, Any]
 Tell = Callable[[str], object]
-Place = tuple[Executor, int, Callable[[], object]]  # where rows run, its workers, a check that it has some
 
 
 class Row(NamedTuple):
@@ -50,7 +49,10 @@ def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
     Without ``run`` the name comes from the model. An empty cell is the notebook's default. A relative path is
     looked for beside the CSV file. `DfqsError`: what is wrong, and in which line.
     """
-    hint = "give a CSV file in UTF-8: a header with a column model, then a line for each run"
+    hint, rows = (
+        "give a CSV file in UTF-8: a header with a column model, then a line for each run",
+        list[Row](),
+    )
     try:
         if path.exists() and not path.is_file():
             raise OSError("not a regular file")
@@ -63,51 +65,53 @@ def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
     if not lines or "model" not in header or len(set(header)) < len(header):
         what = f"the columns are {', '.join(header)}" if lines else "has no rows"
         raise DfqsError(what, where=tilde(path), hint=f"{hint}, and no column twice")
-    declared, rows = workbook.parameter_types(notebooks), list[Row]()
-    types = {name: declared[name] for name in declared if name not in ("model", "run_name")}
-    made = {"notebooks": [notebook.stem for notebook in notebooks], "version": __version__}
+    types = {name: kind for name, kind in workbook.parameter_types(notebooks).items() if name != "run_name"}
     for line, cells in lines:
         try:
             if len(cells) != len(header):
                 raise DfqsError(f"has not {len(header)} cells, as the header")
-            texts = dict(zip(header, cells, strict=True))
-            model, files = _model(texts.pop("model"), path.parent)
-            run = texts.pop("run", "") or workbook.default_run_name(model)
-            if Path(run).name != run or run.startswith("."):
-                raise DfqsError(f"{run!r} is not a run name", hint="use one plain folder name")
-            if twin := next((row.line for row in rows if row.run == run), 0):
-                raise DfqsError(f"has the run name {run!r}, as line {twin}", hint="fill the column run")
-            given = {name: text for name, text in texts.items() if text}
-            values = workbook.parse_parameters(given, types)
+            rows.append(_row(line, dict(zip(header, cells, strict=True)), path.parent, types, notebooks))
+            if twin := next((row.line for row in rows[:-1] if row.run == rows[-1].run), 0):
+                raise DfqsError(
+                    f"has the run name {rows[-1].run!r}, as line {twin}", hint="fill the column run"
+                )
         except DfqsError as error:
             what = f"nothing was run: line {line}: {error.what}"
             raise DfqsError(what, where=tilde(path), hint=error.hint) from None
-        own = {"model": model, "files": files, "run": run, "parameters": values}
-        rows.append(Row(line, model, run, values, conditions_hash({**own, **made})))
     return rows
 
 
-def _model(text: str, base: Path) -> tuple[str, list[tuple[str, int, int]]]:
-    """The model as a run gets it, a path made absolute; and its files: another file is another model."""
-    known = registry.registered()
-    if text in known or (text.startswith("hf://") and registry.parse_address(text)):
-        return text, []
-    path = (base / Path(text).expanduser()).absolute()  # links stay: a shard's name is the link's
-    files = [path.with_name(name) for name in registry.siblings(path.name)]
-    if missing := [file.name for file in files if not text or not is_file(file)]:
-        what = f"no model {text!r}: {', '.join(missing)} not beside the table, and no registered name"
-        raise DfqsError(what if text else "the cell model is empty", hint=f"registered: {', '.join(known)}")
-    return str(path), [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+def _row(
+    line: int, texts: dict[str, str], base: Path, types: dict[str, str], notebooks: Sequence[Path]
+) -> Row:
+    """A row; its model is a name, an address, or an absolute path. Another file is another model."""
+    model, known, stats = texts.pop("model"), registry.registered(), []
+    if model not in known and not (model.startswith("hf://") and registry.parse_address(model)):
+        path = (base / Path(model).expanduser()).absolute()  # links stay: a shard's name is the link's
+        files = [path.with_name(name) for name in registry.siblings(path.name)]
+        if missing := [file.name for file in files if not model or not is_file(file)]:
+            what = f"no model {model!r}: {', '.join(missing)} not beside the table, and no registered name"
+            raise DfqsError(
+                what if model else "the cell model is empty", hint=f"registered: {', '.join(known)}"
+            )
+        model, stats = str(path), [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    run = texts.pop("run", "") or workbook.default_run_name(model)
+    if Path(run).name != run or run.startswith("."):
+        raise DfqsError(f"{run!r} is not a run name", hint="use one plain folder name")
+    values = workbook.parse_parameters({name: text for name, text in texts.items() if text}, types)
+    made: dict[str, Any] = {"model": model, "files": stats, "run": run, "parameters": values}
+    made |= {"notebooks": [notebook.stem for notebook in notebooks], "version": __version__}
+    return Row(line, model, run, values, conditions_hash(made))
 
 
 def sweep(
-    table: Path, *, jobs: int, scheduler: str, name: str, notebooks: Sequence[Path], fresh: bool, tell: Tell
+    table: Path, *, scheduler: str, name: str, notebooks: Sequence[Path], fresh: bool, tell: Tell
 ) -> Any:
     """Run every row of a table (`read_rows`) that is not done yet, rank the reports, and return the rows.
 
     The frame has ``line``, ``run``, ``model``, ``status`` (``done``, ``failed``, ``not run``), ``reason``,
-    ``host``, ``seconds`` and ``now`` (this sweep ran it). ``jobs`` rows run at once; 0: one here, all workers
-    of a cluster. The workers of ``scheduler`` (Dask) must see the same files under the same paths.
+    ``host`` and ``seconds``. The workers of ``scheduler`` (Dask) must see the same files under the same
+    paths; without one, rows run here.
     """
     import pandas as pd
 
@@ -115,35 +119,30 @@ def sweep(
 
     rows = read_rows(table, notebooks)
     folder = run_dir(name or f"sweep-{table.stem}").absolute()
-    shared: dict[str, Any] = {"fresh": fresh, "outputs": str(folder), "version": __version__}
-    shared["notebooks"] = [str(path.absolute()) for path in notebooks]
-    with ExitStack() as stack:
-        stack.enter_context(alone(folder))
+    job: Answer = {"fresh": fresh, "outputs": str(folder), "version": __version__}
+    job["notebooks"] = [str(path.absolute()) for path in notebooks]
+    with alone(folder):
         journal = Journal(folder / JOURNAL, FORMAT, fresh=fresh, whole=lambda row: "status" in row)
         done = {row["id"] for row in journal.rows() if row["status"] == "done"}
         todo = [row for row in rows if not (row.key in done and (folder / row.run / "summary.md").exists())]
-        place = _cluster(scheduler) if scheduler and todo else _here(jobs or 1)
-        pool, n_workers, check = stack.enter_context(place)
-        waiting, under_way = list(reversed(todo)), dict[Future[Answer], Row]()
-        while waiting or under_way:
-            while waiting and len(under_way) < (jobs or n_workers):
-                row = waiting.pop()
-                tell(f"{row.run} ({row.model}) ...")
-                job = {"run": row.run, "parameters": {"model": row.model, **row.parameters}, **shared}
-                under_way[pool.submit(run_row, job)] = row
-            for future in wait(under_way, timeout=2.0, return_when=FIRST_COMPLETED).done:
-                row, answer = under_way.pop(future), answer_of(future)
-                journal.add(row.key, run=row.run, model=row.model, parameters=row.parameters, **answer)
-                tell(f"{row.run}: {answer['status']} {answer['reason']}".rstrip())
-            check()
+        answered = _on_cluster(scheduler, todo, job, tell) if scheduler and todo else _here(todo, job, tell)
+        for row, answer in answered:
+            journal.add(row.key, run=row.run, model=row.model, parameters=row.parameters, **answer)
+            tell(f"{row.run}: {answer['status']} {answer['reason']}".rstrip())
     nothing: Answer = {"status": "not run", "reason": "", "host": "", "seconds": 0.0}
     answers = {row["id"]: row for row in journal.rows()}
     told = pd.DataFrame([answers.get(row.key, nothing) for row in rows], columns=list(nothing))
-    ranked = pd.DataFrame(rows)[["line", "run", "model"]].join(told).assign(now=[row in todo for row in rows])
+    ranked = pd.DataFrame(rows)[["line", "run", "model"]].join(told)
     write_table(folder / "sweep.csv", ranked, index=False)
     report.leaderboard(folder).write()
     tell(f"wrote sweep.csv, leaderboard.csv and leaderboard.md to {tilde(folder)}/")
     return ranked
+
+
+def _here(todo: Sequence[Row], job: Answer, tell: Tell) -> Iterator[tuple[Row, Answer]]:
+    for row in todo:
+        tell(f"{row.run} ({row.model}) ...")
+        yield row, run_row({**job, **row._asdict()})
 
 
 @contextmanager
@@ -178,26 +177,12 @@ def _work(job: Answer) -> None:
     """The row's process: run the notebooks, with the parameters that they declare."""
     os.environ["DFQS_OUTPUTS"] = job["outputs"]
     notebooks = [Path(path) for path in job["notebooks"]]
-    declared = workbook.parameter_types(notebooks)
-    parameters = {n: value for n, value in job["parameters"].items() if n in declared or n != "model"}
+    parameters = {"model": job["model"], **job["parameters"]}
     with alone(Path(job["outputs"]) / job["run"], 20.0):  # a kernel that lost its parent needs that to end
         workbook.run_workbook(job["run"], parameters, notebooks, fresh=job["fresh"])
 
 
-@contextmanager
-def _here(jobs: int) -> Iterator[Place]:
-    """Rows in processes of this machine; they end with this process."""
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            yield pool, jobs, lambda: None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            child.end_all()
-            raise
-
-
-@contextmanager
-def _cluster(address: str) -> Iterator[Place]:
+def _on_cluster(address: str, todo: Sequence[Row], job: Answer, tell: Tell) -> Iterator[tuple[Row, Answer]]:
     """Rows on the workers of a Dask cluster, through its ``concurrent.futures`` interface."""
     try:
         from distributed import Client
@@ -207,18 +192,20 @@ def _cluster(address: str) -> Iterator[Place]:
         raise DfqsError("a cluster needs dask.distributed", hint="`pip install -e '.[sweep]'`") from None
     except (OSError, ValueError, TypeError) as error:
         raise DfqsError("no Dask scheduler answers", where=address, hint="start `dask scheduler`") from error
-
-    def check() -> None:
-        try:
-            client.wait_for_workers(1, timeout=NO_WORKER_SECONDS)  # returns at once where there is one
-        except TimeoutError:
-            hint = f"start `dask worker {address}`; then the same command resumes the sweep"
-            raise DfqsError("the scheduler has no worker", where=address, hint=hint) from None
-
+    under_way = dict[Future[Answer], Row]()
     with client:
-        check()
-        workers = client.scheduler_info(n_workers=-1)["workers"]
-        yield client.get_executor(pure=False, retries=0), len(workers), check
+        pool = client.get_executor(pure=False, retries=0)
+        for row in todo:
+            tell(f"{row.run} ({row.model}) ...")
+            under_way[pool.submit(run_row, {**job, **row._asdict()})] = row
+        while under_way:
+            try:
+                client.wait_for_workers(1, timeout=NO_WORKER_SECONDS)  # returns at once where there is one
+            except TimeoutError:
+                hint = f"start `dask worker {address}`; then the same command resumes the sweep"
+                raise DfqsError("the scheduler has no worker", where=address, hint=hint) from None
+            for future in wait(under_way, timeout=2.0, return_when=FIRST_COMPLETED).done:
+                yield under_way.pop(future), answer_of(future)
 
 
 def answer_of(future: Future[Answer]) -> Answer:

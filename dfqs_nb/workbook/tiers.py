@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,14 @@ def tier_of(model: str | None, run: str = "") -> str:
 
     Without a model: that of the one that notebook 01 of ``run`` prepared, else of the default.
     """
-    if not (model := model or model_of(run)):
+    with suppress(StageError, KeyError):
+        model = model or str(read_stage(outputs_dir() / run, "merge")["conditions"]["model"])
+    if not model:
         return NANO
-    reference = data_dir() / "reference"
     known = registry.registered().get(model)
-    local = known is not None and not known.source.startswith("hf://")
-    return NANO if local or Path(model).absolute().is_relative_to(reference.absolute()) else STANDARD
-
-
-def model_of(run: str) -> str:
-    """The name or path of the model that notebook 01 prepared in a run; "" if it has not run there."""
-    try:
-        return str(read_stage(outputs_dir() / run, "merge")["conditions"]["model"])
-    except (StageError, KeyError):
-        return ""
+    is_local = known is not None and not known.source.startswith("hf://")
+    reference = (data_dir() / "reference").absolute()
+    return NANO if is_local or Path(model).absolute().is_relative_to(reference) else STANDARD
 
 
 def settings_of(tier: str) -> dict[str, Any]:

@@ -51,23 +51,10 @@ DETAIL = {
 
 ENVELOPE = {
     "model": "a model",
-    "source": "the header of the file",
-    "assumptions": [],
-    "file_bytes": 5_752_960,
-    "cache": [
-        {"n_ctx": 8192, "kv_bytes": 1, "kv_swa_full_bytes": 1}
-        | dict.fromkeys(("compute_bytes", "compute_flash_bytes", "compute_gpu_bytes"))
-    ],
-    "fits": [
-        {
-            "resource": "RAM",
-            "limit": "this machine",
-            "limit_bytes": 8e9,
-            "n_ctx": 8192,
-            "counted": "weights",
-            "verdict": "fits",
-        }
-        | {"least": "weights paged from the disk", "least_verdict": "fits"}
+    "note": "",
+    "rows": [
+        {"n_ctx": 8192, "kv_bytes": 1, "compute_bytes": None, "need_bytes": 2}
+        | {"fits": {"this machine (8.0 GB)": "fits"}}
     ],
 }
 CONFORMANCE = [
@@ -138,6 +125,7 @@ def make_run(
         "tier": tier,
         "created": f"{created}T10:00:00+00:00",
         "run": folder.name,
+        "command": {"run": folder.name, "model": model, "options": [], "budget_minutes": None},
         "model": {
             "name": model,
             "sha256": digest,
@@ -160,7 +148,7 @@ def make_run(
         "routing": None,
         "conformance": CONFORMANCE,
         "claims": [],
-        "hardware_envelope": {"model": ENVELOPE, "artifact": None},
+        "hardware_envelope": ENVELOPE,
         "machine": {**MACHINE, **(machine or {})},
         "versions": {},
         "sources": {"score_items.csv": "", "long_context_items.jsonl": ""},

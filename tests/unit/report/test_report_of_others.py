@@ -122,26 +122,13 @@ def test_nothing_of_the_artifact_stands_in_the_report(made, partial):
 
 def test_the_cache_of_sliding_windows_is_at_most_what_is_shown(made, partial):
     content = text.texts(made, partial)["report.md"]
-    assert "KV cache, at most (MB)" in content and "as if they kept the whole context" in content
+    assert "at most what the table shows" in content and "as if they kept the whole context" in content
 
 
 def test_the_model_has_its_own_name_and_licence(made, partial):
     content = text.texts(made, partial)["report.md"]
     assert "| name in its header | Gemma 3 270M |" in content and "| licence | gemma |" in content
     assert "relation to" not in content and "| another |" not in content
-
-
-def test_the_glossary_has_exactly_the_words_that_the_report_uses(made, partial):
-    content = text.texts(made, partial)["report.md"]
-    body, glossary = content.split("## Glossary")
-    terms = set(re.findall(r"^- \*\*(.+?)\*\*:", glossary.split("## Appendix")[0], re.M))
-    body += "".join(glossary.split("## Appendix")[1:])
-    assert {"withheld", "stage", "SHALL, MUST, SHOULD, MAY", "dense", "token", "chat template"} <= terms
-    assert (
-        not {"rung", "imatrix", "KL divergence", "two hops", "haystack", "isotonic fit", "contended"} & terms
-    )
-    for term in terms:
-        assert any(word.lower() in body.lower() for word in term.split(", ")), term
 
 
 @pytest.mark.parametrize("without", [("scores", "long_context"), ("scores",), ("routing", "generate")])
@@ -226,10 +213,9 @@ def test_a_budget_that_was_short_refutes_no_demand(hurried):
 
 
 def test_the_hub_gets_no_bound_and_no_score_of_a_few_questions(hurried):
-    forms = files.hub_forms(hurried)
+    form = files.hub_form(hurried)
     assert (
         hurried["metrics"]["reasoning_score"] == 0.0 and hurried["metrics"]["failure_boundary_tokens"] == 2048
     )
-    for form in forms.values():
-        assert "tokens/s" in form
-        assert "reasoning_score" not in form and "failure_boundary" not in form
+    assert "tokens/s" in form
+    assert "reasoning_score" not in form and "failure_boundary" not in form
