@@ -98,7 +98,10 @@ def hub_form(report: Mapping[str, Any]) -> str:
         value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
         facts = {"conditions_sha256": report["conditions_sha256"], "n": detail["n"], "stated": stated}
         facts |= {"contended": True} if detail.get("contended") else {}
-        about: dict[str, Any] = {"dataset_type": f"dfqs-{questions}", "dataset_name": f"DFQS 1.0, {questions}"}
+        about: dict[str, Any] = {
+            "dataset_type": f"dfqs-{questions}",
+            "dataset_name": f"DFQS 1.0, {questions}",
+        }
         about |= {"task_type": "text-generation", "task_name": "Text generation", "metric_type": kind}
         index.append(hub.EvalResult(metric_name=name, metric_value=value, dataset_args=facts, **about))
     if not index:

@@ -28,7 +28,7 @@ def test_reports_are_ranked_by_score_and_have_their_intervals(tmp_path):
         make_run(tmp_path / name, name.title(), skill=skill)
     table = leaderboard(tmp_path).table
     assert list(table["run"]) == ["strong", "middle", "weak"] and list(table["place"]) == [1, 2, 3]
-    shown = re.findall(r"\| ([\d.]+) \[([\d.]+), ([\d.]+)\]", str(leaderboard(tmp_path)))
+    shown = re.findall(r"MB \| ([\d.]+) \[([\d.]+), ([\d.]+)\]", str(leaderboard(tmp_path)))
     assert [row[0] for row in shown] == [f"{value:.3f}" for value in table["reasoning_score"]]
     assert all(float(low) < float(value) < float(high) for value, low, high in shown)
     stated = json.loads((tmp_path / "strong" / "report.json").read_text())["metrics"]

@@ -349,7 +349,6 @@ def test_report_against_the_schema_is_refused_even_with_a_right_hash(change, whe
     "change",
     [
         lambda c: c["metrics"].update(code_score=1.0),
-        lambda c: c["details"]["code_score"].update(low=0.9),
         lambda c: c["details"]["context_stability_curve"].update(lengths=[64]),
         lambda c: c["details"]["failure_boundary_tokens"].update(tokens=1_000_000),
     ],

@@ -16,6 +16,7 @@ from dfqs_nb import report
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.report import files, text
+from dfqs_nb.report.reading import COMMAND
 from dfqs_nb.report.spec import spec_table
 from dfqs_nb.workbook import cli
 
@@ -66,10 +67,24 @@ def partial(tmp_path_factory):
     return run_of_gemma(tmp_path_factory.mktemp("partial"), without=("scores", "long_context"))
 
 
-def test_what_was_left_out_comes_with_the_command_that_measures_more(partial, made):
-    model, run = json.loads((partial / "merge.json").read_text())["conditions"]["model"], partial.name
-    command = f"`dfqs-nb run --model {model} --run {run} --budget-minutes 120`"
-    assert command in text.texts(made, partial)["report.md"]
+def test_each_budget_is_shown_with_what_it_left_out_and_the_command_that_measures_more(tmp_path):
+    """The options and the budget of the run, as it was started; a budget that is larger."""
+    stage = {"left_out": ["2 tokens of an answer, not 96"], "budget": {"seconds": 360, "used_seconds": 95.2}}
+    folder = run_of_gemma(tmp_path, without=("scores", "long_context"), generate=stage)
+    model = json.loads((folder / "merge.json").read_text())["conditions"]["model"]
+    given = {"options": ["-p", "n_ctx=512"], "budget_minutes": 150}
+    for command, words in (
+        ("", "--budget-minutes 120"),
+        ("[1]", "--budget-minutes 120"),
+        (json.dumps(given), "-p n_ctx=512 --budget-minutes 300"),
+    ):
+        (folder / COMMAND).write_text(command)
+        made = report.build_report(folder, ask_llama_cpp=False)
+        content = text.texts(made, folder)["report.md"]
+        assert "03_load_and_generate: 2 min of 6 min; left out: 2 tokens of an answer, not 96" in content
+        assert f"`dfqs-nb run --run gemma --model {model} {words}`" in content
+        assert f"`dfqs-nb run 06 07 --run gemma {words}`" not in content
+    assert "`dfqs-nb run 06 07 --run gemma -p n_ctx=512 --budget-minutes 150`" in content
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +132,7 @@ def test_a_base_model_and_cut_answers_are_said_in_the_verdict(made):
 def test_nothing_of_the_artifact_stands_in_the_report(made, partial):
     address = spec_table("claims")["documents"]["DFQS 1.0"]["address"]
     for written in text.texts(made, partial).values():
+        written = written.split("Glossary</h2>")[0].split("## Glossary")[0]
         assert not OURS.findall(written.replace(address, "where the specification is"))
 
 
@@ -150,7 +166,7 @@ def test_without_a_curve_neither_its_figure_nor_its_paragraphs_are_shown(tmp_pat
     facts = {name: own[name] for name in own if name not in ("stage", "conditions", "summary")}
     stage.finish(conditions=own["conditions"], summary=[], **facts)
     made = report.build_report(folder, ask_llama_cpp=False)
-    content = text.texts(made, folder)["report.md"]
+    content = text.texts(made, folder)["report.md"].split("## Glossary")[0]
     assert "context_curve.png" in made["sources"] and "context_curve.png" not in content
     assert (
         "isotonic" not in content

@@ -222,32 +222,10 @@ def test_a_run_that_does_not_exist_is_named_with_those_that_do(tmp_path, monkeyp
     assert "no run is called 'nanno'; did you mean nano?" in capsys.readouterr().err
 
 
-def test_a_model_that_is_none_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
-    outputs = tmp_path / "outputs"
-    monkeypatch.setenv("DFQS_OUTPUTS", str(outputs))
-    whole = Path(FIRST).read_bytes()
-    for name, nbytes in (("header.gguf", 10_000), ("data.gguf", 3_000_000)):
-        (tmp_path / name).write_bytes(whole[:nbytes])
-    for model, words in (
-        ("gemma-3-270m", "no model is called 'gemma-3-270m'"),
-        (str(tmp_path / "none.gguf"), "no such file"),
-        (str(tmp_path / "header.gguf"), "cut off inside its header.*resume the download, or repeat it"),
-        (str(tmp_path / "data.gguf"), "cut off: .* bytes short.*resume the download"),
-        ("hf://owner", "not the address of a GGUF file"),
-    ):
-        assert cli.main(["run", "00", "01", "--model", model]) == 1
-        told = capsys.readouterr()
-        assert re.search(words, told.err) and not told.out and not outputs.exists()
-    assert cli.main(["deploy", "nothing", FIRST]) == 1
-    assert "no target is called 'nothing'" in capsys.readouterr().err and not outputs.exists()
-
-
-def test_notebooks_that_take_the_model_of_the_run_say_so(tmp_path, monkeypatch, capsys):
+def test_a_target_that_is_none_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path / "outputs"))
-    assert cli.main(["run", "08", "--model", "my model.gguf"]) == 1
-    told = capsys.readouterr().err.replace(cli._program(), "dfqs-nb")
-    assert "dfqs-nb run 08 --run my-model`" in told
-    assert "dfqs-nb run 01 08 --model 'my model.gguf' --run my-model`" in told
+    assert cli.main(["deploy", "nothing", FIRST]) == 1
+    assert "no target is called 'nothing'" in capsys.readouterr().err and not (tmp_path / "outputs").exists()
 
 
 def test_what_is_no_plain_file_or_is_an_address_is_refused_at_once(tmp_path, capsys):

@@ -255,7 +255,7 @@ def test_starting_the_command_line_imports_nothing_heavy():
 
 
 def test_a_notebook_after_the_report_cannot_take_the_verdict_away(outputs, tmp_path):
-    live = workbook.Live(tmp_path, 0.0, {}, None)
+    live = workbook.Live(tmp_path, 0.0, None)
     broken = write_notebook(tmp_path / "nb" / "09_serve_and_deploy.ipynb", "1 / 0")
     target = outputs / "mine" / broken.name
     target.parent.mkdir(parents=True)
