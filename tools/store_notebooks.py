@@ -198,8 +198,8 @@ def refresh_notebooks(notebooks: Sequence[Path], outputs: Path) -> None:
 
 
 SAMPLE_FOLDER = REPOSITORY / "docs" / "sample_report"
-SAMPLE = ("report.json", "report.md", "report.html")
-SAMPLE += ("score_items.csv", "choice_items.csv", "long_context_items.jsonl")
+ANSWERS = ("score_items.csv", "choice_items.csv", "long_context_items.jsonl")
+SAMPLE = ("report.json", "report.md", "report.html", *ANSWERS)
 
 
 def store_sample(run: Path, sample: Path = SAMPLE_FOLDER) -> None:

@@ -11,25 +11,9 @@ if TYPE_CHECKING:  # every module of this stage needs pandas, which takes a seco
     from dfqs_nb.report.reading import read_report
     from dfqs_nb.report.text import tables, verdict
 
-__all__ = [
-    "build_report",
-    "check_run",
-    "compare_reports",
-    "leaderboard",
-    "read_report",
-    "tables",
-    "verdict",
-    "write_report",
-]
+__all__ = ["build_report", "check_run", "compare_reports", "leaderboard", "read_report", "tables", "verdict"]
+__all__ += ["write_report"]
 
-__getattr__ = lazy(
-    __name__,
-    build_report="metrics",
-    check_run="files",
-    compare_reports="compare",
-    leaderboard="compare",
-    read_report="reading",
-    tables="text",
-    verdict="text",
-    write_report="files",
-)
+FILES = {"build_report": "metrics", "check_run": "files", "write_report": "files", "read_report": "reading"}
+FILES |= {"compare_reports": "compare", "leaderboard": "compare", "tables": "text", "verdict": "text"}
+__getattr__ = lazy(__name__, **FILES)

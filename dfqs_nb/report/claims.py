@@ -24,7 +24,6 @@ SHARDS = "deepseek-v4-flash-iq1_s-xl"  # in data/models.toml
 QUANTIZATION = "IQ1_S"  # of most bytes of the artifact
 SIZE_MARGIN = 0.03  # within this share of its size, a file of its shapes and types is taken for the artifact
 COLUMNS = ("number", "id", "document", "section", "claim", "how", "found", "verdict", "evidence", "source")
-KV_CONTEXTS, BOUNDS = (8192, 1048576), ("value", "low", "high")
 SUDDEN = 0.5  # of the ability above guessing, lost within one doubling of the context
 
 
@@ -168,7 +167,7 @@ def _shape(own: GGUFHeader | None) -> dict[str, Any]:
     known |= {"active_parameters": active, "active_b": active / 1e9, "active_with_2_b": None}
     if used and number:
         known["active_with_2_b"] = (active + routed * (2 - used) / number) / 1e9
-    for n in KV_CONTEXTS:
+    for n in (8192, 1048576):
         kinds = [(kind, full) for kind in CACHE_TYPES for full in (False, True)]
         sizes = {it: kv_cache_bytes(shape, n, 512, it[0], it[0], it[1]).total / GB for it in kinds}
         known |= {f"kv_{n}": list(sizes.values()), f"kv_{n}_gb": sizes["f16", False]}
@@ -203,7 +202,11 @@ def _measurements(own: Run, run: Run) -> dict[str, Any]:
         "longest": max((row["length"] for row in context.get("curve", [])), default=None),
         "largest_fall": context.get("largest_fall") or None,
     }
-    if code and not code["n_missing"] and None not in (shares := [code[name] for name in BOUNDS]):
+    if (
+        code
+        and not code["n_missing"]
+        and None not in (shares := [code[name] for name in ("value", "low", "high")])
+    ):
         known |= {"humaneval": [100 * share for share in shares], "humaneval_n": code["n"]}
     for claim in run.get("routing", {}).get("claims", []):
         key = "_".join(claim["claim"].split()[:2])

@@ -2,7 +2,7 @@
 
 Reports are compared only under equal conditions: what ``report.json`` hashes, ``system_info`` among them,
 because kernels, and so answers, may differ by it. The rest of the machine decides only whether speeds may be
-compared. One difference can be accepted, by its name: a chat template belongs to a model's file.
+compared. One condition may differ, and is then named: a chat template belongs to a model's own file.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import LEVEL, holm, sign_flip
 
 RETRIEVAL = "retrieval accuracy"  # over all planned lengths, in comparisons
-ACCEPTABLE = "chat_template_sha256"  # the one condition that is a property of a model's own file
+TEMPLATE = "chat_template_sha256"  # the one condition that is a property of a model's own file
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
 N_FLIPS, SEED = 20_000, 0  # of signs, where there are too many texts for all
 SAME_QUESTION = ["haystack", "length", "question", "expected"]  # its key, and the answer to it
-COLUMNS = (
-    "metric model n value low high kind difference difference_low difference_high p p_holm reading".split()
-)
+COLUMNS = "metric model n value low high kind difference difference_low difference_high p p_holm".split()
+COLUMNS += ["reading"]
 BOARD_COLUMNS = ["tier", "conditions", "place", "run", "model", "size_bytes"]
 BOARD_COLUMNS += [*(name for name in METRICS if name != CURVE), "contended", "report", "problem"]
 Row = dict[str, Any]
@@ -46,14 +45,14 @@ Row = dict[str, Any]
 class ReportComparison:
     """Reports under equal conditions, the first one the baseline.
 
-    ``accepted`` has the conditions that differ and were accepted, with each report's value. ``table`` has a
+    ``templates`` are the conditions of chat templates that differ. ``table`` has a
     row a metric and model, columns `COLUMNS`: ``kind`` is ``difference`` (to the baseline) or ``ratio``, with
     its 95 % interval (of speeds, what repetitions allow); ``p`` is of McNemar's test of scores and of the
     sign-flip test of retrieval, and ``p_holm`` is corrected over the table.
     """
 
     runs: tuple[RunItems, ...]
-    accepted: dict[str, list[Any]]
+    templates: list[str]
     table: pd.DataFrame
 
     def __str__(self) -> str:
@@ -64,16 +63,15 @@ class ReportComparison:
         return render("comparison.md", **vars(self), pairs=pairs, details=details)
 
 
-def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) -> ReportComparison:
+def compare_reports(paths: Sequence[str | Path]) -> ReportComparison:
     """Compare runs, by their folders or reports, with the first of them, item by item.
 
-    ``accept=["chat_template_sha256"]`` compares models that have templates of their own. A ReportError or
-    ComparisonError says where reports, conditions or items do not fit.
+    A ReportError or ComparisonError says where reports, conditions or items do not fit.
     """
     runs, table = [read_answers(path) for path in paths], list[Row]()
     if len({run.label for run in runs}) < len(runs):
         runs = [replace(run, label=f"{run.label} ({one_line(tilde(run.path.parent))})") for run in runs]
-    accepted, (first, *others) = _accepted(runs, accept), runs
+    templates, (first, *others) = _differing_templates(runs), runs
     for metric in ROWS:
         own = _alone(first.context) if metric == RETRIEVAL else first.stated(metric)
         table.append({"metric": metric, "model": first.label, "kind": "", "reading": "baseline", **own})
@@ -83,35 +81,26 @@ def compare_reports(paths: Sequence[str | Path], *, accept: Sequence[str] = ()) 
         higher = "higher" if row["difference"] > 0 else "lower"
         word = higher if p < 1 - LEVEL else "no evidence of a difference"
         row |= {"p_holm": p, "reading": f"{word}; {row['reading']}"}
-    return ReportComparison(tuple(runs), accepted, pd.DataFrame(table, columns=COLUMNS))
+    return ReportComparison(tuple(runs), templates, pd.DataFrame(table, columns=COLUMNS))
 
 
-def _accepted(runs: Sequence[RunItems], accept: Sequence[str]) -> dict[str, list[Any]]:
-    """The accepted differences with each report's value; a ComparisonError where reports do not fit."""
+def _differing_templates(runs: Sequence[RunItems]) -> list[str]:
+    """The conditions of chat templates that differ; a ComparisonError where reports do not fit."""
     if len(runs) < 2:
         raise ComparisonError(f"{len(runs)} report given", hint="give two or more")
-    if odd := [name for name in accept if name.split(".")[-1] != ACCEPTABLE]:
-        what = f"a difference in {', '.join(odd)} cannot be accepted"
-        raise ComparisonError(what, hint=f"only in {ACCEPTABLE}, which belongs to a model's file")
     if len({run.report["tier"] for run in runs}) > 1:
         each = ", ".join(f"{tilde(run.path)} is {run.report['tier']}" for run in runs)
         raise ComparisonError(f"tiers never mix: {each}", hint="run both on one tier")
-    conditions = [run.report["conditions"] for run in runs]
-    differ = [differing_fields(conditions[0], other) for other in conditions]
-    names = {name: pair[0] for fields in differ for name, pair in fields.items()}  # the baseline's values
-    accepted = {name for name in names if any(f".{name}".endswith(f".{end}") for end in accept)}
-    refused = [
-        f"{tilde(run.path)}: "
-        + ", ".join(f"{name} ({a} and {b})" for name, (a, b) in fields.items() if name not in accepted)
-        for run, fields in zip(runs, differ, strict=True)
-        if {*fields} - accepted
-    ]
+    refused, templates = list[str](), dict[str, None]()
+    for run in runs:
+        differ = differing_fields(runs[0].report["conditions"], run.report["conditions"])
+        templates |= dict.fromkeys(name for name in differ if name.split(".")[-1] == TEMPLATE)
+        if named := ", ".join(f"{it} ({a} and {b})" for it, (a, b) in differ.items() if it not in templates):
+            refused.append(f"{tilde(run.path)}: {named}")
     if refused:
-        only_templates = all(name.split(".")[-1] == ACCEPTABLE for name in {*names} - accepted)
-        way = f"; --accept {ACCEPTABLE} compares models across their own templates" if only_templates else ""
-        what = f"the conditions differ from those of {tilde(runs[0].path)} in " + " | ".join(refused)
-        raise ComparisonError(what, hint=f"run all again under the same conditions{way}")
-    return {name: [fields.get(name, (0, names[name]))[1] for fields in differ] for name in sorted(accepted)}
+        what = f"the conditions differ from those of {tilde(runs[0].path)} in {' | '.join(refused)}"
+        raise ComparisonError(what, hint="run all again under the same conditions")
+    return list(templates)
 
 
 def _row(metric: str, first: RunItems, run: RunItems) -> Row:
@@ -242,15 +231,11 @@ def leaderboard(folder: str | Path) -> Leaderboard:
     if not folder.is_dir():
         raise DfqsError("no such folder", where=tilde(folder), hint="give a folder that holds reports")
     for path in sorted(folder.rglob(FILE)):
-        within = path.relative_to(folder)
-        if any(part.startswith(".") for part in within.parts):
+        name = plain(path.relative_to(folder).as_posix())
+        if "/." in f"/{name}":
             continue
-        name = plain(within.as_posix())
         try:
             report = read_answers(path).report
-            same = [other for other, it in reports.items() if it["integrity"] == report["integrity"]]
-            if same:
-                raise DfqsError(f"the same report as {same[0]}")
             reports[name], row = report, _place(report)
         except DfqsError as error:
             row = {"problem": plain(f"{error.what}; {error.hint}" if error.hint else error.what)}

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 FITS, PAGED, DOES_NOT_FIT, NOT_KNOWN = "fits", "fits, paged", "does not fit", "not known"
 CONTEXTS = (8192, 16384, 32768, 131072, 1048576)
 SINGLE = "deepseek-v4-flash-iq1_s-xl-single"  # in data/models.toml
-SURE = {"upper bound": "at most", "rough": "roughly"}  # how sure a cache's size is
-NOTHING: Mapping[int, int] = {}
 COLUMNS = {"kv_bytes": "KV cache", "compute_bytes": "compute buffer", "need_bytes": "with all weights"}
 
 
@@ -45,7 +43,7 @@ def within(header: GGUFHeader) -> list[int]:
 
 
 def hardware_envelope(
-    header: GGUFHeader, memory_bytes: int, compute: Mapping[int, int] = NOTHING, *, is_artifact: bool = False
+    header: GGUFHeader, memory_bytes: int, compute: Mapping[int, int], *, is_artifact: bool = False
 ) -> dict[str, Any]:
     """The envelope of the model that a header describes, against this machine's memory, as JSON takes it.
 
@@ -62,8 +60,7 @@ def hardware_envelope(
         row = {"n_ctx": n_ctx, "kv_bytes": cache.total, "compute_bytes": planned}
         row["need_bytes"] = weights + cache.total + (planned or 0)
         rows.append(row | {"fits": {name: _fit(limit, cache, row) for name, limit in limits.items()}})
-        sure = SURE.get(cache.exactness)
-        note = f"The KV cache takes {sure} what the table shows: {cache.note}." if sure else ""
+        note = cache.note and f"Of the KV cache the table shows the {cache.exactness} size: {cache.note}."
     return {"model": header.path.stem, "note": note, "rows": rows}
 
 

@@ -10,18 +10,10 @@ from dfqs_nb.core.display import plain
 from dfqs_nb.core.files import is_file, sha256_of_file, write_text
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import Stage, read_stage
+from dfqs_nb.report import reading
 from dfqs_nb.report.metrics import METRICS
-from dfqs_nb.report.reading import (
-    AGAIN,
-    CURVE,
-    FILE,
-    SCORES,
-    ReportError,
-    check_report,
-    read_answers,
-    stages_in,
-)
-from dfqs_nb.report.template import FEW_QUESTIONS, sentence, words
+from dfqs_nb.report.reading import CURVE, FILE, SCORES, ReportError
+from dfqs_nb.report.template import FEW_QUESTIONS, sentence
 from dfqs_nb.report.text import texts, verdict
 
 SEALED = "dfqs_report"  # the stage of notebook 07
@@ -33,14 +25,14 @@ def write_report(stage: Stage | str | Path, report: Mapping[str, Any]) -> list[P
     ``stage``: the stage ``dfqs_report``, or the run's folder.
     """
     stage = stage if isinstance(stage, Stage) else Stage(Path(stage), SEALED)
-    check_report(report, stage.folder / FILE)
+    reading.check_report(report, stage.folder / FILE)
     written = [stage.json("report", report)]
     for name, text in {**texts(report, stage.folder), "model-index.yml": hub_form(report)}.items():
         if text:
             written.append(write_text(stage.path(name), text))
         else:  # one of an earlier report would state what this one withholds
             (stage.folder / name).unlink(missing_ok=True)
-    lines = [words("nano")] * (report["tier"] == "nano") + verdict(report).summary
+    lines = [sentence("nano_tier")] * (report["tier"] == "nano") + verdict(report).summary
     return [*written, stage.finish(conditions=report["conditions"], tier=report["tier"], summary=lines)]
 
 
@@ -50,26 +42,24 @@ def check_run(folder: str | Path) -> list[str]:
     Its schema, hashes and contradictions; every stage's seal; its texts, rendered again; its scores and
     curve, counted again from the answers. A DfqsError names the first fault.
     """
-    folder = Path(folder)
-    items = read_answers(folder)
-    report = items.report
-
-    def refuse(name: str, what: str) -> None:
-        raise ReportError(what, where=tilde(folder / name), hint=AGAIN)
-
-    if not is_file(folder / f"{SEALED}.json"):
-        refuse(f"{SEALED}.json", "is missing")
-    stages = stages_in(folder, sealed=True) | {SEALED: read_stage(folder, SEALED, sealed=True)}
-    for name, then in report["sources"].items():
+    folder, wrong = Path(folder), dict[str, str]()
+    items = reading.read_answers(folder)
+    stages = reading.stages_in(folder, sealed=True) | {SEALED: read_stage(folder, SEALED, sealed=True)}
+    for name, then in items.report["sources"].items():
         if not is_file(folder / name) or sha256_of_file(folder / name) != then:
-            refuse(name, "is missing, or was changed since the report was written")
-    for name, text in texts(report, folder).items():
-        file = folder / name
-        if not is_file(file) or file.read_text(errors="replace", encoding="utf-8") != text:
-            refuse(
-                name, "is not what report.json gives: edited, or written by another version of the workbook"
+            wrong[name] = "is missing, or was changed since the report was written"
+    for name, text in texts(items.report, folder).items():
+        if (
+            not is_file(folder / name)
+            or (folder / name).read_text(errors="replace", encoding="utf-8") != text
+        ):
+            wrong[name] = (
+                "is not what report.json gives: edited, or written by another version of the workbook"
             )
-    again = [*items.scores, *([CURVE] if len(items.context) else [])]
+    for name, what in wrong.items():
+        raise ReportError(what, where=tilde(folder / name), hint=reading.AGAIN)
+    again = [*items.scores, *(["multiple choice"] if reading.choices_of(items.report) else [])]
+    again += [CURVE] if len(items.context) else []
     return [
         f"{FILE}: as it was written",
         *(f"{name}.json: as it was written, with {len(it['files'])} files" for name, it in stages.items()),
@@ -107,5 +97,5 @@ def hub_form(report: Mapping[str, Any]) -> str:
     if not index:
         return ""
     form = {"model-index": eval_results_to_model_index(plain(report["model"]["name"]), index)}
-    first = f"# {words('nano')}\n" if report["tier"] == "nano" else ""
+    first = f"# {sentence('nano_tier')}\n" if report["tier"] == "nano" else ""
     return first + str(yaml.safe_dump(form, sort_keys=False, allow_unicode=True))

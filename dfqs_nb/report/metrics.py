@@ -22,24 +22,15 @@ from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.report import envelope, reading
 from dfqs_nb.report.claims import check_claims, relation
-from dfqs_nb.report.reading import (
-    BOUNDARY,
-    CHOICE_ITEMS,
-    CURVE,
-    SCORE_ITEMS,
-    SPEED,
-    ReportError,
-    Run,
-    settings_of,
-)
+from dfqs_nb.report.reading import BOUNDARY, CURVE, SPEED, Command, ReportError, Run, settings_of
 from dfqs_nb.report.requirements import check_requirements
 from dfqs_nb.report.template import FEW_TEXTS
 from dfqs_nb.stats import LEVEL
 
-WRITTEN_WITH = ("Python", *machine.PACKAGES)
+VERSIONS = ("Python", *machine.PACKAGES)
 DIGITS = 10  # of every float in report.json: more than any measurement has
 # The files with one row an answer, from which scores and curve are counted again.
-ITEMS = {"reasoning": SCORE_ITEMS, "code": SCORE_ITEMS, "choices": CHOICE_ITEMS}
+ITEMS = {"reasoning": reading.SCORE_ITEMS, "code": reading.SCORE_ITEMS, "choices": reading.CHOICE_ITEMS}
 ITEMS["long_context"] = "long_context*.jsonl"
 Detail = dict[str, Any]
 
@@ -87,7 +78,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "claims": [] if level == "another" else check_claims(run, header).to_dict("records"),
         "hardware_envelope": _envelope(run, header, level, ask_llama_cpp),
         "machine": run.get("scores", {}).get("machine") or known,  # that of the speeds
-        "versions": {key: str(known[key]) for key in WRITTEN_WITH} | {"dfqs-workbook": __version__},
+        "versions": {key: str(known[key]) for key in VERSIONS} | {"dfqs-workbook": __version__},
         "sources": dict(sorted(sources.items())),
     }
     return reading.sealed(_rounded(report))
@@ -99,7 +90,7 @@ def _rounded(value: Any) -> Any:
     return json.loads(text, parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
 
 
-def details_of(run: Run, command: Mapping[str, Any] = reading.UNKNOWN) -> dict[str, Detail]:
+def details_of(run: Run, command: Command = reading.UNKNOWN) -> dict[str, Detail]:
     """Each metric with all that stands beside it; one that cannot be given has the reason."""
     details = {}
     for name, (stage, unit, _, measured) in METRICS.items():
@@ -164,8 +155,6 @@ def _boundary(stage: Mapping[str, Any], name: str) -> Detail:
         "value": value,
         "n": boundary["n_items"],
         "n_lengths": len(stage["curve"]) + len(stage.get("refined", [])),
-        "runtime_failure": stage.get("runtime_failure"),
-        "largest_fall": stage.get("largest_fall") or None,
     }
 
 

@@ -36,7 +36,8 @@ FILE, JOURNAL = "report.json", "long_context_items.jsonl"
 SCORE_ITEMS, CHOICE_ITEMS = "score_items.csv", "choice_items.csv"
 COMMAND = ".command.json"  # how a run was started
 AGAIN = "write the report again: `dfqs-nb report RUN`"
-UNKNOWN: Mapping[str, Any] = {"run": "RUN", "model": "MODEL", "options": [], "budget_minutes": None}
+Command = Mapping[str, Any]  # how a run was started
+UNKNOWN: Command = {"run": "RUN", "model": "MODEL", "options": [], "budget_minutes": None}
 LONGEST_NAME = 80  # characters, in tables and figures
 RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
 COLUMNS = {"set": str, "id": str, "sample": int, "family": str, "guess": float, "grade": str}
@@ -75,9 +76,8 @@ def read_run(folder: str | Path) -> Run:
     drawn = {name: stage for name, stage in run.items() if name in DRAWN_ON}
     own = sha256_of(run["merge"])
     if other := next((name for name in drawn if sha256_of(drawn[name]) != own), ""):
-        what = (
-            f"is about another model ({sha256_of(drawn[other]) or 'unknown':.12}) than merge.json ({own:.12})"
-        )
+        theirs = sha256_of(drawn[other]) or "unknown"
+        what = f"is about another model ({theirs:.12}) than merge.json ({own:.12})"
         hint = f"run {NOTEBOOKS[other]} again, or give each model a run_name of its own"
         raise ReportError(what, where=tilde(folder / f"{other}.json"), hint=hint)
     tiers = {name: stage["tier"] for name, stage in drawn.items() if stage.get("tier")}
@@ -125,7 +125,7 @@ def command_of(folder: Path, run: Run) -> dict[str, Any]:
     return {**UNKNOWN, **started, **own}
 
 
-def rerun(stages: Sequence[str], command: Mapping[str, Any], *, more: bool = False) -> str:
+def rerun(stages: Sequence[str], command: Command, *, more: bool = False) -> str:
     r"""The command that runs some stages (none: all) and the report again, as the run was started.
 
     ``more``: with twice its budget.
@@ -143,7 +143,7 @@ def rerun(stages: Sequence[str], command: Mapping[str, Any], *, more: bool = Fal
     return f"`{' '.join(map(quoted, words))}`"
 
 
-def not_run(missing: Sequence[str], command: Mapping[str, Any]) -> str:
+def not_run(missing: Sequence[str], command: Command) -> str:
     """Which notebooks did not run, and the command that makes up for it.
 
     >>> not_run(["scores"], {"run": "nano", "options": [], "budget_minutes": None})
@@ -185,20 +185,21 @@ def check_report(report: Any, path: str | Path) -> None:
         wrong = "was edited after it was written"
     elif canonical_sha256(report["conditions"]) != report["conditions_sha256"]:
         wrong = "its conditions do not have the hash that it states"
-    elif clashes := contradictions(report):
+    elif clashes := [name for name, value in report["metrics"].items() if value != stated(report, name)]:
         wrong = f"contradicts itself about {', '.join(clashes)}"
     else:
         return
     raise ReportError(wrong, where=tilde(path), hint=AGAIN)
 
 
-def contradictions(report: Mapping[str, Any]) -> list[str]:
-    """Metrics that two places of a report state differently; a schema cannot see it."""
-    details = report["details"]
-    wrong = [name for name, value in report["metrics"].items() if value != details[name]["value"]]
-    curve, boundary = details[CURVE], details[BOUNDARY]  # sentences show tokens, and values beside lengths
-    wrong += [CURVE] * (curve["value"] is not None and len(curve["value"]) != len(curve["lengths"]))
-    return wrong + [BOUNDARY] * (boundary["value"] is not None and boundary["value"] != boundary["tokens"])
+def stated(report: Mapping[str, Any], metric: str) -> Any:
+    """A metric as its details state it; None where they contradict themselves, which no schema can see."""
+    detail = report["details"][metric]
+    if metric == BOUNDARY and detail["value"] is not None:
+        return detail["tokens"] if detail["value"] == detail["tokens"] else None
+    if metric == CURVE and detail["value"] is not None:
+        return detail["value"] if len(detail["value"]) == len(detail["lengths"]) else None
+    return detail["value"]
 
 
 @dataclass(frozen=True)
@@ -235,17 +236,23 @@ def read_answers(path: str | Path) -> RunItems:
             raise _refused(folder, f"the report's items are missing ({name})")
         if sha256_of_file(file) != digest:
             raise _refused(folder, f"{name} is not the file that the report was made from")
-    name, details = one_line(report["model"]["name"])[:LONGEST_NAME], report["details"]
-    if choices := details["reasoning_score"].get("choices"):
+    name, scores = one_line(report["model"]["name"])[:LONGEST_NAME], _scores(report["details"], folder)
+    if choices := choices_of(report):
         _count_choices(choices, folder / CHOICE_ITEMS)
-    return RunItems(name, path, report, _scores(details, folder / SCORE_ITEMS), _context(report, folder))
+    return RunItems(name, path, report, scores, _context(report, folder))
+
+
+def choices_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The multiple-choice score that a report states; empty where it states none."""
+    return report["details"]["reasoning_score"].get("choices") or {}
 
 
 def _refused(where: Path, what: str) -> ReportError:
     return ReportError(what, where=tilde(where), hint="run notebooks 05 to 07 again")
 
 
-def _scores(details: Mapping[str, Any], path: Path) -> dict[str, SetRun]:
+def _scores(details: Mapping[str, Any], folder: Path) -> dict[str, SetRun]:
+    path = folder / SCORE_ITEMS
     stated = {name: details[name] for name in SCORES if details[name]["value"] is not None}
     items, scores = _table(path, COLUMNS) if stated else pd.DataFrame(), {}
     for name, detail in stated.items():

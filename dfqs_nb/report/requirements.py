@@ -15,7 +15,7 @@ import pandas as pd
 from dfqs_nb.gguf.facts import experts
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.report import reading
-from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORES, SPEED, Run, settings_of, sha256_of
+from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORES, SPEED, Command, Run, settings_of, sha256_of
 from dfqs_nb.report.spec import filled, spec_table
 from dfqs_nb.report.template import sentence
 
@@ -46,27 +46,17 @@ def judged(verdict: str | bool, names: str = "met", /, **values: Any) -> Judgeme
 
 
 def check_requirements(
-    run: Run,
-    header: GGUFHeader | None,
-    metrics: Mapping[str, Any],
-    command: Mapping[str, Any] = reading.UNKNOWN,
+    run: Run, header: GGUFHeader | None, metrics: Mapping[str, Any], command: Command = reading.UNKNOWN
 ) -> pd.DataFrame:
     """Judge every requirement of DFQS 1.0 by the stages of one run: a row each, columns `COLUMNS`.
 
     ``header`` is of the model that was run; ``metrics`` are the required ones by name, None for one withheld.
     ``command`` is how the run was started, for the commands that evidence names.
     """
-    is_dense, rows, generate = (
-        header is not None and not experts(header).moe_layers,
-        [],
-        run.get("generate", {}),
-    )
-    case = Case(run, header, metrics, header.arch("context_length") if header is not None else None)
-    known = {
-        "file": run.get("merge", {}).get("model"),
-        "at": settings_of(generate),
-        "declared": case.declared,
-    }
+    rows, generate, declared = [], run.get("generate", {}), header.arch("context_length") if header else None
+    is_dense = header is not None and not experts(header).moe_layers
+    case, at = Case(run, header, metrics, declared), settings_of(generate)
+    known = {"file": run.get("merge", {}).get("model"), "at": at, "declared": declared}
     known["answered"] = sentence("answered", generate)
     absent = [what for what, names in MEASURED.items() if all(metrics.get(name) is None for name in names)]
     for row in spec_table("requirements")["requirements"]:
@@ -83,8 +73,8 @@ def check_requirements(
             evidence = "; ".join(filled(row["evidence"][name], told) for name in names.split())
             if absent and check in CONDITIONS and verdict == MET:
                 verdict, evidence = NOT_TESTED, f"not measured: {', '.join(absent)}"
-        stated = (row["id"], row["level"], row["text"])
-        rows.append((*stated, verdict, evidence, row["notebook"], row["how"], row["source"]))
+        judgement = verdict, evidence, row["notebook"], row["how"], row["source"]
+        rows.append((row["id"], row["level"], row["text"], *judgement))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

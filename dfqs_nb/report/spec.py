@@ -96,7 +96,4 @@ def _parsed(text: str) -> dict[str, Any]:
     for claim in table.get("claims", []):
         number = f"{table['documents'][claim['document']]['letter']}{next(counts[claim['document']])}"
         claim |= {**UNSTATED, **claim, "number": number}
-    for key, rows in table.get("envelope", {}).items():
-        if isinstance(rows, dict) and all(map(str.isdigit, rows)):  # contexts, which TOML reads as text
-            table["envelope"][key] = {int(n_ctx): row for n_ctx, row in rows.items()}
     return table

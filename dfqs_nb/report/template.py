@@ -27,10 +27,7 @@ def _environment(kind: str) -> Environment:
     def escaped(value: Any) -> Any:
         if isinstance(value, Markup) or kind == "txt":
             return value
-        text = value if isinstance(value, str) else display.cell(value)
-        if is_html:
-            return Markup(display.CODE.sub(r"<code>\1</code>", str(escape(display.plain(text)))))
-        return display.markdown(text)
+        return _escaped(value if isinstance(value, str) else display.cell(value), is_html)
 
     made = Environment(
         loader=PackageLoader("dfqs_nb.report"),
@@ -65,11 +62,6 @@ def sentence(macro: str, *values: Any) -> str:
     return str(getattr(_environment("txt").get_template("sentences.txt").module, macro)(*values))
 
 
-def words(name: str) -> Any:
-    """A table of ``words.txt``, which the templates use too."""
-    return getattr(_environment("txt").get_template("words.txt").module, name)
-
-
 ALONE = r"(?![\w/#.-]| ?(?:PR )?#)"  # no issue of a repository
 LINKS = (
     (r"(?<![\w/.-])([\w.-]+/[\w.-]+?)(?: PR)? ?#(\d+)", r"https://github.com/\1/issues/\2"),
@@ -102,4 +94,6 @@ def linked(text: str, is_html: bool) -> Any:
 
 
 def _escaped(text: str, is_html: bool) -> str:
-    return str(escape(display.plain(text))) if is_html else display.markdown(text)
+    if not is_html:
+        return display.markdown(text)
+    return Markup(display.CODE.sub(r"<code>\1</code>", str(escape(display.plain(text)))))

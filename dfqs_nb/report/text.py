@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -18,11 +18,12 @@ from dfqs_nb.report.envelope import needs_table
 from dfqs_nb.report.reading import BESIDE, BOUNDARY, CURVE, SCORES, SPEED, ReportError, rerun, stages_in
 from dfqs_nb.report.requirements import MET, NOT_APPLICABLE, NOT_MET, NOT_TESTED
 from dfqs_nb.report.spec import link, spec_table
-from dfqs_nb.report.template import FEW_QUESTIONS, render, sentence, words
+from dfqs_nb.report.template import FEW_QUESTIONS, render, sentence
 
 YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
 SYMBOLS = {YES: "✓", NO: "✗", PARTLY: "~", UNKNOWN: "?", NOT_APPLICABLE: "–"}
 NEAR_GUESSING = 0.1  # a score is a cross where its interval excludes more than this above guessing
+UNMEASURED = ("metrics", NOT_MET)  # the one requirement that is not met because something was not measured
 MARKS = {MET: YES, NOT_MET: NO, NOT_TESTED: UNKNOWN, NOT_APPLICABLE: NOT_APPLICABLE}  # of a requirement
 # By the macro that answers it: the question, the section that has the evidence, and the demand that decides.
 QUESTIONS = {
@@ -35,8 +36,7 @@ QUESTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One question: ``mark`` is one of `SYMBOLS`, and ``section`` of the report has the evidence."""
 
     mark: str
@@ -44,11 +44,7 @@ class Line:
     answer: str
     caveat: str
     section: str
-
-    @property
-    def symbol(self) -> str:
-        """The mark as one character."""
-        return SYMBOLS[self.mark]
+    symbol: str
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,10 +60,8 @@ class Verdict:
         sentences = (f"{line.symbol} {line.question} {line.answer}. {line.caveat}" for line in self.lines)
         return [plain(text.rstrip()) for text in sentences]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join([self.title, *self.summary])
-
-    __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
         return render("verdict.md", verdict=self)
@@ -85,7 +79,7 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
             mark = PARTLY
         answer, _, caveat = sentence(name, report, row["evidence"], mark).partition("\n")
         answer, caveat = (text[:1].upper() + text[1:] for text in (answer, caveat))
-        lines.append(Line(mark, question, answer, caveat, section))
+        lines.append(Line(mark, question, answer, caveat, section, SYMBOLS[mark]))
     name = plain(report["model"]["name"])
     return Verdict(f"{name}, {report['specification']}, {report['tier']} tier", tuple(lines))
 
@@ -116,14 +110,12 @@ def _scores(details: Mapping[str, Any]) -> str:
 def _demands(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A cross where a demand is refuted. A metric that was not measured refutes none."""
     own = [row for row in rows.values() if row["level"] in ("SHALL", "MUST", "condition")]
-    binding = {NOT_TESTED if _is_unmeasured(row) else row["verdict"] for row in own} - {NOT_APPLICABLE}
+    open_ = {NOT_TESTED for row in own if (row["id"], row["verdict"]) == UNMEASURED}
+    binding = {row["verdict"] for row in own if (row["id"], row["verdict"]) != UNMEASURED} | open_
+    binding -= {NOT_APPLICABLE}
     if not binding:
         return UNKNOWN
     return NO if NOT_MET in binding else YES if binding == {MET} else PARTLY
-
-
-def _is_unmeasured(row: Mapping[str, Any]) -> bool:
-    return (row["id"], row["verdict"]) == ("metrics", NOT_MET)
 
 
 def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
@@ -135,7 +127,6 @@ def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         "metrics": pd.DataFrame(lines, columns=["metric", "value"]).set_index("metric"),
         "requirements": pd.DataFrame(report["conformance"], columns=requirements.COLUMNS).set_index("id"),
         "claims": stated,
-        "contradicted": stated[stated["verdict"].str.startswith("contradict")],
         "needs": needs_table(report["hardware_envelope"]),
     }
 
@@ -154,6 +145,7 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     frames, details, beside = tables(report), report["details"], _beside(report, folder)
     ran, versions = report["machine"], report["versions"].items()
     other = {f"{name}, of this report": value for name, value in versions if ran.get(name) != value}
+    model = {name: it for name, it in report["model"].items() if name != "relation_to_artifact"}
     paging = report["hardware_envelope"].get("paging") or {}
     is_paged = any(value != "0 B" for name, value in paging.items() if name.startswith("a token reads"))
     drawn = {
@@ -177,7 +169,7 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "needs": frames["needs"].reset_index().rename(columns={"n_ctx": "context (tokens)"}),
         "paging": _pairs(paging if is_paged else {}, "a token of decode, predicted and measured"),
         "beside": beside,
-        "model": _model(report["model"]),
+        "model": _pairs({name.replace("_", " "): it for name, it in model.items()}, "of the model"),
         "conditions": _pairs(pd.json_normalize(report["conditions"]).to_dict("records")[0], "condition"),
         "machine": _pairs({**ran, **other}, "where it ran"),
     }
@@ -187,26 +179,14 @@ def _pairs(facts: Mapping[str, Any], name: str) -> pd.DataFrame:
     return pd.DataFrame(facts.items(), columns=[name, "value"], dtype=object)
 
 
-def _model(model: Mapping[str, Any]) -> pd.DataFrame:
-    """What the report says of its model, with names that people read."""
-    names, relation = words("of_model"), words("relations").get(model.get("relation_to_artifact"))
-    told = {**model, "relation_to_artifact": relation}
-    facts = {names.get(key, key.replace("_", " ")): it for key, it in told.items() if it is not None}
-    return _pairs(facts, "of the model")
-
-
 def retrieval(curve: Mapping[str, Any]) -> pd.DataFrame:
     """Retrieval by task and length: every task that was asked, or the points of the curve."""
     shown = []
     for row in curve.get("tasks") or curve.get("points") or []:
-        cells = {
-            "task": row.get("task", "the curve's task"),
-            "context (tokens)": row["length"],
-            "n": row["n"],
-        }
-        cells |= {"right answers": f"{row['accuracy']:.2f}"}
-        shown.append(cells | {"95 % interval": f"{row['low']:.2f} to {row['high']:.2f}"})
-    return pd.DataFrame(shown)
+        accuracy, interval = f"{row['accuracy']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"
+        shown.append((row.get("task", "the curve's task"), row["length"], row["n"], accuracy, interval))
+    columns = ["task", "context (tokens)", "n", "right answers", "95 % interval"]
+    return pd.DataFrame(shown, columns=columns)
 
 
 def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:

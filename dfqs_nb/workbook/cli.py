@@ -186,7 +186,6 @@ def report(
 @app.command(rich_help_panel=REPORT)
 def compare(
     runs: list[str] = Argument(..., metavar="RUN...", help="Runs or report.json files; baseline first."),
-    accept: list[str] = Option([], metavar="FIELD", help="Only chat_template_sha256 may differ."),
 ) -> None:
     """Compare reports made under equal conditions, item by item.
 
@@ -195,7 +194,7 @@ def compare(
     from dfqs_nb import report
 
     places = [name if Path(name).is_file() else str(run_folder(name)) for name in runs]
-    comparison = report.compare_reports(places, accept=accept)
+    comparison = report.compare_reports(places)
     folder = run_dir("-".join(["compare", *(run.report["run"] for run in comparison.runs)]))
     say(comparison)
     say_written([write_text(folder / "comparison.md", str(comparison))], folder)

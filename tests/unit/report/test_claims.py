@@ -487,7 +487,7 @@ def sizes() -> dict[str, float]:
         "card_experts": memory.card_compute(shape, logs["context"], "experts_in_memory"),
     }
     for n_ctx in CONTEXTS:
-        kv, compute = memory.kv_cache_bytes(shape, n_ctx).total, spec["published_compute"][n_ctx]
+        kv, compute = memory.kv_cache_bytes(shape, n_ctx).total, spec["published_compute"][str(n_ctx)]
         known |= {
             f"kv_{n_ctx}": kv,
             f"kv_{n_ctx}_full": memory.kv_cache_bytes(shape, n_ctx, swa_full=True).total,

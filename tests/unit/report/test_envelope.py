@@ -59,7 +59,8 @@ def fits(needs: dict, n_ctx: int) -> list[str]:
 
 
 def test_the_recorded_compute_buffers_are_what_llama_cpp_plans_for_the_published_shapes(flash_file):
-    recorded = spec_table("requirements")["envelope"]["published_compute"]
+    table = spec_table("requirements")["envelope"]["published_compute"]
+    recorded = {int(n_ctx): row for n_ctx, row in table.items()}
     assert recorded.keys() == set(envelope.CONTEXTS)
     for flash in (False, True):
         given = settings.OpenSettings(n_threads=1, flash_attn=flash)
@@ -79,10 +80,10 @@ def test_the_artifacts_own_header_is_held_against_the_specifications_table(flash
 
 def test_without_the_compute_buffer_nothing_is_said_to_fit(merged_reference):
     header = read_header(merged_reference)
-    assert {word for row in hardware_envelope(header, LARGE)["rows"] for word in row["fits"].values()} == {
-        NOT_KNOWN
-    }
-    assert fits(hardware_envelope(header, 10**6), 8192) == [DOES_NOT_FIT]
+    assert {
+        word for row in hardware_envelope(header, LARGE, {})["rows"] for word in row["fits"].values()
+    } == {NOT_KNOWN}
+    assert fits(hardware_envelope(header, 10**6, {}), 8192) == [DOES_NOT_FIT]
 
 
 def test_with_llama_cpps_plan_the_reference_model_fits(merged_reference):
@@ -100,7 +101,7 @@ def test_a_file_that_llama_cpp_refuses_has_no_planned_buffer(tmp_path):
 
 
 def test_the_models_own_context_is_added_and_nothing_is_said_of_what_lies_beyond(merged_reference):
-    rows = hardware_envelope(read_header(merged_reference), SMALL)["rows"]
+    rows = hardware_envelope(read_header(merged_reference), SMALL, {})["rows"]
     assert [row["n_ctx"] for row in rows] == [8192, 16384, 32768, 65536]
 
 
@@ -121,20 +122,20 @@ def test_a_cache_with_sliding_windows_is_said_to_be_an_upper_bound():
         shape = GGUFHeader(
             Path("gemma"), 0, 3, 32, {"general.architecture": "gemma3", **fields}, (), 0, 0, b""
         )
-        return hardware_envelope(shape, LARGE)
+        return hardware_envelope(shape, LARGE, {})
 
     sliding, whole = needs(**{"attention.sliding_window": 512}), needs()
-    assert "at most what the table shows: sliding-window layers counted as if" in sliding["note"]
+    assert "the upper bound size: sliding-window layers counted as if" in sliding["note"]
     assert not whole["note"]
 
 
 def test_shards_give_the_needs_of_the_merged_file(merged_reference):
-    shards = hardware_envelope(reference_shards().as_one, SMALL)
-    assert shards["rows"] == hardware_envelope(read_header(merged_reference), SMALL)["rows"]
+    shards = hardware_envelope(reference_shards().as_one, SMALL, {})
+    assert shards["rows"] == hardware_envelope(read_header(merged_reference), SMALL, {})["rows"]
 
 
 def test_the_envelope_is_json_and_its_table_comes_from_it_alone(merged_reference):
-    needs = json.loads(json.dumps(hardware_envelope(read_header(merged_reference), SMALL)))
+    needs = json.loads(json.dumps(hardware_envelope(read_header(merged_reference), SMALL, {})))
     table = needs_table(needs)
     assert list(table) == ["KV cache (MB)", "with all weights (MB)", "this machine (16.0 GB)"]
     assert table.index.tolist() == [8192, 16384, 32768, 65536]

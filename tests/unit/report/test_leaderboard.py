@@ -110,14 +110,6 @@ def test_what_cannot_be_read_or_was_edited_is_listed_with_its_reason(tmp_path):
     assert all(f"- {name}: " in text for name in bad["report"])
 
 
-def test_a_copy_of_a_report_counts_once(tmp_path):
-    make_run(tmp_path / "a", "A")
-    shutil.copytree(tmp_path / "a", tmp_path / "z")
-    table = leaderboard(tmp_path).table
-    assert list(table["report"]) == ["a/report.json", "z/report.json"]
-    assert table["problem"].tolist() == ["", "the same report as a/report.json"]
-
-
 def test_reports_in_folders_are_found_and_hidden_ones_are_not(tmp_path):
     make_run(tmp_path / "runs" / "a", "A")
     shutil.copytree(tmp_path / "runs", tmp_path / ".cache" / "runs")

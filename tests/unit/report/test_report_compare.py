@@ -124,22 +124,21 @@ def test_differing_conditions_are_refused_with_every_field(tmp_path, pair):
     assert "three/report.json: long_context.type_k (f16 and q8_0), scores.n_ctx (1024 and 4096)" in str(
         caught.value
     )
-    assert "two/report.json" not in str(caught.value) and "--accept" not in str(caught.value)
+    assert "two/report.json" not in str(caught.value)
 
 
-def test_only_a_chat_template_can_be_accepted_and_is_then_said_first(tmp_path):
+def test_only_a_chat_template_may_differ_and_that_is_said_first(tmp_path):
     conditions = json.loads(json.dumps(CONDITIONS))
     conditions["scores"]["nano-reasoning"]["chat_template_sha256"] = "f" * 64
     pair = [make_run(tmp_path / "one", "One"), make_run(tmp_path / "two", "Two", conditions=conditions)]
-    with pytest.raises(
-        ComparisonError, match="nano-reasoning.chat_template_sha256.*--accept chat_template_sha256"
-    ):
-        compare_reports(pair)
-    compared = compare_reports(pair, accept=["chat_template_sha256"])
-    assert list(compared.accepted) == ["scores.nano-reasoning.chat_template_sha256"]
+    compared = compare_reports(pair)
+    assert compared.templates == ["scores.nano-reasoning.chat_template_sha256"]
     assert "through its own chat template" in str(compared).split("\n| ")[0]
-    with pytest.raises(REFUSED, match="a difference in scores.n_ctx cannot be accepted"):
-        compare_reports(pair, accept=["scores.n_ctx"])
+    conditions["scores"]["n_ctx"] = 4096
+    other = make_run(tmp_path / "three", "Three", conditions=conditions)
+    with pytest.raises(ComparisonError, match=r"scores.n_ctx \(1024 and 4096\)") as caught:
+        compare_reports([pair[0], other])
+    assert "chat_template" not in str(caught.value)
 
 
 def test_tiers_never_mix(tmp_path, pair):

@@ -138,12 +138,12 @@ def test_nothing_of_the_artifact_stands_in_the_report(made, partial):
 
 def test_the_cache_of_sliding_windows_is_at_most_what_is_shown(made, partial):
     content = text.texts(made, partial)["report.md"]
-    assert "at most what the table shows" in content and "as if they kept the whole context" in content
+    assert "the upper bound size" in content and "as if they kept the whole context" in content
 
 
 def test_the_model_has_its_own_name_and_licence(made, partial):
     content = text.texts(made, partial)["report.md"]
-    assert "| name in its header | Gemma 3 270M |" in content and "| licence | gemma |" in content
+    assert "| name in header | Gemma 3 270M |" in content and "| licence | gemma |" in content
     assert "relation to" not in content and "| another |" not in content
 
 
