@@ -138,7 +138,7 @@ def test_only_a_chat_template_may_differ_and_that_is_said_first(tmp_path):
     other = make_run(tmp_path / "three", "Three", conditions=conditions)
     with pytest.raises(ComparisonError, match=r"scores.n_ctx \(1024 and 4096\)") as caught:
         compare_reports([pair[0], other])
-    assert "chat_template" not in str(caught.value)
+    assert "nano-reasoning" not in str(caught.value)
 
 
 def test_tiers_never_mix(tmp_path, pair):
