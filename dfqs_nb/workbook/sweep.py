@@ -119,8 +119,7 @@ def sweep(
 
     rows = read_rows(table, notebooks)
     folder = run_dir(name or f"sweep-{table.stem}").absolute()
-    job: Answer = {"fresh": fresh, "outputs": str(folder), "version": __version__}
-    job["notebooks"] = [str(path.absolute()) for path in notebooks]
+    job: Answer = {"fresh": fresh, "outputs": str(folder), "notebooks": list(map(str, notebooks))}
     with alone(folder):
         journal = Journal(folder / JOURNAL, FORMAT, fresh=fresh, whole=lambda row: "status" in row)
         done = {row["id"] for row in journal.rows() if row["status"] == "done"}
@@ -160,8 +159,6 @@ def run_row(job: Answer) -> Answer:
     """Run the workbook in a child process, whose output goes to ``sweep.log``; what became of it."""
     folder, begin, reason = Path(job["outputs"]) / job["run"], time.monotonic(), ""
     try:
-        if job["version"] != __version__:
-            raise DfqsError(f"the worker has version {__version__}, the sweep {job['version']}")
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "sweep.log").open("w+b") as log:
             child.run("dfqs_nb.workbook.sweep", job, log=log)

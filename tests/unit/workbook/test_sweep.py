@@ -341,20 +341,6 @@ def test_without_distributed_the_extra_is_named(outputs, tmp_path, notebook, mon
         run_sweep(write_table(tmp_path, "model,run", f"{NANO},a"), notebook, scheduler="tcp://x:1")
 
 
-def test_a_worker_of_another_version_fails_its_row():
-    job = {
-        "run": "a",
-        "outputs": "/nowhere",
-        "version": "0.0.1",
-        "model": NANO,
-        "parameters": {},
-        "notebooks": None,
-        "fresh": False,
-    }
-    answer = sweep.run_row(job)
-    assert answer["status"] == "failed" and "the sweep 0.0.1" in answer["reason"]
-
-
 def test_outputs_that_this_machine_cannot_see_fail_the_row():
     class Future:
         def result(self):
