@@ -1,6 +1,7 @@
 """What several tests share."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def merged_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("merged") / "DFQS-Nano-IQ1_S-XL.gguf"
     shard = REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
     return merge_model(shard, output).path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _answers_are_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What llama.cpp answers about the files of tests is kept for the session, and not in ``outputs/``."""
+    folder = tmp_path_factory.mktemp("kept")
+    real = check.outputs_dir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "outputs_dir", lambda: real() if "DFQS_OUTPUTS" in os.environ else folder)
+        yield
 
 
 _PARSED: dict[tuple[str, int], check.Verdict] = {}

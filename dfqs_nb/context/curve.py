@@ -24,7 +24,7 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.files import parse_json
 from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.llama.model import TOLERANCE, DecodeError, Model, ReuseCheck, SavedState, check_reuse
+from dfqs_nb.llama.model import DecodeError, Model, ReuseCheck, SavedState, check_reuse
 from dfqs_nb.stats import wilson
 
 JOURNAL, REUSE = "long_context_items.jsonl", "reuse"  # and the row of the check of reuse in it
@@ -274,11 +274,11 @@ def measure(
 def _check_reuse(model: Model, journal: Journal, case: Case, n_tokens: int) -> ReuseCheck:
     """Whether asking from a saved state changes nothing for a question; the journal keeps what was seen."""
     if REUSE not in journal:
-        check = check_reuse(model, case.body[:n_tokens], [case.questions[0].prompt], TOLERANCE)
+        check = check_reuse(model, case.body[:n_tokens], [case.questions[0].prompt])
         facts = {"largest_difference": check.largest_difference, "n_evaluated": check.evaluated_tokens}
         journal.add(REUSE, allowed=check.allowed, **facts)
     row = journal[REUSE]
-    return ReuseCheck(row["allowed"], row["largest_difference"], TOLERANCE, row["n_evaluated"])
+    return ReuseCheck(row["allowed"], row["largest_difference"], row["n_evaluated"])
 
 
 def _ask(

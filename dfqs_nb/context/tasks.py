@@ -26,7 +26,7 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.prompts import PromptSet, load_prompts
-from dfqs_nb.llama.generate import TextStream
+from dfqs_nb.llama.generate import generate
 from dfqs_nb.llama.model import Model
 from dfqs_nb.stats import wilson
 
@@ -299,5 +299,5 @@ def planned_seconds(speed: PrefillSpeed, lengths: Sequence[int], n_tasks: int, n
 
 def greedy(model: Model, text: Text) -> str:
     """The greedy answer; its first line where a single word is expected (several may come as a list)."""
-    answer = TextStream(model, text.tokens, text.max_tokens).completion.text.strip(": \n")
+    answer = generate(model, text.tokens, text.max_tokens).text.strip(": \n")
     return answer if len(text.expected) > 1 else answer.partition("\n")[0]

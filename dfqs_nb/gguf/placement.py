@@ -286,8 +286,8 @@ class Layout:
     dense_bytes: int  # that every token reads
 
     @classmethod
-    def of(cls, headers: Sequence[GGUFHeader], n_gpu_layers: int = 0) -> Layout:
-        """From the headers of all shards in order, without the dense weights that a GPU holds."""
+    def of(cls, headers: Sequence[GGUFHeader]) -> Layout:
+        """From the headers of all shards in order."""
         routing, n_layers, tied = experts(headers[0]), headers[0].n_layers, is_tied(*headers)
         placed = [(i, t, it.data_offset + t.offset) for i, it in enumerate(headers) for t in it.tensors]
         parts: dict[int, dict[tuple[int, bool], Experts]] = {}  # a bias comes after its weight
@@ -302,8 +302,6 @@ class Layout:
                 parts.setdefault(layer, {})[key] = part
             elif layer is not None and HASH_TABLE in tensor.name:
                 tables[layer] = file, start, tensor.shape[0]
-            elif (n_layers if layer is None else layer) > n_layers - n_gpu_layers:
-                continue  # copied to the card; the output counts as one more layer
             elif tensor.type not in INTEGER_TYPES and (tied or class_of(tensor.name) != "embedding"):
                 dense.append((file, start, start + tensor.nbytes))
         ordered = {layer: [own[place] for place in sorted(own)] for layer, own in parts.items()}

@@ -1,15 +1,17 @@
-"""llama.cpp through llama-cpp-python: ask it about a file, open a model, generate with it, time it.
+"""llama.cpp through llama-cpp-python: ask it about a file, open a model, generate with it, time it."""
 
->>> from dfqs_nb import llama
->>> llama.OpenSettings(n_ctx=1024).n_ctx
-1024
-"""
+from typing import TYPE_CHECKING
 
-from dfqs_nb.llama import check, timing
-from dfqs_nb.llama.diagnosis import diagnose
-from dfqs_nb.llama.generate import answer_table, chat, complete, stream_chat
-from dfqs_nb.llama.model import open_model
+from dfqs_nb.core.doors import lazy
+from dfqs_nb.llama import check
 from dfqs_nb.llama.settings import OpenSettings
 
-__all__ = ["OpenSettings", "answer_table", "chat", "check", "complete", "diagnose"]
-__all__ += ["open_model", "stream_chat", "timing"]
+if TYPE_CHECKING:
+    from dfqs_nb.llama import timing
+    from dfqs_nb.llama.generate import answer_table, chat
+    from dfqs_nb.llama.model import open_model
+
+__all__ = ["OpenSettings", "answer_table", "chat", "check", "open_model", "timing"]
+
+_HOMES = {"answer_table": "generate", "chat": "generate", "open_model": "model", "timing": "timing"}
+__getattr__ = lazy(__name__, **_HOMES)

@@ -1,7 +1,6 @@
-"""llama.cpp through llama-cpp-python: how a model is built or only planned, and what llama.cpp logs of it.
+"""How a model is built or only planned through llama-cpp-python, and what llama.cpp logs of it.
 
-``llama_cpp.Llama`` does not take all parameters of llama.cpp. Two of them matter here: ``use_extra_bufts``
-and ``cb_eval``. So `default_params` changes llama.cpp's defaults while a model is built.
+``llama_cpp.Llama`` takes no ``use_extra_bufts`` and no ``cb_eval``: `default_params` changes the defaults.
 """
 
 from __future__ import annotations
@@ -16,25 +15,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.core.child import SOURCE_FOLDER
 from dfqs_nb.core.errors import ModelError
+from dfqs_nb.llama.check import REFUSES, reason_of
 from dfqs_nb.llama.paging import Paging
-from dfqs_nb.llama.settings import COUNTS, GGML_TYPES, OpenSettings, llama_version
+from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 
-DEBUG, INFO, WARNING, ERROR, CONTINUES = 1, 2, 3, 4, 5  # ggml_log_level of ggml.h
+DEBUG, WARNING, ERROR, CONTINUES = 1, 3, 4, 5  # ggml_log_level of ggml.h
 MAX_LINES, MAX_LINE = 500, 2000  # that are kept, and their characters: a model's name can have 100,000
 _NO_DEVICES = (ctypes.c_void_p * 1)()  # a list of devices that ends at once
 _building = threading.RLock()  # a context's parameters are set around its model's
 
 
 class LlamaLog:
-    """The last lines that llama.cpp logged; ``echo``: the least level that standard error gets, too."""
+    """The last lines that llama.cpp logged."""
 
     def __init__(self) -> None:
         self._lines: deque[tuple[int, str]] = deque(maxlen=MAX_LINES)
         self._open_line, self._level = "", 0
         self._callback: Any = None
-        self.echo: int | None = None
 
     def install(self) -> None:
         """Take llama.cpp's log over (importing llama_cpp sets a callback that prints), and begin anew."""
@@ -46,13 +44,10 @@ class LlamaLog:
 
     def _receive(self, level: int, text: bytes, _user_data: object) -> None:
         self._level = self._level if level == CONTINUES else level
-        if self._level == DEBUG:
-            return
-        if self.echo is not None and self._level >= self.echo:
-            os.write(2, text)
-        *lines, self._open_line = (self._open_line + text.decode("utf-8", "replace")).split("\n")
-        self._open_line = self._open_line[:MAX_LINE]
-        self._lines.extend((self._level, line[:MAX_LINE]) for line in lines)
+        if self._level > DEBUG:
+            *lines, self._open_line = (self._open_line + text.decode("utf-8", "replace")).split("\n")
+            self._open_line = self._open_line[:MAX_LINE]
+            self._lines.extend((self._level, line[:MAX_LINE]) for line in lines)
 
     def tail(self, n_lines: int = MAX_LINES, level: int = 0) -> list[str]:
         """The last lines of at least this level (`WARNING`, `ERROR`), oldest first."""
@@ -63,22 +58,17 @@ LOG = LlamaLog()
 
 
 def loaded_facts(log: Sequence[str]) -> dict[str, Any]:
-    """How a model was loaded: what ran, not what was asked for.
-
-    ``layers_offloaded`` to a GPU, like ``0/9``; ``offloaded_layers``, this as a number (None: not logged);
-    ``buffers`` of the weights; ``repacked``: weights were copied into another layout for this processor.
+    """Layers that ran on a GPU, and if weights were ``repacked`` for this processor. None: not logged.
 
     >>> loaded_facts(["load_tensors: offloaded 5/9 layers to GPU"])["offloaded_layers"]
     5
     """
     text = "\n".join(log)
-    layers = re.search(r"offloaded ((\d+)/\d+) layers to GPU", text)
-    buffers = re.findall(r"(\S+) +model buffer size = +([\d.]+) MiB", text)
+    layers = re.search(r"offloaded (\d+)/\d+ layers to GPU", text)
+    buffers = re.findall(r"(\S+) +model buffer size =", text)
     return {
-        "layers_offloaded": layers[1] if layers else "no GPU support" if buffers else "not logged",
-        "offloaded_layers": int(layers[2]) if layers else 0 if buffers else None,
-        "buffers": ", ".join(f"{name} {size} MiB" for name, size in buffers),
-        "repacked": any(re.search("REPACK|AMX|KLEIDIAI", name) for name, _ in buffers) if buffers else None,
+        "offloaded_layers": int(layers[1]) if layers else 0 if buffers else None,
+        "repacked": any(re.search("REPACK|AMX|KLEIDIAI", name) for name in buffers) if buffers else None,
     }
 
 
@@ -97,45 +87,19 @@ REFUSAL_HINTS = {  # by a word of llama.cpp's reason; the first that fits
     "wrong number of tensors": "it holds tensors that this llama.cpp does not use (a vision part, for "
     "example) or lacks some: get a conversion made for llama.cpp",
     "key not found": "the file is in another dialect of its architecture: get a newer conversion",
-    "split": "keep all shards under their own names in one folder, or merge them (01_merge_shards)",
-    "not within the file bounds": "the file is cut off: resume or repeat the download",
     "quantized V cache": "pass flash_attn=True, or type_v='f16'",
-    "tensor": "the file does not hold the tensors its header promises: get it again, or merge its shards",
     "": "inspect its header (02_inspect_header), or update llama-cpp-python",
 }
-# Names of functions, and words that only pass an error on.
-_PREFIXES = re.compile(
-    r"^(?:(?:\w+|error loading model(?: hyperparameters| vocabulary)?|failed to initialize the context): )+"
-)
-_PASSED_ON = re.compile(
-    r"(?:llama_model_loader: )?failed to (?:load model(?: from .*)?|load GGUF split .*|read tensor data)"
-)
 
 
 def refusal(path: str | Path) -> ModelError:
     """The error for a file that llama.cpp has just declined in an orderly way, from what it logged."""
     reason = reason_of(LOG.tail(40, ERROR)) or "no reason given"
-    what = f"llama.cpp refuses it: {reason}"
-    if unknown := re.search(r"unknown model architecture: '([^']*)'", reason):
-        runtime = f"this llama.cpp (llama-cpp-python {llama_version()})"
-        what = f"{runtime} does not know the architecture {unknown[1]!r}"
     hint = next(hint for word, hint in REFUSAL_HINTS.items() if word in reason)
-    error = ModelError(what, where=path, hint=hint)
+    error = ModelError(f"{REFUSES}{reason}", where=path, hint=hint)
     lines = [line for line in LOG.tail(40) if line.strip(" .")][-12:]
     error.add_note("llama.cpp's last lines:\n  " + "\n  ".join(lines or ["(none)"]))
     return error
-
-
-def reason_of(log: Sequence[str]) -> str:
-    """The line that says why: an assertion, else the first error that does not just pass a failure on.
-
-    >>> reason_of(["gguf_init_from_file_ptr: failed to read magic", "x: error loading model: y"])
-    'failed to read magic'
-    """
-    lines = [_PREFIXES.sub("", SOURCE_FOLDER.sub("", line).strip()) for line in log]
-    asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
-    telling = [line for line in lines if line and not _PASSED_ON.fullmatch(line)]
-    return (asserted or telling or lines or [""])[0]
 
 
 # ---- a model, and a plan of one ----
@@ -181,42 +145,41 @@ def model_params(settings: OpenSettings) -> dict[str, Any]:
     return {"use_extra_bufts": settings.use_extra_bufts, **devices}
 
 
-def set_context(params: Any, settings: OpenSettings) -> Any:
-    """llama.cpp's parameters of a context, set as ``llama_cpp.Llama`` sets them."""
+def context_fields(settings: OpenSettings) -> dict[str, Any]:
+    """llama.cpp's parameters of a context, which ``llama_cpp.Llama`` takes under the same names."""
     fields = {name: getattr(settings, name) for name in ("n_ctx", "n_threads", "n_threads_batch", "swa_full")}
     fields |= {name: GGML_TYPES[getattr(settings, name)] for name in ("type_k", "type_v")}
     fields["n_batch"] = min(settings.n_ctx, settings.n_batch)
-    fields["n_ubatch"] = min(fields["n_batch"], settings.n_ubatch)
-    return filled(params, fields | {"flash_attn_type": int(settings.flash_attn)})
+    return fields | {"n_ubatch": min(fields["n_batch"], settings.n_ubatch)}
 
 
-def build_llama(path: str | Path, settings: OpenSettings) -> Any:
+def set_context(params: Any, settings: OpenSettings) -> Any:
+    """The same parameters, set in llama.cpp's structure."""
+    return filled(params, {**context_fields(settings), "flash_attn_type": int(settings.flash_attn)})
+
+
+def build_llama(path: str | Path, settings: OpenSettings, *, verbose: bool = False) -> Any:
     """A ``llama_cpp.Llama`` of this file with exactly these settings, opened in this process.
 
-    Its ``paging`` is the `Paging` help, or None. Raises `ModelError` where llama.cpp refuses the file. A file
-    that aborts it ends this process: see `check.trial`.
+    Its ``paging`` is the `Paging` help, or None. `ModelError`: llama.cpp refuses the file; it may also abort,
+    see `check.trial`. ``verbose``: standard error gets the assertion.
     """
     import llama_cpp
     import llama_cpp.llama_cpp as api
     from llama_cpp._internals import LlamaModel
 
-    def without_templates(metadata: dict[str, str]) -> dict[str, str]:
-        # `Llama` parses every chat template at once and fails on any; we render them ourselves
-        return {name: text for name, text in metadata.items() if "tokenizer.chat_template" not in name}
-
     LOG.install()
-    names = (*COUNTS, "n_gpu_layers", "flash_attn", "use_mmap", "swa_full")
-    fields = {name: getattr(settings, name) for name in names}
-    fields |= {name: GGML_TYPES[getattr(settings, name)] for name in ("type_k", "type_v")}
+    fields = {name: getattr(settings, name) for name in ("n_gpu_layers", "flash_attn", "use_mmap")}
     paging = Paging.of(path, settings)
     listening = paging.callback(api.llama_context_default_params().cb_eval) if paging else {}
     try:
         with (
             default_params(model_params(settings), **listening),
-            _replaced(LlamaModel, "metadata", without_templates),
+            # it would parse every chat template, and fail on any; we render them ourselves
+            _replaced(LlamaModel, "metadata", lambda metadata: {}),
             paging.loading() if paging else contextlib.nullcontext(),
         ):
-            llama: Any = llama_cpp.Llama(str(path), verbose=False, **fields)
+            llama: Any = llama_cpp.Llama(str(path), verbose=verbose, **fields, **context_fields(settings))
     except ValueError as error:
         raise refusal(path) from error
     llama.set_seed(settings.seed)
@@ -228,9 +191,9 @@ def build_llama(path: str | Path, settings: OpenSettings) -> Any:
 
 
 def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
-    """Bytes of KV cache and compute buffer that llama.cpp itself plans; nothing is allocated or loaded.
+    """Bytes of KV cache and compute buffer that llama.cpp plans, without loading, in this process.
 
-    It runs in this process, so the file must have passed a `trial`. Raises `ModelError` for a refusal.
+    The file must have passed a `trial`. Raises `ModelError` for a refusal.
     """
     import llama_cpp.llama_cpp as api
 

@@ -1,42 +1,50 @@
-"""Will llama.cpp accept this file? Ask llama.cpp itself, in a child process (``python -m dfqs_nb.llama``).
+"""Will llama.cpp accept this file? Ask llama.cpp, in a child process (`__main__`), and keep the answer.
 
-A hostile header can abort the child, or ask for all memory: there is a ceiling on its address space while it
-answers `parse` and `loader_verdict`. A `trial` also loads the weights.
+This module imports nothing heavy: an answer that is kept takes milliseconds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import platform
-import time
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import canonical_sha256
+from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
-from dfqs_nb.llama import template
-from dfqs_nb.llama.build import ERROR, INFO, LOG, build_llama, dry_run, reason_of
-from dfqs_nb.llama.graph import ggml_function
-from dfqs_nb.llama.settings import OpenSettings, llama_version
+from dfqs_nb.llama.settings import OpenSettings
 
-MODULE = "dfqs_nb.llama"
-CEILING_BYTES = 8 << 30  # of address space: a hostile header asks for more
+MODULE, REFUSES = "dfqs_nb.llama", "llama.cpp refuses it: "
 TIMEOUT_SECONDS = 60.0
 TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 120.0, 1 / 50e6  # a slow disk
-LONG_SECONDS = 5.0  # a trial that took longer is worth remembering
-SMALL_CTX, PREFILL_TOKENS = 256, 8
 OF_CONTEXT = {"n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed"}  # nothing of the file
+# Names of functions, and words that only pass an error on.
+_PREFIXES = re.compile(
+    r"^(?:(?:\w+|error loading model(?: hyperparameters| vocabulary)?|failed to initialize the context): )+"
+)
+_PASSED_ON = re.compile(
+    r"(?:llama_model_loader: )?failed to (?:load model(?: from .*)?|load GGUF split .*|read tensor data)"
+)
+
+
+def reason_of(log: Sequence[str]) -> str:
+    """The line that says why: an assertion, else the first error that does not just pass a failure on.
+
+    >>> reason_of(["gguf_init_from_file_ptr: failed to read magic", "x: error loading model: y"])
+    'failed to read magic'
+    """
+    lines = [_PREFIXES.sub("", child.SOURCE_FOLDER.sub("", line).strip()) for line in log]
+    asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
+    telling = [line for line in lines if line and not _PASSED_ON.fullmatch(line)]
+    return (asserted or telling or lines or [""])[0]
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,11 @@ def loader_verdict(path: str | Path) -> Verdict:
     return verdicts([path])[0]
 
 
+def kept_verdict(files: Iterable[Path], ask: Callable[[], Verdict]) -> Verdict:
+    """The verdict that ``ask`` gives on the model in these files, kept while they are the same."""
+    return Verdict(**_kept("load", list(files), {}, lambda: vars(ask())))
+
+
 def verdicts(paths: Sequence[str | Path], question: str = "load") -> list[Verdict]:
     """Ask (``load`` or ``parse``) about files, in one process as long as they leave it alive.
 
@@ -73,23 +86,22 @@ def verdicts(paths: Sequence[str | Path], question: str = "load") -> list[Verdic
     answers = list[Verdict]()
     with child.Worker(MODULE) as worker:
         for path in map(Path, paths):
-            job = {"question": question, "path": str(path.absolute())}
+            reason = death = ""
             try:
-                facts = worker.run(job, timeout_seconds=TIMEOUT_SECONDS)
-                accepted, log, death = facts["accepted"], facts["log"], ""
+                job = {"question": question, "path": str(path.absolute())}
+                worker.run(job, timeout_seconds=TIMEOUT_SECONDS)
             except child.ChildDied as error:
                 if not error.messages:
                     what = f"cannot run llama.cpp ({child.telling_line(list(error.log)) or error.cause})"
                     hint = "delete .venv and type `make run`: it installs llama-cpp-python again"
                     raise ModelError(what, hint=hint) from error
-                accepted, log, death = False, error.log, error.cause
-            folder = f"{path.parent.absolute()}{os.sep}"
-            reason = reason_of([line.replace(folder, "") for line in log]) or f"llama.cpp died ({death})"
-            answers.append(Verdict(accepted, "" if accepted else reason, death))
+                death = error.cause
+                reason = reason_of(error.log) or f"llama.cpp died ({death})"
+            except ModelError as error:
+                reason = error.what.removeprefix(REFUSES)
+            reason = reason.replace(f"{path.parent.absolute()}{os.sep}", "")
+            answers.append(Verdict(not reason, reason, death))
     return answers
-
-
-# ---- a trial ----
 
 
 def plan_memory(
@@ -97,112 +109,53 @@ def plan_memory(
 ) -> list[dict[str, int]]:
     """`dry_run` under each of the settings, in a child process, which a header may abort."""
     job = {"question": "plan", "path": str(path), "settings": [each.as_dict() for each in settings]}
-    run = worker.run if worker else partial(child.run, MODULE)
     limit = TIMEOUT_SECONDS * (1 + len(settings))
-    plans: list[dict[str, int]] = run(job, where=path, timeout_seconds=limit)["plans"]
-    return plans
+    answer = (worker or child.Worker(MODULE)).run(job, where=path, timeout_seconds=limit)
+    return list(answer["plans"])
 
 
-_tried: dict[Any, MemoryEstimate] = {}
-
-
-def trial(paths: Sequence[str | Path], settings: OpenSettings, needs: MemoryEstimate) -> MemoryEstimate:
+def trial(paths: Sequence[Path], settings: OpenSettings, needs: MemoryEstimate) -> MemoryEstimate:
     """Plan, load and decode a model (its shards, first one first) in a child: 9 tokens, in a context of 256.
-
-    The same files and settings are tried once a session. After a long trial, later sessions on this machine
-    only plan the memory, as long as the file and llama.cpp are the same.
 
     Returns the estimate with llama.cpp's own figures. Raises `ModelError` where llama.cpp refuses the file,
     dies on it, or computes logits that are not numbers, and `SpaceError` where cache and compute buffer
     exceed the free memory.
     """
-    stats = [(os.path.realpath(path), Path(path).stat()) for path in paths]
-    files = tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
-    key = str(paths[0]), files, settings  # messages name the path as it was given
-    if key in _tried:
-        return _tried[key]
-    loads = {name: value for name, value in settings.as_dict().items() if name not in OF_CONTEXT}
-    loading = canonical_sha256([files, loads, llama_version(), platform.node()])
-    passed = outputs_dir() / ".trials" / loading[:24]  # the mark of a long trial that passed
+    path, fields = paths[0], settings.as_dict()
+    loads = {name: value for name, value in fields.items() if name not in OF_CONTEXT}
+    job = {"question": "trial", "path": str(path), "settings": fields}
+    limit = TRIAL_SECONDS + needs.weights_bytes * TRIAL_SECONDS_PER_BYTE
     with child.Worker(MODULE) as worker:
-        plan = plan_memory(paths[0], [settings], worker)[0]
+        plan = _kept("plan", paths, fields, lambda: plan_memory(path, [settings], worker)[0])
         kv = needs.kv if needs.kv.exactness == "exact" else KvCacheBytes([plan["kv_bytes"]])
         needs = replace(needs, kv=kv, compute_bytes=plan["compute_bytes"])
-        check_fits(needs, where=paths[0])
-        if not passed.exists():
-            started = time.perf_counter()
-            job = {"question": "trial", "path": str(paths[0]), "settings": settings.as_dict()}
-            limit = TRIAL_SECONDS + needs.weights_bytes * TRIAL_SECONDS_PER_BYTE
-            worker.run(job, where=paths[0], timeout_seconds=limit)
-            if time.perf_counter() - started > LONG_SECONDS:
-                passed.parent.mkdir(parents=True, exist_ok=True)
-                passed.touch()
-    _tried[key] = needs
+        check_fits(needs, where=path)
+        _kept("trial", paths, loads, lambda: worker.run(job, where=path, timeout_seconds=limit))
     return needs
 
 
-# ---- the child's side ----
+def _kept(
+    question: str, paths: Sequence[Path], facts: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What ``make`` answers, from a note if files, facts, llama.cpp and the machine are the same."""
+    folder = outputs_dir() / ".llama_cpp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stats = [(os.path.realpath(path), Path(path).stat()) for path in paths]
+        files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
+        same = {"files": files, "llama.cpp": _build(), "machine": platform.node(), **facts}
+        name = canonical_sha256([question, [name for name, _ in stats], facts])[:24]
+        answer = remembered(note := folder / f"{name}.json", same, make)
+        if answer.get("death"):  # perhaps the machine was busy
+            note.unlink(missing_ok=True)
+        return answer
+    except OSError:  # the folder takes no note
+        return dict(make())
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Answer one question; the child process calls this."""
-    answers = {"parse": _parse, "load": _load, "plan": _plan, "trial": _try, "render": template.render}
-    return dict(answers[job["question"]](job))
-
-
-class _GgufParams(ctypes.Structure):
-    """``struct gguf_init_params`` of gguf.h."""
-
-    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.POINTER(ctypes.c_void_p))]
-
-
-def _parse(job: dict[str, Any]) -> dict[str, Any]:
-    child.limit_memory(CEILING_BYTES)
-    LOG.echo = ERROR
-    LOG.install()
-    child.tell(stage="in its parser")
-    void, table = ctypes.c_void_p, ctypes.c_void_p()  # llama.cpp always asks for the table, without data
-    read = ggml_function("gguf_init_from_file", void, ctypes.c_char_p, _GgufParams)
-    gguf = read(os.fsencode(job["path"]), _GgufParams(True, ctypes.pointer(table)))
-    ggml_function("gguf_free", None, void)(gguf)
-    ggml_function("ggml_free", None, void)(table)
-    return {"accepted": bool(gguf), "log": LOG.tail(level=ERROR)}
-
-
-def _load(job: dict[str, Any]) -> dict[str, Any]:
-    child.limit_memory(CEILING_BYTES)
-    LOG.echo = ERROR
-    LOG.install()  # a library that does not load is no verdict on the file
-    child.tell(stage="in its loader")
-    accepted = False
-    with contextlib.suppress(ModelError, MemoryError):
-        dry_run(job["path"], OpenSettings(n_ctx=SMALL_CTX, n_threads=1))
-        accepted = True
-    return {"accepted": accepted, "log": LOG.tail(level=ERROR)}
-
-
-def _plan(job: dict[str, Any]) -> dict[str, Any]:
-    LOG.echo = INFO
-    for module in ("llama_cpp._internals", "llama_cpp.llama"):  # an assertion that fails is written there
-        vars(import_module(module))["suppress_stdout_stderr"] = lambda disable=True: contextlib.nullcontext()
-    child.tell(stage="while planning its memory")
-    return {"plans": [dry_run(job["path"], OpenSettings(**settings)) for settings in job["settings"]]}
-
-
-def _try(job: dict[str, Any]) -> dict[str, Any]:
-    """Load with a small context, after `_plan`; evaluate a short prompt and one more token."""
-    child.tell(stage="while loading it")
-    settings = OpenSettings(**job["settings"])
-    small = replace(settings, n_ctx=min(settings.n_ctx, SMALL_CTX), n_threads=1, n_threads_batch=1)
-    llama = build_llama(job["path"], small)
-    child.tell(stage="at the first decode")
-    n_vocab = llama.n_vocab()
-    tokens = [token % n_vocab for token in range(1, PREFILL_TOKENS + 1)]
-    for part in (tokens, tokens[:1]):
-        llama.eval(part)
-        logits = np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(n_vocab,))
-        if not np.isfinite(logits).all():
-            what = "the first decode gives logits that are not numbers"
-            hint = "the weights are damaged: verify the file's hash, or get it again"
-            raise ModelError(what, where=job["path"], hint=hint)
-    return {}
+def _build() -> list[Any]:
+    """What tells a build of llama.cpp from another, without loading it: its libraries' sizes and times."""
+    spec = find_spec("llama_cpp")
+    own = Path(spec.origin).parent / "lib" if spec and spec.origin else ""
+    libraries = sorted(Path(os.environ.get("LLAMA_CPP_LIB_PATH") or own).glob("*llama*"))
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in libraries]

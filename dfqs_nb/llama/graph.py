@@ -1,8 +1,7 @@
 """llama.cpp's graph, seen through ctypes: its tensors, and a watch on its routers.
 
 llama.cpp asks a callback (``cb_eval``) about every node of its graph. A watch says yes to one node a layer,
-``ffn_moe_topk``, where the graph then stops: the chosen ids are computed, and nothing that follows has begun.
-Names and order of the nodes: ``build_moe_ffn`` in llama.cpp's src/llama-graph.cpp.
+``ffn_moe_topk`` (of ``build_moe_ffn`` in llama.cpp's src/llama-graph.cpp), where the graph then stops.
 """
 
 from __future__ import annotations
@@ -87,39 +86,26 @@ class Router:
         self.marks = [(self.ids.tensor, self.ids.name)]
 
 
-class _Nodes(dict[int, bool]):
-    """Addresses of nodes that llama.cpp does not stop at; at every other address ``visit`` decides."""
-
-    visit: Callable[[int], bool]
-
-    def __missing__(self, address: int) -> bool:
-        return self.visit(address)
-
-
 _watches: weakref.WeakValueDictionary[Any, Watch] = weakref.WeakValueDictionary()
 
 
-class Watch:
+class Watch(dict[int, bool]):
     """Receives every node that llama.cpp evaluates, and calls ``listeners`` when a router has chosen.
 
-    In decode the same graph comes again and again at the same addresses. So nodes are known by address: to
-    read all names costs a small model 40 % of its speed, a dictionary 5 %. At a graph's first node the names
-    at the addresses that matter are checked; another graph is learned afresh.
-
-    No exception may pass through llama.cpp: it is kept in ``_error``. A subclass has its say when a router is
-    met (`_router`), a graph begins (`_begun`), or a node that is not stopped at is met (`_other`).
+    In decode the same graph comes again at the same addresses. So it holds the addresses of nodes that it
+    need not stop at: to read all names would take longer than the model. At a graph's first node the names
+    that matter are checked; another graph is learned afresh. No exception may pass through llama.cpp: it is
+    kept in ``_error``. A subclass has its say at a router, at a graph's begin, and at another node.
     """
 
     def __init__(self) -> None:
         import llama_cpp.llama_cpp as api
 
         self.listeners: list[Callable[[Router], object]] = []
-        self._nodes = _Nodes()
         self._error: BaseException | None = None
-        self._nodes.visit = self._visit
         # llama.cpp also passes whether it asks or has computed, and user data. A node that we stop at comes
         # exactly twice, so we leave both out: the call is cheaper
-        self._function = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self._nodes.__getitem__)
+        self._function = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self.__getitem__)
         self.callback = ctypes.cast(self._function, api.ggml_backend_sched_eval_callback)
         self.forget_graph()
         _watches[ctypes.cast(self.callback, ctypes.c_void_p).value] = self
@@ -131,12 +117,11 @@ class Watch:
 
     def forget_graph(self) -> None:
         """Forget the known addresses: the context that they lie in is gone."""
-        self._nodes.clear()
+        self.clear()
         self._routers: dict[int, Router] = {}
-        self._marks: list[tuple[Tensor, bytes]] = []  # what must lie where, for the known addresses to hold
         self._first = 0  # the address of a graph's first node
 
-    def _visit(self, address: int) -> bool:
+    def __missing__(self, address: int) -> bool:
         """A router's node, the first node of a graph, or a node that is met for the first time."""
         router = self._routers.get(address)
         try:
@@ -144,14 +129,14 @@ class Watch:
                 router.stopped = not router.stopped
                 if not router.stopped:
                     self._chosen(router)
-            elif address == self._first and all(tensor.name == name for tensor, name in self._marks):
-                self._begun(address)
-            elif not self._first or address == self._first:  # of the first graph, or of another at its place
-                self.forget_graph()
+            elif self._first not in (0, address):
+                router = self._learn(address)
+            else:
+                marks = (mark for known in self._routers.values() for mark in known.marks)
+                if not all(tensor.name == name for tensor, name in marks):
+                    self.forget_graph()  # it is another graph, at the place of the one before
                 self._first = address
                 self._begun(address)
-            else:
-                router = self._learn(address)
         except Exception as error:
             self._error = error
         return router is not None
@@ -160,11 +145,10 @@ class Watch:
         """A node by its name; None where llama.cpp need not stop."""
         prefix = ctypes.string_at(address + NAME_OFFSET, PREFIX_BYTES)
         if prefix != _TOPK:
-            self._nodes[address] = False
+            self[address] = False
             self._other(address, prefix)
             return None
         router = self._routers[address] = self._router(address)
-        self._marks += router.marks
         router.stopped = True
         return router
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dfqs_nb.core.display import size
+from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import sha256_of
-from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.progress import heartbeat
-from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate
@@ -30,15 +29,15 @@ from dfqs_nb.llama.build import LOG, WARNING, build_llama, loaded_facts
 from dfqs_nb.llama.graph import ggml_function, interrupts_held
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings, llama_version
-from dfqs_nb.llama.template import CLOCK, ChatTemplate
 
 Floats = NDArray[np.float32]
 TOLERANCE = 1e-2  # of a logit; the logits of a vocabulary spread over about 2
 MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap")
 PLAIN_CHAT = "Question: {prompt}\nAnswer:"  # what a file without a chat template is asked
+SECONDS, START_SECONDS = 10.0, 120.0  # of a template's prompt, and of its child's start
+PLAIN = "use a file with a sound chat template"
 PLAIN_STOP = "\nQuestion:"  # there a base model would ask itself the next question
-# Warnings of llama.cpp that say nothing of the file: the context is shorter than the model's, as asked for.
-HARMLESS = re.compile(r"full capacity of the model will not be utilized")
+HARMLESS = re.compile(r"full capacity of the model will not be utilized")  # a warning: of n_ctx, as asked for
 
 
 class DecodeError(ModelError):
@@ -70,9 +69,8 @@ class SavedState(NamedTuple):
 class Model:
     """An open model. Close it (or use it in a ``with`` block) to free its memory.
 
-    It has also ``n_vocab``, the tokens of its vocabulary; ``n_past``, the tokens in the context now; ``bos``,
-    the token that begins every text (-1: the vocabulary asks for none); and ``has_template``: without a chat
-    template in the file, a chat's prompt goes into `PLAIN_CHAT`.
+    It has also ``n_vocab``; ``n_past``, the tokens in the context now; ``bos``, the token that begins every
+    text (-1: none does); ``has_template``: without one in the file, a chat's prompt goes into `PLAIN_CHAT`.
     """
 
     llama: Any  # llama-cpp-python's `Llama`; None when closed
@@ -84,7 +82,6 @@ class Model:
     loaded: dict[str, Any] = field(default_factory=dict)  # `loaded_facts`, and ``paging``, a sentence
     paging: Paging | None = None  # None where it is not wanted
     warnings: tuple[str, ...] = ()  # of llama.cpp while it loaded the model, and ours
-    keep_lock: bool = False  # Python's, in decode: a callback at every node of the graph costs half as much
 
     def __post_init__(self) -> None:
         source, vocabulary = self.header.text("tokenizer.chat_template"), self.llama._model
@@ -122,8 +119,7 @@ class Model:
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of ``text``, without a BOS; ``special``: the text of a control token is that token."""
         raw = text.encode("utf-8", "replace")  # a lone surrogate becomes "?"
-        ids: list[int] = self._open().tokenize(raw, add_bos=False, special=special)
-        return ids
+        return list(self._open().tokenize(raw, add_bos=False, special=special))
 
     def with_bos(self, tokens: Sequence[int]) -> list[int]:
         """The tokens with exactly one BOS in front where the vocabulary asks for one, else unchanged."""
@@ -131,11 +127,8 @@ class Model:
         return [self.bos, *tokens] if missing else list(tokens)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token's text; control tokens have none.
-
-        (``Llama.detokenize`` of llama-cpp-python 0.3.36 loses tokens longer than 32 bytes.)
-        """
-        from llama_cpp import llama_token_to_piece as piece_of
+        """The bytes of one token's text; control tokens have none."""
+        from llama_cpp import llama_token_to_piece as piece_of  # `Llama.detokenize` cuts at 32 bytes
 
         vocab = self._open()._model.vocab
         size = -piece_of(vocab, token, None, 0, 0, False)  # the room that it asks for
@@ -163,9 +156,8 @@ class Model:
         """
         import llama_cpp
 
-        self.check_room(tokens)
-        for start in range(0, len(tokens), self.settings.n_batch):
-            self._decode_batch(tokens[start : start + self.settings.n_batch])
+        for _ in self._batches(tokens):
+            pass
         llama_cpp.llama_synchronize(self.llama.ctx)  # a GPU works on its own
 
     def evaluate(self, tokens: Sequence[int]) -> Floats:
@@ -178,17 +170,13 @@ class Model:
             raise NanLogitsError(what, where=self.path, hint=hint)
         return logits
 
-    def logits(self, tokens: Sequence[int], chunk_tokens: int | None = None) -> Iterator[Floats]:
+    def logits(self, tokens: Sequence[int]) -> Iterator[Floats]:
         """As `decode`, and yield the logits after each token, in chunks of at most ``n_batch`` tokens.
 
         Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep.
         """
-        self.check_room(tokens)
-        step = min(chunk_tokens or self.settings.n_batch, self.settings.n_batch)
-        for start in range(0, len(tokens), step):
-            chunk = tokens[start : start + step]
-            self._decode_batch(chunk, every_logit=True)
-            yield np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(len(chunk), self.n_vocab))
+        for n in self._batches(tokens, every_logit=True):
+            yield np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(n, self.n_vocab))
 
     def check_room(self, tokens: Sequence[int]) -> None:
         """Raise `ContextFullError` if these tokens do not fit after those in the context."""
@@ -200,27 +188,33 @@ class Model:
             hint = "open the model with a larger n_ctx, or shorten the prompt"
             raise ContextFullError(what, where=self.path, hint=hint)
 
-    def _decode_batch(self, tokens: Sequence[int], *, every_logit: bool = False) -> None:
-        """One ``llama_decode``, with logits for each token or for the last one."""
+    def _batches(self, tokens: Sequence[int], *, every_logit: bool = False) -> Iterator[int]:
+        """One ``llama_decode`` after another, with logits for each token or the last; yields their sizes."""
         import llama_cpp.llama_cpp as api
 
-        llama, n = self._open(), len(tokens)
-        if self.paging is not None:
-            self.paging.before(tokens)
-        ids = (api.llama_token * n)(*tokens)  # the batch points into it
-        batch = api.llama_batch_get_one(ids, n)
-        if every_logit:
-            batch.logits = (ctypes.c_int8 * n)(*[1] * n)
-        run = api.llama_decode
-        if self.keep_lock and n == 1:
-            run = ggml_function("llama_decode", run.restype, *run.argtypes)
-        with interrupts_held() if llama.context_params.cb_eval else contextlib.nullcontext():
-            status = run(llama.ctx, batch)
-        if status != 0:
-            what = f"llama_decode returned {status} after {self.n_past:,} tokens ({'; '.join(LOG.tail(2))})"
-            hint = "clear the context and try again; lower n_ubatch if memory is short"
-            raise DecodeError(what, where=self.path, hint=hint)
-        self.n_past += n
+        self.check_room(tokens)
+        llama = self._open()
+        for start in range(0, len(tokens), self.settings.n_batch):
+            part = tokens[start : start + self.settings.n_batch]
+            if self.paging is not None:
+                self.paging.before(part)
+            n, run = len(part), api.llama_decode
+            ids = (api.llama_token * n)(*part)  # the batch points into it
+            batch = api.llama_batch_get_one(ids, n)
+            if every_logit:
+                batch.logits = (ctypes.c_int8 * n)(*[1] * n)
+            listened = bool(llama.context_params.cb_eval)
+            if listened and n == 1:  # a callback that need not take Python's lock costs half as much
+                run = ggml_function("llama_decode", run.restype, *run.argtypes)
+            with interrupts_held() if listened else contextlib.nullcontext():
+                status = run(llama.ctx, batch)
+            if status != 0:
+                log = "; ".join(LOG.tail(2))
+                what = f"llama_decode returned {status} after {self.n_past:,} tokens ({log})"
+                hint = "clear the context and try again; lower n_ubatch if memory is short"
+                raise DecodeError(what, where=self.path, hint=hint)
+            self.n_past += n
+            yield n
 
     # ---- the state of the sequence ----
 
@@ -228,10 +222,9 @@ class Model:
         """Copy the context's state, so that several questions can follow one evaluated text."""
         import llama_cpp.llama_cpp as api
 
-        context = self._open().ctx
-        size = api.llama_state_seq_get_size(context, 0)
+        size = api.llama_state_seq_get_size(self._open().ctx, 0)
         data = (ctypes.c_uint8 * size)()
-        if size == 0 or api.llama_state_seq_get_data(context, data, size, 0) != size:
+        if size == 0 or api.llama_state_seq_get_data(self.llama.ctx, data, size, 0) != size:
             raise DecodeError("llama.cpp does not give its state", where=self.path, hint="use reuse=False")
         return SavedState(self.n_past, data)
 
@@ -242,8 +235,7 @@ class Model:
         self.clear()
         size = len(state.data)
         if api.llama_state_seq_set_data(self.llama.ctx, state.data, size, 0) != size:
-            what = "llama.cpp does not take its state back"
-            raise DecodeError(what, where=self.path, hint="use reuse=False")
+            raise DecodeError("llama.cpp refuses its own state", where=self.path, hint="use reuse=False")
         self.n_past = state.n_tokens
 
     # ---- what answers are kept under ----
@@ -260,7 +252,7 @@ class Model:
             "runtime": f"llama-cpp-python {llama_version()}",
             "system_info": llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip(),
             **self.settings.as_dict(),
-            "paging": "on" if self.paging and self.paging.parts else "off",
+            "paging": "on" if self.paging else "off",
             "offloaded_layers": self.loaded.get("offloaded_layers"),
             "repacked": self.loaded.get("repacked"),
             **({} if self.has_template else {"chat_frame": PLAIN_CHAT}),
@@ -270,12 +262,11 @@ class Model:
 def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial: bool = True) -> Model:
     """Check a model's files, its memory and its first decode, and only then open it in this process.
 
-    ``path``: the GGUF file, or any of its shards. Without a ``trial`` in a child process a damaged file can
-    end this process. A RuntimeWarning tells that weights exceed the free memory, or what llama.cpp warns of.
+    ``path``: the file, or any of its shards. Without a ``trial`` in a child it can end this process. A
+    RuntimeWarning tells that weights exceed the free memory, or what llama.cpp warns of.
 
     Raises `HeaderError` or `ShardError` for an incomplete file, `SpaceError` where KV cache and compute
-    buffer exceed the free memory, and `ModelError` where it is no language model, or llama.cpp refuses it,
-    dies on it, or computes NaN; llama.cpp's last lines are a note of the exception.
+    buffer exceed the free memory, and `ModelError` where llama.cpp refuses it, dies on it, or computes NaN.
     """
     settings = settings or OpenSettings()
     shards = open_shards(path)
@@ -286,24 +277,20 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
     # a certain shortage is refused early; llama.cpp's own plan judges others, and a GPU has its own memory
     certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
     slow = check_fits(needs, where=first) if certain else ""
-    if slow:
-        free = available_memory().available_bytes
-        paged = placement.place(placement.Model(header), settings.n_ctx, free).disk_token_bytes
-        slow += f". A token reads at least {size(round(paged))} from the disk; dfqs-nb plan says more"
     if trial:
         with heartbeat(f"trying {first.name}", shards.nbytes):
             needs = check.trial(shards.paths, settings, needs)
     started = time.perf_counter()
     with heartbeat(f"loading {first.name}", shards.nbytes):
         llama = build_llama(first, settings)
-    seconds, help_ = time.perf_counter() - started, llama.paging
-    loaded = {**loaded_facts(LOG.tail()), "paging": "no help needed, or none wanted"}
-    if help_ is not None:
-        loaded["paging"] = help_.sentence
-        slow = ". ".join(filter(None, (slow, help_.sentence)))
-    model = Model(llama, first, header, settings, needs, seconds, loaded, help_)
+    seconds = time.perf_counter() - started
+    model = Model(llama, first, header, settings, needs, seconds, loaded_facts(LOG.tail()), llama.paging)
     model.warnings = _warnings(model)
-    for text in filter(None, (slow, *(f"{first.name}: {text}" for text in model.warnings))):
+    parts = "; ".join(llama.paging.parts) if llama.paging else ""
+    help_ = f"paging help is on ({parts}). paging='off' opens without it" if parts else ""
+    model.loaded["paging"] = help_ or "no help needed, wanted or possible here"
+    own = [f"{first.name}: {text}" for text in model.warnings]
+    for text in filter(None, (". ".join(filter(None, (slow, help_))), *own)):
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     return model
 
@@ -312,11 +299,58 @@ def _warnings(model: Model) -> tuple[str, ...]:
     """What llama.cpp warned of while it loaded the model, each line once, and what we have to say."""
     lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(level=WARNING)]
     texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
-    if model.template.dated:
-        texts.append(f"its chat template writes the date: it gets {CLOCK:%d %B %Y}, so that prompts repeat")
     if not model.has_template:
         texts.append(f"it has no chat template, as base models: a prompt is asked as {PLAIN_CHAT!r}")
     return tuple(dict.fromkeys(texts))
+
+
+# ---- its chat template ----
+
+
+class ChatTemplate:
+    """A model's chat template, with the texts of its tokens; ``where``: its file, for messages.
+
+    It is code of the file's author, so a child renders it, in Jinja's sandbox, with limits on time, memory
+    and length. A prompt is the same in every run: clock and random choices repeat.
+    """
+
+    def __init__(self, source: str, bos: str, eos: str, where: Path) -> None:
+        self._job = {"question": "render", "source": source, "bos": bos, "eos": eos}
+        self._worker, self._lock, self.where = child.Worker("dfqs_nb.llama"), threading.Lock(), where
+        self._started = False
+        self._fault = ""  # that of a child that had to be killed: no other prompt waits for that long
+
+    def render(self, question: str, variables: Mapping[str, bool] | None = None) -> str:
+        """The text of a chat, up to where the answer begins; see `generate.chat_text`.
+
+        Raises `ModelError`, also when the template exceeds its limits of time, memory and length.
+        """
+        chat = {"messages": [{"role": "user", "content": question}], **(variables or {})}
+        with self._lock:
+            answer = {"fault": self._fault}
+            try:
+                if not self._fault:
+                    if not self._started:  # a busy machine needs longer for that than a template may take
+                        nothing = {**self._job, "source": "", "chat": {"messages": []}}
+                        self._worker.run(nothing, timeout_seconds=START_SECONDS)
+                        self._started = True
+                    answer = self._worker.run({**self._job, "chat": chat}, timeout_seconds=SECONDS)
+            except child.ChildDied as error:
+                limit = f"{SECONDS:.0f} seconds" if error.cause == "timeout" else "memory"
+                answer["fault"] = self._fault = f"it exceeds its limit of {limit}"
+        if (text := answer.get("text")) is None:
+            raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
+        at = 0  # a template may quote the question, or strip its lines: its words must be there, in order
+        for word in re.findall(r"\w+", question):
+            at = text.find(word, at) + len(word)
+            if at < len(word):
+                what = "its chat template leaves out the question"
+                raise ModelError(what, where=self.where, hint=PLAIN)
+        return text
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        self._worker.close()
 
 
 # ---- does a restored state compute the same? ----
@@ -328,7 +362,6 @@ class ReuseCheck:
 
     allowed: bool
     largest_difference: float  # over all logits and questions
-    tolerance: float
     evaluated_tokens: int  # by the check itself
 
     @property
@@ -337,13 +370,11 @@ class ReuseCheck:
         largest = self.largest_difference
         how = f"largest difference {largest:.1e}" if largest else "bit-identical"
         so = "one haystack serves all its questions" if self.allowed else "each question is evaluated afresh"
-        return f"logits from a saved state against fresh ones: {how} (tolerance {self.tolerance:g}); {so}"
+        return f"logits from a saved state against fresh ones: {how} (tolerance {TOLERANCE:g}); {so}"
 
 
-def check_reuse(
-    model: Model, text: Sequence[int], questions: Sequence[Sequence[int]], tolerance: float = TOLERANCE
-) -> ReuseCheck:
-    """Whether questions to a saved state equal fresh ones: logits within a tolerance, the same best token.
+def check_reuse(model: Model, text: Sequence[int], questions: Sequence[Sequence[int]]) -> ReuseCheck:
+    """Whether questions to a saved state equal fresh ones: logits within `TOLERANCE`, the same best token.
 
     Both evaluate the text first, then the question: other calls would round differently, saved state or not.
     """
@@ -353,7 +384,6 @@ def check_reuse(
     for question in questions:
         model.restore(state)
         reused.append(model.evaluate(question))
-    for question in questions:
         model.clear()
         model.decode(text)
         fresh.append(model.evaluate(question))
@@ -361,4 +391,4 @@ def check_reuse(
     largest = float(np.abs(np.subtract(reused, fresh)).max())
     same = np.array_equal(np.argmax(reused, axis=1), np.argmax(fresh, axis=1))
     n_tokens = len(text) + sum(len(text) + 2 * len(question) for question in questions)
-    return ReuseCheck(same and largest <= tolerance, largest, tolerance, n_tokens)
+    return ReuseCheck(same and largest <= TOLERANCE, largest, n_tokens)

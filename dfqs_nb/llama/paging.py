@@ -1,18 +1,17 @@
 """Help for a file larger than memory: read what a token needs before it is asked for, and nothing else.
 
-The kernel reads a whole window around each missing page, and evicts weights that every token needs to make
-room for it. Here the dense weights are locked into memory, and each router's choice is read as soon as it is
-known. No result changes. How it works, numbers, and what did not pay: docs/paging.md.
+The dense weights are locked into memory, and each router's choice is read as soon as it is known. No result
+changes. How it works, numbers, and what did not pay: docs/paging.md.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import re
 import sys
-import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 
 from dfqs_nb.core.bandwidth import advise_read, window_bytes
 from dfqs_nb.core.display import size
-from dfqs_nb.core.errors import DfqsError, ModelError
+from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import ShardSet, open_shards
@@ -29,8 +28,7 @@ from dfqs_nb.llama.graph import Router, Watch, ggml_function
 from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 
 LINUX = sys.platform == "linux"
-PAGE = 4096
-MCL_FUTURE, MCL_ONFAULT, MAP_FAILED = 2, 4, -1  # of Linux
+MCL_FUTURE, MCL_ONFAULT = 2, 4  # of Linux
 CAP_IPC_LOCK = 14
 FIRST_USERS = 0xEFFFFFFD  # inode of the system's own user namespace (PROC_USER_INIT_INO)
 SPARE_SHARE = 0.05  # of memory that is never locked
@@ -40,120 +38,88 @@ WHOLE_SHARE = 0.7  # of a layer's experts chosen, from which on the kernel's own
 class Paging:
     """The help for one model, while it is open.
 
-    ``parts``: what is on, for people. ``lost``: a sentence for each part that the system does not allow, with
-    how to allow it. ``pinned_bytes``: of dense weights locked into memory.
+    ``parts``: what is on, and what the system does not allow, for people. ``pinned_bytes``: of dense weights
+    locked into memory.
     """
 
-    def __init__(self, shards: ShardSet, settings: OpenSettings) -> None:
-        self.paths, self.n_gpu_layers = shards.paths, settings.n_gpu_layers if has_gpu_support() else 0
-        self.layout = Layout.of(shards.headers, self.n_gpu_layers)
-        self._mapped = not (settings.use_extra_bufts or self.n_gpu_layers)  # not copied while it is read
-        self.parts, self.lost, self.pinned_bytes = list[str](), list[str](), 0
-        self._files, self._window = list[int](), list[int]()
-        self._pins, self._locked = list[tuple[int, int]](), list[tuple[int, int]]()
+    def __init__(self, shards: ShardSet) -> None:
+        self.paths, self.layout = shards.paths, Layout.of(shards.headers)
+        self.parts, self.pinned_bytes = list[str](), 0
+        self._files, self._window, self._pins = list[int](), list[int](), list[np.ndarray]()
         self._watch: Watch | None = None
         void, number = ctypes.c_void_p, ctypes.c_size_t
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, number, number)
-
-    @property
-    def sentence(self) -> str:
-        """What is on and what is lost, for people."""
-        if not self.parts:
-            return f"paging help is off: {'; '.join(self.lost)}"
-        lost = "".join(f"; without: {text}" for text in self.lost)
-        return f"paging help is on ({'; '.join(self.parts)}){lost}. paging='off' opens without it"
 
     # ---- around the load ----
 
     @classmethod
     def of(cls, path: str | Path, settings: OpenSettings) -> Paging | None:
-        """The help for a model to be loaded, if asked for, or if its weights exceed the free memory."""
-        on_card = settings.n_gpu_layers == -1 and has_gpu_support()
-        if settings.paging == "off" or not settings.use_mmap or on_card:
+        """The help, if asked for, or if weights exceed the free memory; None where it cannot work."""
+        copied = settings.use_extra_bufts or not settings.use_mmap  # not read from the mapped file
+        on_card = settings.n_gpu_layers and has_gpu_support()
+        if settings.paging == "off" or copied or on_card or not LINUX:
             return None
-        try:
-            shards = open_shards(path)
-        except DfqsError:
-            return None  # llama.cpp tells what is wrong with it
+        shards = open_shards(path)
         fits = shards.nbytes <= available_memory().available_bytes
-        return None if fits and settings.paging == "auto" else cls(shards, settings)
+        return None if fits and settings.paging == "auto" else cls(shards)
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Keep llama.cpp's ``MAP_POPULATE`` from reading it all: pages locked on fault are not populated."""
-        # weights that are copied to a card, or repacked, would all be locked while they are read
-        may = LINUX and self._mapped and may_lock() is None
-        locked = may and _libc("mlockall", MCL_FUTURE | MCL_ONFAULT) == 0
-        if self._mapped and not locked:
-            self.lost.append("opening reads the whole file once (run as root, or with `ulimit -l unlimited`)")
+        libc = ctypes.CDLL(None)
+        locked = may_lock() is None and libc.mlockall(MCL_FUTURE | MCL_ONFAULT) == 0
+        if not locked:
+            self.parts.append(
+                "opening reads the whole file once (run as root, or with `ulimit -l unlimited`)"
+            )
         try:
             yield
         finally:
-            if locked:
-                _libc("munlockall")
-                for address, length in (place for other in _started for place in other._locked):
-                    _libc("mlock", address, length)  # of models that are open already
+            if locked:  # this also unlocks a model that is open already, which then runs as without help
+                libc.munlockall()
 
     def callback(self, current: Any) -> dict[str, Any]:
         """The ``cb_eval`` to build the context with; that of a recorder (``current``) is shared."""
-        if not self.layout.experts or not LINUX:
-            return {}
         watch = Watch.behind(current)
         others = watch is None and ctypes.cast(current, ctypes.c_void_p).value
-        if others or self.n_gpu_layers:
-            why = "another callback listens to the graph" if others else "a stop at each router slows the GPU"
-            self.lost.append(f"experts are read when they are needed: {why}")
+        if others or not self.layout.experts:
             return {}
-        self._watch = watch or Watch()
+        self._watch = Watch() if watch is None else watch
         self._watch.listeners.append(self.chosen)
         self.parts.append("routers' choices are read at once")
         return {"cb_eval": self._watch.callback}
 
     def start(self, buffers: int) -> None:
-        """After the load, lock the dense weights, and leave room for so many bytes of llama.cpp's buffers."""
-        if not LINUX:
-            self.lost = [f"{sys.platform} is not Linux"]
-            return
-        _started.add(self)
+        """After the load, lock dense weights as memory allows; llama.cpp will use ``buffers`` more bytes."""
         self._files = [os.open(path, os.O_RDONLY) for path in self.paths]
         self._window = [window_bytes(file) for file in self._files]
-        memory = available_memory()
+        memory, limit, total = available_memory(), may_lock(), self.layout.dense_bytes
         room = memory.available_bytes - buffers - round(SPARE_SHARE * memory.total_bytes)
-        self._pin(room - self.layout.token_bytes)
+        room = max(0, room - self.layout.token_bytes)
+        room = room if limit is None else min(room, limit)
+        lock = ctypes.CDLL(None).mlock
+        lock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        for file, descriptor in enumerate(self._files):
+            mapped = mmap.mmap(descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ)  # shares the page cache
+            self._pins.append(np.frombuffer(mapped, np.uint8))
+            base = self._pins[-1].ctypes.data
+            for start, end in sorted((start, end) for at, start, end in self.layout.dense if at == file):
+                low, end = start // mmap.PAGESIZE * mmap.PAGESIZE, min(end, start + room - self.pinned_bytes)
+                if end > start:
+                    advise_read(descriptor, low, end, self._window[file])  # a lock alone reads by windows
+                    if lock(base + low, end - low) == 0:
+                        self.pinned_bytes += end - start
+        locked = f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory"
+        hint = " (raise `ulimit -l`, close other programs, or lower n_ctx)"
+        self.parts.append(locked + hint * (self.pinned_bytes < 0.99 * total))
 
     def close(self) -> None:
         """Give back what is locked and open."""
         if self._watch is not None and self.chosen in self._watch.listeners:
             self._watch.listeners.remove(self.chosen)
-        for address, length in self._pins:
-            _libc("munmap", address, length)
         for file in self._files:
             os.close(file)
-        self._pins, self._locked, self._files = [], [], []
-
-    def _pin(self, budget: int) -> None:
-        """Lock dense weights, from the first on, as far as the budget and the system allow."""
-        limit, total = may_lock(), self.layout.dense_bytes
-        room = max(0, budget if limit is None else min(budget, limit))
-        for file, descriptor in enumerate(self._files):
-            length = os.fstat(descriptor).st_size
-            base = _libc("mmap", 0, length, 1, 1, descriptor, 0)  # PROT_READ, MAP_SHARED
-            if base == MAP_FAILED:
-                continue
-            self._pins.append((base, length))
-            for start, end in sorted((start, end) for at, start, end in self.layout.dense if at == file):
-                low, end = start // PAGE * PAGE, min(end, start + room - self.pinned_bytes)
-                if end > start:
-                    advise_read(descriptor, low, end, self._window[file])  # a lock alone reads by windows
-                    if _libc("mlock", base + low, end - low) == 0:
-                        self._locked.append((base + low, end - low))
-                        self.pinned_bytes += end - start
-        self.parts.append(f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory")
-        if self.pinned_bytes < 0.99 * total:
-            why = "close other programs, or lower n_ctx"
-            if limit is not None and limit == room:
-                why = f"`ulimit -l` allows {size(limit)}: raise it"
-            self.lost.append(f"{size(total - self.pinned_bytes)} of dense weights may be read again ({why})")
+        self._pins, self._files = [], []
 
     # ---- while tokens are evaluated ----
 
@@ -189,18 +155,10 @@ class Paging:
         parts = self.layout.experts.get(layer, ())
         if not parts or not len(experts) or len(experts) > WHOLE_SHARE * parts[0].n:
             return
-        cuts = np.flatnonzero(np.diff(experts) != 1) + 1
-        groups = [(int(group[0]), int(group[-1]) + 1) for group in np.split(experts, cuts)]
         for part in parts:
-            for first, last in groups:
-                start, end = part.start + first * part.slice_bytes, part.start + last * part.slice_bytes
-                advise_read(self._files[part.file], start, end, self._window[part.file])
-
-
-_started: weakref.WeakSet[Paging] = weakref.WeakSet()
-
-
-# ---- what the system allows, and where things are ----
+            for expert in experts.tolist():
+                start = part.start + expert * part.slice_bytes
+                advise_read(self._files[part.file], start, start + part.slice_bytes, self._window[part.file])
 
 
 def may_lock() -> int | None:
@@ -217,12 +175,3 @@ def may_lock() -> int | None:
         return None
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return None if soft == resource.RLIM_INFINITY else soft
-
-
-def _libc(name: str, *arguments: int) -> int:
-    """Call a function of the C library; its result."""
-    function, number, wide = getattr(ctypes.CDLL(None), name), ctypes.c_int, ctypes.c_size_t
-    function.restype = ctypes.c_ssize_t if name == "mmap" else number
-    function.argtypes = [wide if at < 2 or name == "mmap" else number for at in range(len(arguments))]
-    result: int = function(*arguments)
-    return result

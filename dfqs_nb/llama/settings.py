@@ -16,7 +16,6 @@ from dfqs_nb.gguf.types import TENSOR_TYPES
 GGML_TYPES = {name.lower(): code for code, (name, *_) in TENSOR_TYPES.items() if name.lower() in CACHE_TYPES}
 MAX_CTX = 2**31 - 256
 SMALL_MODEL_BYTES = 64 << 20
-COUNTS = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
 CHOICES = {"type_k": tuple(GGML_TYPES), "type_v": tuple(GGML_TYPES), "paging": ("auto", "on", "off")}
 
 
@@ -24,9 +23,8 @@ CHOICES = {"type_k": tuple(GGML_TYPES), "type_v": tuple(GGML_TYPES), "paging": (
 class OpenSettings:
     """How a model is opened: every field is a condition of what is measured with it.
 
-    Raises `ModelError` for a count below its minimum, an unknown cache type, or another word for ``paging``.
-    That is the help for a file larger than memory (`llama.paging`): ``auto`` (where it is larger), ``on`` or
-    ``off``. It changes only the time.
+    ``paging``: the help for a file larger than memory (`llama.paging`), ``auto`` (where it is larger), ``on``
+    or ``off``. Raises `ModelError` for a count out of range, and for another word.
     """
 
     n_ctx: int = 4096  # tokens of context
@@ -49,7 +47,7 @@ class OpenSettings:
         threads = self.n_threads or usable_cores()
         object.__setattr__(self, "n_threads", threads)
         object.__setattr__(self, "n_threads_batch", self.n_threads_batch or threads)
-        for name in COUNTS:
+        for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch"):
             if not 1 <= getattr(self, name) <= MAX_CTX:
                 raise ModelError(f"{name} is {getattr(self, name):,}", hint=f"use 1 to {MAX_CTX:,}")
         for name, choices in CHOICES.items():

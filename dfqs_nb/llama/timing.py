@@ -1,30 +1,25 @@
-"""Time a model: a short probe for plans, prefill and decode by depth, and many settings side by side.
-
-`bench` has the columns of llama.cpp's llama-bench. Each of its rounds times every setting once, so other work
-on the machine slows all of them alike. A gain is the ratio within a round.
-"""
+"""Time a model: a short probe for plans, speed by depth, and what a file larger than memory costs."""
 
 from __future__ import annotations
 
-import itertools
-import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import inf, nan
-from pathlib import Path
+from math import inf, isnan, nan
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 
+from dfqs_nb.core.bandwidth import Disk
 from dfqs_nb.core.budget import duration, fit
-from dfqs_nb.core.display import quoted, tqdm
-from dfqs_nb.core.errors import DfqsError, ModelError
-from dfqs_nb.core.machine import watched_load
-from dfqs_nb.llama.model import Model, open_model
-from dfqs_nb.llama.settings import OpenSettings, llama_version
+from dfqs_nb.core.display import quoted, size, tqdm
+from dfqs_nb.core.machine import available_memory, watched_load
+from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.placement import Layout
+from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.llama.model import Model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,9 +33,7 @@ NAMES |= {"n_tokens": "timed tokens", "repetitions": "timed repetitions"}
 CUTS = [{"repetitions": 3}, {"n_tokens": 32}, {"max_tokens": 32}, {"depths": 2}, {"n_tokens": 8}]
 CUTS += [{"max_tokens": 8}, {"repetitions": 1}, {"depths": 1}, {"max_tokens": 2}, {"n_answers": 3}]
 CUTS += [{"n_answers": 1}]
-PARAMETERS = ["n_batch", "n_ubatch", "n_threads", "type_k", "type_v", "n_gpu_layers", "flash_attn"]
-SPREAD = {"avg": "mean", "stddev": "std"}
-RAPL = Path("/sys/class/powercap")  # counters of energy, of Intel and AMD processors
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -63,12 +56,6 @@ def seconds_of(model: Model, batches: Iterable[Sequence[int]]) -> float:
     return time.perf_counter() - started
 
 
-def time_once(model: Model, prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:
-    """Seconds of a prefill from a cleared context, and of the decode of all forced tokens behind it."""
-    model.clear()
-    return seconds_of(model, [prompt]), seconds_of(model, ([token] for token in forced))
-
-
 def rounds(n: int, seconds: float = inf) -> Iterator[int]:
     """Count up to ``n`` rounds while another one should end within these seconds; the first always runs."""
     began = time.monotonic()
@@ -79,15 +66,9 @@ def rounds(n: int, seconds: float = inf) -> Iterator[int]:
 
 
 def probe(model: Model) -> Pace:
-    """Time a few tokens: three times, unless the first took long; the fastest counts.
-
-    The first time reads weights from the disk, which later tokens find in memory.
-    """
-    tokens = random_tokens(model, PROBE_PROMPT + PROBE_ANSWER)
-    times = [time_once(model, tokens[:PROBE_PROMPT], tokens[PROBE_PROMPT:]) for _ in rounds(3, PROBE_SECONDS)]
-    model.clear()
-    prefill, decode = (min(seconds) for seconds in zip(*times, strict=True))
-    return Pace(prefill / PROBE_PROMPT, decode / PROBE_ANSWER)
+    """Time a few tokens after a warm-up, twice unless that takes long; the faster time counts."""
+    best = measure_speed(model, [PROBE_PROMPT], PROBE_ANSWER, 2, seconds=PROBE_SECONDS)["max"]
+    return Pace(*(1 / best))
 
 
 def random_tokens(model: Model, n: int, seed: int = 42) -> list[int]:
@@ -115,15 +96,19 @@ def measure_speed(
     """
     import pandas as pd
 
+    def time_once(prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:
+        model.clear()
+        return seconds_of(model, [prompt]), seconds_of(model, ([token] for token in forced))
+
     rows, depths = [], list(depths)
     for depth in depths:
         tokens = random_tokens(model, depth + n_tokens, seed)
         prompt, forced = tokens[:depth], tokens[depth:]
         model.clear()
         model.check_room(tokens)
-        time_once(model, prompt[:PROBE_PROMPT], forced[:PROBE_ANSWER])
+        time_once(prompt[:PROBE_PROMPT], forced[:PROBE_ANSWER])
         with watched_load() as load:
-            times = [time_once(model, prompt, forced) for _ in rounds(repetitions, seconds / len(depths))]
+            times = [time_once(prompt, forced) for _ in rounds(repetitions, seconds / len(depths))]
         prefill, decode = zip(*times, strict=True)
         for phase, n, taken in (("prefill", depth, prefill), ("decode", n_tokens, decode)):
             row = {"phase": phase, "depth": depth, "n_threads": model.settings.n_threads}
@@ -155,15 +140,14 @@ def plan_cost(
 ) -> SimpleNamespace:
     """Plan answers of full length and `measure_speed`, cut (by `CUTS`) to these seconds; depth 512 stays.
 
-    The result has the numbers given and the ``depths``, as cut, the fields of `budget.Fitted`, ``until`` (the
-    time by `time.monotonic` at which answering stops, so that timing has its time) and a ``sentence``.
+    The result has the numbers as cut, the ``depths``, the fields of `budget.Fitted`, a ``sentence``, and
+    ``until``, the time by `time.monotonic` at which answering stops, so that timing has its time.
     """
     order = sorted(depths, key=lambda depth: (depth != METRIC_DEPTH, depth))
 
     def timing(plan: dict[str, int]) -> float:
-        warm_up, timed = pace.seconds(PROBE_PROMPT, PROBE_ANSWER), order[: plan["depths"]]
-        repeated = plan["repetitions"] * sum(pace.seconds(depth, plan["n_tokens"]) for depth in timed)
-        return repeated + warm_up * len(timed)
+        once = sum(pace.seconds(depth, plan["n_tokens"]) for depth in order[: plan["depths"]])
+        return plan["repetitions"] * once + plan["depths"] * pace.seconds(PROBE_PROMPT, PROBE_ANSWER)
 
     def total(plan: dict[str, int]) -> float:
         return plan["n_answers"] * pace.seconds(PROMPT_TOKENS, plan["max_tokens"]) + timing(plan)
@@ -174,123 +158,85 @@ def plan_cost(
     cost = SimpleNamespace(**(vars(fitted) | fitted.values), until=time.monotonic() + left)
     cost.depths = sorted(order[: cost.depths])
     at = " and ".join(f"{depth:,}" for depth in cost.depths)
+    cut = f" (cut to fit the budget; {duration(cost.full_seconds)} in full)" if cost.left_out else ""
+    late = f"; answering stops after {duration(left)}, also inside a question" if left < inf else ""
     cost.sentence = (
         f"about {duration(cost.seconds)}: answers of up to {cost.max_tokens} tokens, then "
-        f"{cost.repetitions} x {cost.n_tokens} timed tokens at depth {at}"
+        f"{cost.repetitions} x {cost.n_tokens} timed tokens at depth {at}{cut}{late}"
     )
-    if cost.left_out:
-        cost.sentence += f" (cut to fit the budget; {duration(cost.full_seconds)} in full)"
-    if left < inf:
-        cost.sentence += f"; answering stops after {duration(left)}, also inside a question"
     return cost
 
 
-# ---- many settings ----
+# ---- a file larger than memory ----
+
+# Without help the kernel reads a window before and behind each missing page. llama.cpp doubles the device's
+# read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs about S + 2 x read-ahead.
 
 
-def bench(
-    path: str | Path,
-    axes: Mapping[str, Sequence[Any]],
-    n_prompt: int = 512,
-    n_gen: int = 128,
-    depths: Sequence[int] = (0,),
-    n_rounds: int = 5,
-    budget_minutes: float = 10.0,
-) -> tuple[pd.DataFrame, list[str]]:
-    """Time every combination of settings, round after round in the budget; the first round always ends.
+@dataclass(frozen=True)
+class Forecast:
+    """What a token of decode will read. Experts are taken to be chosen evenly: bytes are upper bounds."""
 
-    ``axes``: values by field of `OpenSettings`; ``type_v`` is ``type_k``. At each depth ``n_prompt`` tokens
-    are evaluated at once, and from it again ``n_gen`` one by one; 0: not at all.
+    helped: int  # bytes from the disk with the paging help
+    disk: Disk
+    rows: dict[str, str]  # all of it, for people
 
-    Returns a row a setting (its number), round and test, in llama-bench's columns, with ``seconds`` and
-    ``joules`` (NaN: not readable), and why settings were refused; if all are, it raises `open_model`'s error.
+
+def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None = None) -> Forecast:
+    """What a token will read, from the headers of all shards, with so much memory for weights.
+
+    ``disk``: None measures it now.
     """
-    import pandas as pd
-
-    tests = [test for depth in depths for test in ((n_prompt, 0, depth), (0, n_gen, depth)) if any(test[:2])]
-    if min(depths, default=0) < 0 or not tests:
-        raise ModelError("there is nothing to time", hint="give a depth of 0 or more, and --prompt or --gen")
-    n_ctx, rows, refused = max(PROBE_PROMPT + PROBE_ANSWER, *map(sum, tests)), dict[OpenSettings, Any](), []
-    for values in itertools.product(*axes.values()):
-        fields = dict(zip(axes, values, strict=True))
-        rows[OpenSettings(n_ctx=n_ctx, type_v=fields.get("type_k", "f16"), **fields)] = []
-    for turn in rounds(n_rounds, 60 * budget_minutes):
-        for settings, own in list(rows.items()):
-            try:
-                with open_model(path, settings, trial=turn == 0) as model:
-                    own += [{"round": turn} | _timed(model, *test) for test in tests]
-            except DfqsError as error:
-                refused.append(str(error))
-                del rows[settings]
-                if not rows:
-                    raise
-    timed = [{"setting": number} | row for number, own in enumerate(rows.values()) for row in own]
-    return pd.DataFrame(timed), refused
-
-
-def _timed(model: Model, n_prompt: int, n_gen: int, n_depth: int) -> dict[str, Any]:
-    """A test, after a short warm-up, in llama-bench's columns, with its seconds and joules."""
-    tokens = random_tokens(model, model.settings.n_ctx)
-    time_once(model, tokens[:PROBE_PROMPT], tokens[:PROBE_ANSWER])
-    prefix, timed = tokens[:n_depth], tokens[n_depth:]
-    model.clear()
-    seconds_of(model, [prefix] if prefix else [])
-    name, before = f"pp{n_prompt}" if n_prompt else f"tg{n_gen}", energy()
-    seconds = seconds_of(model, [timed[:n_prompt]] if n_prompt else [[token] for token in timed[:n_gen]])
-    joules = joules_between(before, energy())
-    return {
-        "build_commit": f"llama-cpp-python {llama_version()}",
-        "cpu_info": platform.processor() or platform.machine(),
-        "model_filename": model.path.name,
-        "model_type": model.header.architecture,
-        "model_size": model.memory.weights_bytes,
-        "model_n_params": sum(tensor.n_elements for tensor in model.header.tensors),
-        **{name: getattr(model.settings, name) for name in PARAMETERS},
-        **{"n_prompt": n_prompt, "n_gen": n_gen, "n_depth": n_depth},
-        "test": f"{name} @ d{n_depth}" if n_depth else name,
-        "seconds": seconds,
-        "joules": joules,
+    layout = Layout.of(headers)
+    parts = [part for layer in layout.experts.values() for part in layer]
+    total, token = sum(part.end - part.start for part in parts), layout.token_bytes
+    piece = sum(part.slice_bytes for part in parts) // len(parts) if parts else 1 << 20
+    disk = disk or Disk.under(headers[0].path, piece)
+    room, ahead = memory_bytes - layout.dense_bytes, disk.read_ahead_bytes
+    cached = min(1.0, max(0.0, room / total)) if total else 1.0
+    again = min(max(0, -room), layout.dense_bytes)
+    missing = round(token * (1 - cached))
+    windows = min(total, missing * (1 + 2 * (ahead or 0) / piece))  # of no more than there is
+    reads = {"with help": missing + again, "without": round(max(missing, windows)) + again}
+    rows = {
+        "a token uses": f"{size(layout.dense_bytes)} of dense weights, {size(token)} of experts",
+        "experts that stay in memory": f"{cached:.0%}",
     }
+    for how, n in reads.items():
+        seconds = f", {n / disk.pieces:.2f} s of it" if n and disk.pieces else ""
+        rows[f"a token reads, {how}"] = f"{size(n)}{seconds}"
+    known = "not known" if ahead is None else size(ahead)
+    rows["the disk"] = f"{disk.device or 'no block device'}, read-ahead {known}"
+    speed = f"{size(disk.pieces)}/s" if disk.pieces else NOT_MEASURED
+    return Forecast(missing + again, disk, {**rows, f"its speed in pieces of {size(piece)}": speed})
 
 
-def energy() -> list[tuple[int, int]]:
-    """Microjoules so far of each package, and where its counter begins anew; empty: not readable."""
-    names, folders = ("energy_uj", "max_energy_range_uj"), sorted(RAPL.glob("intel-rapl:[0-9]"))
-    with suppress(OSError, ValueError):
-        read = [[int((folder / name).read_text()) for name in names] for folder in folders]
-        return [(used, most + 1) for used, most in read]
-    return []
+def diagnose(model: Model, n_tokens: int = 4) -> tuple[str, dict[str, str]]:
+    """What bounds a token, and rows for people: a forecast, and ``n_tokens`` of decode, measured."""
+    pinned = model.paging.pinned_bytes if model.paging else 0
+    free = available_memory().available_bytes + pinned - (model.memory.compute_bytes or 0)
+    expected = forecast(open_shards(model.path).headers, free)
+    batches = [[token] for token in random_tokens(model, n_tokens + 2)]
+    counters = getattr(psutil.Process(), "io_counters", None)  # macOS has none
+    model.clear()
+    seconds_of(model, batches[:2])
+    before = counters().read_bytes if counters else nan
+    seconds = seconds_of(model, batches[2:]) / n_tokens
+    read = (counters().read_bytes - before) / n_tokens if counters else nan
+    model.clear()
+    times = f", {read / expected.helped:.1f} x what is needed" if expected.helped else ""
+    rows = {**expected.rows, "measured, a token": f"{seconds:.3g} s"}
+    rows["read"] = NOT_MEASURED if isnan(read) else f"{size(round(read))}{times}"
+    return bound(expected, seconds, read), rows
 
 
-def joules_between(before: list[tuple[int, int]], after: list[tuple[int, int]]) -> float:
-    """What all packages used together; NaN: not readable."""
-    used = sum((now - then) % span for (then, span), (now, _) in zip(before, after, strict=False))
-    return used / 1e6 or nan
-
-
-def bench_table(timed: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `bench`, one a setting and test, in llama-bench's columns, and ``joules_per_token``."""
-    n, measured = timed["n_prompt"] + timed["n_gen"], ["round", "seconds", "joules"]
-    each = timed.assign(ns=1e9 * timed["seconds"], ts=n / timed["seconds"], joules=timed["joules"] / n)
-    groups = each.groupby([name for name in timed if name not in measured], sort=False)
-    columns = {f"{how}_{unit}": (unit, call) for unit in ("ns", "ts") for how, call in SPREAD.items()}
-    table = groups.agg(**columns, joules_per_token=("joules", "median"))
-    return table.fillna({"stddev_ns": 0.0, "stddev_ts": 0.0}).reset_index().drop(columns="setting")
-
-
-def advice(timed: pd.DataFrame) -> list[str]:
-    """For each test of `bench`, the fastest setting beside the first, with the range of the ratios."""
-    lines = []
-    for name, rows in timed.groupby("test", sort=False):
-        seconds = rows.pivot(index="round", columns="setting", values="seconds")
-        gains = seconds.rdiv(seconds.iloc[:, 0], axis=0)
-        faster = gains.columns[gains.min() > 1]
-        if len(faster):
-            best = seconds[faster].median().idxmin()
-            before, after = (rows[rows["setting"] == at].iloc[0] for at in (seconds.columns[0], best))
-            changed = ", ".join(f"{key}={after[key]}" for key in PARAMETERS if after[key] != before[key])
-            spread = f"{gains[best].min():.2f} to {gains[best].max():.2f} in {len(gains)} rounds"
-            lines.append(f"{name}: {changed} is {gains[best].median():.2f} x as fast as the first ({spread})")
-        elif seconds.shape[1] > 1:
-            lines.append(f"{name}: no setting is faster than the first in every round")
-    return lines
+def bound(expected: Forecast, seconds: float, read_bytes: float) -> str:
+    """What bounds a token that took these seconds and read these bytes, and what would make it faster."""
+    if not expected.helped:
+        return "Memory holds it: computing bounds it, or other work on this machine."
+    if isnan(read_bytes) or not expected.disk.pieces:
+        return f"Whether the disk bounds it was {NOT_MEASURED} here."
+    if read_bytes / expected.disk.pieces < seconds / 2:
+        return "Reading takes less than half of the time: computing bounds it, or other work here."
+    lower = f", or as root `{command}`" if (command := expected.disk.command) else ""
+    return f"The disk bounds it: a faster disk or more free memory helps, paging='on'{lower}."

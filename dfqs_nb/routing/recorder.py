@@ -271,7 +271,6 @@ def open_recorded(
     recorder = Recorder()
     with default_params(cb_eval=recorder.callback):
         model = open_model(path, settings, trial=trial)
-    model.keep_lock = True  # a callback that need not take Python's lock costs half as much
     with model:
         yield RecordedModel(model, recorder)
 

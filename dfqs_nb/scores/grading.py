@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.journal import differing_fields
-from dfqs_nb.llama.template import answer_start
+from dfqs_nb.llama.generate import answer_start
 from dfqs_nb.scores.answers import normalised
 from dfqs_nb.stats import mcnemar, paired_bootstrap, wilson
 

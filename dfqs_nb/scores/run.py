@@ -20,9 +20,16 @@ from typing import TYPE_CHECKING, Any
 from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
 from dfqs_nb.core.budget import duration
-from dfqs_nb.llama.generate import GREEDY, Completion, Sampling, TextStream, chat_text
+from dfqs_nb.llama.generate import (
+    GREEDY,
+    Completion,
+    Sampling,
+    answer_start,
+    chat_text,
+    generate,
+    opens_thinking,
+)
 from dfqs_nb.llama.model import PLAIN_STOP, Model
-from dfqs_nb.llama.template import answer_start, opens_thinking
 from dfqs_nb.llama.timing import Pace, probe
 from dfqs_nb.scores.grading import CUT, Results, SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
@@ -117,7 +124,7 @@ class Answerer:
         def answer(request: Request) -> Completion:
             limits = (*request.stop, *plain), request.until
             tokens = request.tokens(model)
-            return TextStream(model, tokens, request.max_tokens, request.sampling, *limits).completion
+            return generate(model, tokens, request.max_tokens, request.sampling, *limits)
 
         conditions = {"chat_template_sha256": used, **model.conditions()}
         answerer = cls(answer, mode, conditions, model_id or model.path.name)

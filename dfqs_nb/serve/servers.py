@@ -89,8 +89,7 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer", None]):
     @cached_property
     def loaded(self) -> dict[str, Any]:
         """How llama.cpp loaded the model, from its own log: what ran, not what was asked for."""
-        facts = loaded_facts(self.log_lines())
-        return {"version": self.version} | {n: facts[n] for n in ("layers_offloaded", "buffers", "repacked")}
+        return {"version": self.version} | loaded_facts(self.log_lines())
 
     def stop(self, seconds: float = STOP_SECONDS) -> float:
         """Ask the server to end (SIGTERM), kill it if it does not; the seconds it took. Twice is fine."""

@@ -20,7 +20,7 @@ from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf import facts, memory, models, placement, remote
 from dfqs_nb.gguf.diff import compare
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.gguf.shards import check_set, open_shards
 from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
 
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
@@ -36,8 +36,9 @@ def inspect(
 ) -> None:
     """Say what a file is, if llama.cpp takes it, and if it fits.
 
-    It changes nothing, and reads headers, sizes and names alone, also of an address. Exit status 1: a file is
-    neither a sound model nor a whole part of one.
+    It changes no file, and reads headers, sizes and names alone, also of an address. llama.cpp's verdict is
+    kept under outputs/ while file and llama.cpp are the same. Exit status 1: a file is neither a sound model
+    nor a whole part of one.
 
     Examples: `dfqs-nb inspect model.gguf`, `dfqs-nb inspect hf://owner/repo/model.gguf`
     """
@@ -51,7 +52,7 @@ def _inspect(path: str, quick: bool) -> bool:
         diagnosis = merging.diagnose(local, allow_holes=is_far)
         rows = _header_rows(local) if diagnosis.sound else diagnosis.evidence
         if (diagnosis.sound or diagnosis.kind == "raw concatenation") and not quick:
-            rows |= _outlook(local)
+            rows |= _outlook(diagnosis, is_far)
         say(f"{models.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
         if step := diagnosis.next_step:
             say(f"  -> {f'after the download: {step}'.replace(f'{local.parent}/', '') if is_far else step}")
@@ -60,16 +61,22 @@ def _inspect(path: str, quick: bool) -> bool:
         return diagnosis.mergeable
 
 
-def _outlook(path: Path) -> dict[str, Any]:
+def _outlook(diagnosis: Any, is_far: bool) -> dict[str, Any]:
     """Whether llama.cpp knows the model of these headers, glued or not, and what it needs of this machine."""
-    from dfqs_nb.llama.check import loader_verdict
+    from dfqs_nb.llama.check import kept_verdict, loader_verdict
+
+    path, glued = diagnosis.path, not diagnosis.sound
+
+    def ask() -> Any:
+        with remote.outline(path) as laid_out:
+            return loader_verdict(laid_out.paths[0])
 
     try:
-        with remote.outline(path) as model:
-            verdict = loader_verdict(model.paths[0]).sentence
-            verdict += ", once it is repaired" if model.glued else ""
-            needs = memory.estimate(model.as_one, OUTLOOK_N_CTX)
-            fits = memory.check_fits(needs) or "fits, weights and all"
+        model = check_set(diagnosis.headers, glued=True) if glued else open_shards(path)
+        verdict = (ask() if is_far else kept_verdict(dict.fromkeys(model.paths), ask)).sentence
+        verdict += ", once it is repaired" if glued else ""
+        needs = memory.estimate(model.as_one, OUTLOOK_N_CTX)
+        fits = memory.check_fits(needs) or "fits, weights and all"
     except ShardError as error:
         return {"the whole set": error.what}
     except (HeaderError, SpaceError) as error:
@@ -206,7 +213,7 @@ def plan(
     Examples: `dfqs-nb plan model.gguf`,
     `dfqs-nb plan hf://owner/repo/model.gguf --ram 64GB --vram 24GB,24GB --context 32768`
     """
-    from dfqs_nb.llama.diagnosis import forecast
+    from dfqs_nb.llama.timing import forecast
 
     cards = [placement.size_of(text) for text in vram.split(",") if text.strip()]
     machines = [text for text in ram.split(",") if text.strip()]

@@ -1,4 +1,4 @@
-"""Commands that measure a model (routing, scores, speed, long contexts), and that deploy it."""
+"""Commands that measure a model (routing, scores, long contexts), and that deploy it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import typer
 from typer import Argument, Option
 
 from dfqs_nb.core.budget import duration
-from dfqs_nb.core.display import markdown_table, quoted
+from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import write_json, write_table, write_text
-from dfqs_nb.core.machine import usable_cores, watched_load
+from dfqs_nb.core.files import write_json, write_table
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
 from dfqs_nb.workbook import cli, file_commands  # noqa: F401 (its commands are listed before these)
 from dfqs_nb.workbook.cli import MEASURE, Context, Fresh, Gguf, Run, Threads, app, say, say_table
@@ -132,59 +131,6 @@ def score(
         for item_set in sets:
             say(score_set(opened, item_set, folder / "scores", options, model_id=model_id).score.sentence)
         say(f"answers: {tilde(folder / 'scores')}/")
-
-
-@app.command(rich_help_panel=MEASURE)
-def bench(
-    model: Gguf,
-    threads: Any = Option(None, parser=numbers, metavar="N,...", help="Default: 1, 2, 4 ... to all cores."),
-    batch: Any = Option("512", parser=numbers, metavar="N,...", help="n_batch."),
-    ubatch: Any = Option("512", parser=numbers, metavar="N,...", help="n_ubatch."),
-    cache_type: str = Option("f16", help="Type of keys and values, such as f16,q8_0."),
-    flash_attn: Any = Option("0", parser=numbers, metavar="N,...", help="0, 1, or 0,1."),
-    gpu_layers: Any = Option("0", parser=numbers, metavar="N,...", help="Layers on the GPU; -1: all."),
-    prompt: int = Option(512, min=0, help="Tokens of prefill to time; 0: none."),
-    gen: int = Option(128, min=0, help="Tokens of decode to time; 0: none."),
-    depth: Any = Option(
-        "0", parser=numbers, metavar="N,...", help="Tokens in the context before the timed ones."
-    ),
-    rounds: int = Option(5, min=1, help="Each round times every setting once."),
-    budget_minutes: float = Option(10.0, help="A round that would exceed this limit is not started."),
-    output: Path | None = Option(None, "-o", "--output", help="Also write a .csv, .json or .md file."),
-) -> None:
-    """Time a model under many settings, and name the fastest.
-
-    The columns are those of llama-bench.
-    Example: `dfqs-nb bench model.gguf --threads 4,8,16 --flash-attn 0,1`
-    """
-    from dfqs_nb.llama import timing
-
-    if output and output.suffix not in (".csv", ".json", ".md"):
-        raise DfqsError("its name says no format", where=output, hint="end it in .csv, .json or .md")
-    cores = usable_cores()
-    axes: dict[str, Any] = {
-        "n_threads": threads or sorted({*(2**k for k in range(cores.bit_length())), cores}),
-        "n_batch": batch,
-        "n_ubatch": ubatch,
-        "type_k": cache_type.split(","),
-        "flash_attn": [bool(value) for value in flash_attn],
-        "n_gpu_layers": gpu_layers,
-    }
-    say(f"one round, then up to {rounds - 1} more within {budget_minutes:g} minutes")
-    with watched_load() as load:
-        timed, refused = timing.bench(model, axes, prompt, gen, depth, rounds, budget_minutes)
-    table = timing.bench_table(timed)
-    varied = ["n_threads", *(name for name in timing.PARAMETERS if table[name].nunique() > 1)]
-    shown = [name for name in dict.fromkeys(varied) if name != "type_v"]  # it is that of the keys
-    say_table(table[[*shown, "test", "avg_ts", "stddev_ts"]], ".1f")
-    joules = table["joules_per_token"].min()
-    say(f"energy: {joules:.2f} J a token at best" if joules == joules else "energy: not readable here")
-    busy = ["contended: other programs were busy, so the speeds are too low"] if load.contended else []
-    say(*timing.advice(timed), *busy, *(f"left out: {reason}" for reason in dict.fromkeys(refused)))
-    if output:
-        made = {".csv": table.to_csv(index=False), ".json": table.to_json(orient="records", indent=2)}
-        made[".md"] = markdown_table(table) + "\n"
-        say(f"wrote {tilde(write_text(output, made[output.suffix]))}")
 
 
 @app.command(rich_help_panel=MEASURE)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import mmap
@@ -46,6 +47,7 @@ from dfqs_nb.llama.settings import OpenSettings
 
 SHAPE = specimen.Shape(n_layers=6, n_experts=64, n_tokens=4096)
 GROUPS = Path("/sys/fs/cgroup")
+LIBC = ctypes.CDLL(None)
 WAYS = {  # the parts of the help; "off" is llama.cpp alone
     "off": "",
     "lock": "lock",
@@ -93,7 +95,7 @@ def balloon(left_bytes: int) -> Iterator[None]:
     n_bytes = available_memory().available_bytes - left_bytes
     with mmap.mmap(-1, max(n_bytes, mmap.PAGESIZE)) as held:
         address = np.frombuffer(held, np.uint8).ctypes.data
-        if n_bytes > 0 and paging._libc("mlock", address, n_bytes):
+        if n_bytes > 0 and LIBC.mlock(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes)):
             raise SystemExit("memory cannot be locked: run as root, or raise `ulimit -l`")
         yield
 
@@ -135,7 +137,7 @@ def skewed(path: Path, strength: float = 0.35) -> None:
 def leave_out(parts: list[str]) -> None:
     """Switch parts of the help off, and the alternative on that was tried."""
     if "lock" not in parts:
-        paging.Paging._pin = lambda self, budget: None  # type: ignore[method-assign]
+        paging.may_lock = lambda: 0
     if "hash" not in parts:
         paging.Paging.before = lambda self, tokens: None  # type: ignore[method-assign]
     if "read" not in parts:
@@ -210,7 +212,7 @@ def no_windows(help_: paging.Paging) -> None:
                 begin, end = max(low, low + part.start - first), min(high, low + part.end - first)
                 begin, end = -(-begin // 4096) * 4096, end // 4096 * 4096
                 if part.file == file and begin < end:
-                    paging._libc("madvise", begin, end - begin, 1)
+                    LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 1)
 
 
 def drop(path: Path) -> None:

@@ -57,10 +57,9 @@ class _No(dict):
 
 
 def listened(stack: ExitStack, path: str, settings: OpenSettings, callback) -> RecordedModel:
-    """The model with another callback, whose lock is kept as the recorder's is."""
+    """The model with another callback."""
     with default_params(cb_eval=callback):
         model = stack.enter_context(open_model(path, settings))
-    model.keep_lock = True
     return RecordedModel(model, Recorder())  # which llama.cpp does not call
 
 

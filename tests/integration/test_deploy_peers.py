@@ -70,9 +70,7 @@ def test_node_llama_cpp_gives_the_same_greedy_tokens(name):
     items = ItemSet.load("nano-reasoning").items[:: 8 if name == "smollm2" else 4]
     with llama_model.open_model(path, OpenSettings(n_ctx=2048, n_threads=1)) as model:
         prompts = [p for item in items if len(p := llama_generate.chat_prompt(model, item.prompt)) < 1500]
-        ours = [
-            llama_generate.TextStream(model, prompt, MAX_TOKENS).completion.token_ids for prompt in prompts
-        ]
+        ours = [llama_generate.generate(model, prompt, MAX_TOKENS).token_ids for prompt in prompts]
         found = ask_node(folder, path, prompts)
         wrong = [*ours[0][:-1], ours[0][-1] + 1]
         assert parting(model, prompts[0], ours[0], wrong)["at"] == len(wrong) - 1, (

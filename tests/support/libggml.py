@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb.core import child
-from dfqs_nb.llama.build import ERROR, LOG
-from dfqs_nb.llama.check import _GgufParams
+from dfqs_nb.llama.__main__ import GgufParams
+from dfqs_nb.llama.build import LOG
 from dfqs_nb.llama.graph import ggml_function
 
 SUPPORT = str(Path(__file__).parent)
@@ -60,13 +60,12 @@ def table(path: str | Path) -> Table:
 
 
 def _read(job: dict[str, Any]) -> dict[str, Any]:
-    LOG.echo = ERROR
     LOG.install()
     void, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
     u32, i64 = ctypes.c_uint32, ctypes.c_int64
     context = void()
-    read = ggml_function("gguf_init_from_file", void, text, _GgufParams)
-    gguf = read(os.fsencode(job["path"]), _GgufParams(True, ctypes.pointer(context)))
+    read = ggml_function("gguf_init_from_file", void, text, GgufParams)
+    gguf = read(os.fsencode(job["path"]), GgufParams(True, ctypes.pointer(context)))
     assert gguf, LOG.tail()
     numbers = {"version": u32, "n_kv": i64, "n_tensors": i64, "alignment": size, "data_offset": size}
     facts = {name: ggml_function(f"gguf_get_{name}", kind, void)(gguf) for name, kind in numbers.items()}

@@ -204,8 +204,8 @@ def test_a_run_without_answers_has_empty_tables():
 
 
 def test_a_list_counts_where_several_words_are_expected(monkeypatch):
-    said = SimpleNamespace(completion=SimpleNamespace(text=":\n\n1. 12\n2. 34"))
-    monkeypatch.setattr(tasks, "TextStream", lambda *_: said)
+    said = SimpleNamespace(text=":\n\n1. 12\n2. 34")
+    monkeypatch.setattr(tasks, "generate", lambda *_: said)
     both = Text("t", (1,), ("12", "34"))
     assert both.recall(tasks.greedy(None, both)) == 1
     assert tasks.greedy(None, Text("t", (1,), ("34",))) == "1. 12", "a single word is named first"

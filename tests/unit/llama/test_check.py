@@ -130,24 +130,46 @@ def asked(monkeypatch) -> list[str]:
     return questions
 
 
-def test_a_file_that_was_tried_is_not_loaded_again(merged_reference, tmp_path, monkeypatch, asked):
+@pytest.fixture
+def copied(merged_reference, tmp_path, monkeypatch) -> Path:
+    """A model that nothing is known of yet."""
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setattr(check, "LONG_SECONDS", 0.0)
-    path = tmp_path / "m.gguf"
-    shutil.copy(merged_reference, path)
-    needs = estimate(read_header(path), 512)
+    return Path(shutil.copy(merged_reference, tmp_path / "m.gguf"))
+
+
+def test_a_file_that_was_tried_is_not_loaded_again(copied, asked):
+    needs = estimate(read_header(copied), 512)
 
     def tried(n_ctx: int) -> MemoryEstimate:
-        check._tried.clear()  # as in another notebook's kernel
-        return check.trial([path], OpenSettings(n_ctx=n_ctx, n_threads=1), needs)
+        return check.trial([copied], OpenSettings(n_ctx=n_ctx, n_threads=1), needs)
 
     first = tried(512)
-    again = tried(1024)
-    assert asked == ["plan", "trial", "plan"], "its memory is planned anew, and nothing is loaded"
-    assert again.compute_bytes > first.compute_bytes
-    os.utime(path)
+    assert tried(512) == first and asked == ["plan", "trial"]
+    assert tried(1024).compute_bytes > first.compute_bytes
+    assert asked[2:] == ["plan"], "its memory is planned anew, and nothing is loaded"
+    os.utime(copied)
     tried(512)
     assert asked[3:] == ["plan", "trial"], "another time of change is another file"
+
+
+def test_the_loaders_verdict_is_kept_while_file_and_llama_cpp_are_the_same(copied, asked, monkeypatch):
+    def kept() -> check.Verdict:
+        return check.kept_verdict([copied], lambda: check.loader_verdict(copied))
+
+    assert kept() == kept() == check.Verdict(True) and asked == ["load"]
+    monkeypatch.setattr(check, "_build", lambda: ["another"])
+    kept()
+    os.utime(copied)
+    kept()
+    assert len(asked) == 3
+
+
+def test_a_death_is_no_verdict_to_keep_and_a_folder_that_takes_no_note_no_error(copied, monkeypatch):
+    died, asked = check.Verdict(False, "llama.cpp died (timeout)", "timeout"), []
+    for n in (1, 2):
+        assert check.kept_verdict([copied], lambda: asked.append(1) or died) == died and len(asked) == n
+    monkeypatch.setenv("DFQS_OUTPUTS", os.devnull)
+    assert check.kept_verdict([copied], lambda: died) == died
 
 
 def test_memory_is_planned_in_a_child_that_a_header_may_kill(tmp_path, asked):

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,11 @@ from dfqs_nb.gguf.broken import glue
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama import diagnose, paging
-from dfqs_nb.llama.diagnosis import forecast
+from dfqs_nb.llama import paging
 from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.llama.timing import Forecast, bound, diagnose, forecast
 from dfqs_nb.routing.recorder import open_recorded, record
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -109,7 +108,7 @@ def test_exactly_the_chosen_experts_are_read_and_recording_goes_on(moe, monkeypa
     expected = [places(moe, layer, single.experts[0, at]) for at, layer in enumerate(single.layers.tolist())]
     read = {at + step * n for at, n in advised for step in (0, 1)}
     edges = {edge for part in expected for at, n in part for edge in (at, at + n)}
-    assert read <= edges, "only whole experts are read, neighbours in one piece"
+    assert read <= edges, "only whole experts are read"
     assert sum(n for _, n in advised) == sum(n for part in expected for _, n in part)
 
 
@@ -155,7 +154,7 @@ def test_no_more_is_locked_than_the_system_allows(moe, monkeypatch, limit):
     monkeypatch.setattr(paging, "may_lock", lambda: limit)
     with open_model(moe, settings("on"), trial=False) as model:
         assert model.paging.pinned_bytes <= limit
-        assert "`ulimit -l` allows" in model.loaded["paging"]
+        assert "raise `ulimit -l`" in model.loaded["paging"]
         assert "opening reads the whole file once" in model.loaded["paging"]
 
 
@@ -179,16 +178,6 @@ def test_what_is_locked_is_given_back(moe):
         if paging.may_lock() is None:
             assert model.paging.pinned_bytes == dense and locked() > before
     assert locked() == before
-
-
-@linux_only
-def test_another_model_unlocks_nothing(moe):
-    locked = lambda: int(re.search(r"VmLck:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # noqa: E731
-    with open_model(moe, settings("on"), trial=False):
-        alone = locked()
-        with open_model(moe, settings("on"), trial=False):
-            assert locked() == 2 * alone
-        assert locked() == alone
 
 
 @linux_only
@@ -237,30 +226,15 @@ def test_it_is_on_where_the_file_exceeds_memory_and_off_elsewhere(moe, monkeypat
     assert not on("auto") and on("on")
     monkeypatch.setattr(paging, "available_memory", lambda: Memory(nbytes, nbytes // 2, "test"))
     assert on("auto") and not on("off") and not on("auto", use_mmap=False)
+    assert not on("on", use_extra_bufts=True)
     monkeypatch.setattr(paging, "has_gpu_support", lambda: True)
-    assert not on("on", n_gpu_layers=-1)
+    assert not on("on", n_gpu_layers=2)
+    monkeypatch.setattr(paging, "has_gpu_support", lambda: False)
+    assert on("on", n_gpu_layers=2)
+    monkeypatch.setattr(paging, "LINUX", False)
+    assert not on("on")
     with pytest.raises(ModelError, match="paging is 'maybe'"):
         settings("maybe")
-
-
-@linux_only
-def test_weights_on_a_card_are_not_locked(moe, monkeypatch):
-    layout, header = Layout.of(open_shards(moe).headers), read_header(moe)
-    monkeypatch.setattr(paging, "has_gpu_support", lambda: True)
-    with open_model(moe, settings("on", n_gpu_layers=2), trial=False) as model:
-        first = [tensor.nbytes for tensor in header.tensors if tensor.name.startswith("blk.0.")]
-        assert 0 < model.paging.layout.dense_bytes < min(layout.dense_bytes, sum(first))
-        assert f"of {size(model.paging.layout.dense_bytes)} of dense weights" in model.loaded["paging"]
-
-
-def test_another_system_says_what_is_lost(moe, monkeypatch):
-    monkeypatch.setattr(paging, "LINUX", False)
-    monkeypatch.delattr(os, "major", raising=False)
-    assert Disk.under(moe, 1 << 20).device == ""
-    with open_model(moe, settings("on"), trial=False) as model:
-        model.evaluate(TOKENS)
-        assert "is not Linux" in model.loaded["paging"] and not model.paging.parts
-    assert model.loaded["paging"].startswith("paging help is off") and model.conditions()["paging"] == "off"
 
 
 def test_a_group_of_this_process_limits_its_memory(tmp_path):
@@ -273,7 +247,7 @@ def test_a_group_of_this_process_limits_its_memory(tmp_path):
     assert [group.available_bytes for group in groups if group] == [1 << 30]
 
 
-# ---- the diagnosis ----
+# ---- the forecast, and what was measured ----
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 2.0])
@@ -281,20 +255,16 @@ def test_the_forecast_agrees_with_the_placement(moe, share):
     headers, model = open_shards(moe).headers, placement.Model(open_shards(moe).as_one)
     memory = round(share * sum(model.experts)) + sum(model.dense[:-1])
     placed = placement.place(model, 256, memory + model.dense[-1] + sum(model.caches(256)))
-    disk = Disk("vda", 0, None, None)
-    diagnosis = forecast(headers, memory, disk)
-    assert (
-        diagnosis.helped == pytest.approx(placed.disk_token_bytes, abs=1)
-        and diagnosis.plain == diagnosis.helped
-    )
-    assert diagnosis.cached == pytest.approx(min(1, share), abs=0.01)
-    assert (
-        forecast(headers, memory, disk, helped=placed.disk_token_bytes / 2).helped <= diagnosis.helped / 2 + 1
-    )
-    larger = forecast(headers, memory, Disk("vda", diagnosis.slice_bytes, None, None))
-    everything = sum(model.experts)
-    assert larger.helped == diagnosis.helped
-    assert larger.plain == pytest.approx(min(3 * diagnosis.helped, everything), abs=2)
+    expected = forecast(headers, memory, Disk("vda", 0, None, None))
+    reads = [expected.rows[f"a token reads, {how}"] for how in ("with help", "without")]
+    assert expected.helped == pytest.approx(placed.disk_token_bytes, abs=1) and len(set(reads)) == 1
+    assert expected.rows["experts that stay in memory"] == f"{min(1, share):.0%}"
+    parts = [part for layer in Layout.of(headers).experts.values() for part in layer]
+    piece = sum(part.slice_bytes for part in parts) // len(parts)
+    larger = forecast(headers, memory, Disk("vda", piece, None, None))
+    assert larger.helped == expected.helped
+    without = size(min(3 * expected.helped, sum(model.experts)))
+    assert larger.rows["a token reads, without"] == without, "a window before and behind each slice"
 
 
 def test_places_count_from_the_start_of_the_file(tmp_path):
@@ -316,43 +286,36 @@ def test_every_tensor_of_experts_has_its_place_biases_too(arch, tmp_path):
 
 
 def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
-    dense = Layout.of(open_shards(moe).headers).dense_bytes
-    diagnosis = forecast(open_shards(moe).headers, dense - 1000, Disk("", None, None, None))
-    assert diagnosis.cached == 0 and diagnosis.helped == diagnosis.experts + 1000
+    layout = Layout.of(open_shards(moe).headers)
+    expected = forecast(open_shards(moe).headers, layout.dense_bytes - 1000, Disk("", None, None, None))
+    assert expected.rows["experts that stay in memory"] == "0%"
+    assert expected.helped == layout.token_bytes + 1000
+    assert expected.rows["the disk"] == "no block device, read-ahead not known"
 
 
 @pytest.mark.parametrize(
-    ("measured", "helped", "bound", "advice"),
+    ("helped", "seconds", "read_bytes", "words"),
     [
-        ((10.0, 9.0, 9e9, 500), False, "amplification", "blockdev --setra 256 /dev/vda"),
-        ((1.6, 1.5, 9e8, 0), True, "disk", "a faster disk"),
-        ((2.0, 0.5, 9e8, 0), True, "compute", "computing does"),
-        ((9.0, 8.0, 4e7, 0), True, "compute", "other work on this machine"),
-        ((0.1, 0.09, 0.0, 0), True, "compute", "disk does not"),
+        (0, 2.0, 0.0, "Memory holds it"),
+        (
+            10**9,
+            1.6,
+            9e8,
+            "faster disk or more free memory helps, paging='on', or as root `blockdev --setra 256 /",
+        ),
+        (10**9, 2.0, 9e8, "less than half of the time"),
+        (10**9, 2.0, math.nan, "was not measured here"),
     ],
 )
-def test_what_bounds_a_token_is_named_with_its_remedy(moe, measured, helped, bound, advice):
-    disk = Disk("vda", 8 << 20, 2e9, 1e9)
-    names = ("seconds", "waiting", "read_bytes", "major_faults")
-    expected = replace(forecast(open_shards(moe).headers, 0, disk), helped=10**9, help_on=helped)
-    diagnosis = replace(expected, **dict(zip(names, measured, strict=True)))
-    assert "bound by" not in expected.rows
-    assert diagnosis.bound == bound == diagnosis.rows["bound by"] and advice in diagnosis.sentence
-    assert diagnosis.rows["the disk"] == "vda, read-ahead 8.4 MB"
+def test_what_bounds_a_token_is_named_with_its_remedy(helped, seconds, read_bytes, words):
+    expected = Forecast(helped, Disk("vda", 8 << 20, 2e9, 1e9), {})
+    assert words in bound(expected, seconds, read_bytes)
 
 
-def test_an_open_model_is_diagnosed(moe):
+def test_an_open_model_is_diagnosed(moe, monkeypatch):
     with open_model(moe, settings("on")) as model:
-        diagnosis = diagnose(model, n_tokens=2)
-        assert diagnosis.bound == "compute" and diagnosis.cached == 1 and diagnosis.helped == 0
-        assert diagnosis.seconds > 0 and model.n_past == 0
-
-
-def test_what_a_system_does_not_count_is_not_measured(moe, monkeypatch):
-    monkeypatch.setattr(psutil, "Process", lambda: None)
-    diagnosis = replace(forecast(open_shards(moe).headers, 0), seconds=2.0, waiting=1.9)
-    assert math.isnan(diagnosis.read_bytes)
-    assert diagnosis.bound == diagnosis.rows["read"] == diagnosis.rows["stops for the disk"] == "not measured"
-    assert "not known" in diagnosis.sentence
-    with open_model(moe, settings("off"), trial=False) as model:
-        assert diagnose(model, n_tokens=1).rows["read"] == "not measured"
+        sentence, rows = diagnose(model, n_tokens=2)
+        assert sentence.startswith("Memory holds it") and rows["a token reads, with help"] == "0 B"
+        assert float(rows["measured, a token"].split()[0]) > 0 and model.n_past == 0
+        monkeypatch.setattr(psutil, "Process", lambda: None)
+        assert diagnose(model, n_tokens=1)[1]["read"] == "not measured", "this system does not count it"

@@ -26,7 +26,7 @@ from dfqs_nb.gguf.memory import active_bytes
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama.build import LOG, build_llama, dry_run
-from dfqs_nb.llama.generate import Sampling, chat, chat_prompt, complete, stream_chat
+from dfqs_nb.llama.generate import Sampling, chat, chat_prompt, generate
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 
@@ -177,12 +177,11 @@ def test_a_temperature_that_is_none_is_refused(temperature):
         Sampling(temperature)
 
 
-def test_raw_completion_gives_control_tokens_no_meaning(nano):
-    answer = complete(nano, "<｜User｜>", max_tokens=1)
-    assert answer.n_prompt > 2  # one BOS, and the text spelled out
+def test_control_tokens_of_plain_text_have_no_meaning(nano):
+    assert len(nano.tokenize("<｜User｜>")) == 1 < len(nano.tokenize("<｜User｜>", special=False))
 
 
-# ---- streams ----
+# ---- where answers end ----
 
 
 class ScriptedModel:
@@ -207,55 +206,31 @@ class ScriptedModel:
         return token == len(self.pieces)
 
 
-def test_streamed_pieces_never_split_a_character():
+def test_a_character_of_several_tokens_is_whole():
     text = "naïve 漢字 🙂🙂 fin"
-    stream = llama_generate.TextStream(ScriptedModel([bytes([b]) for b in text.encode()]), [0])
-    pieces = list(stream)
-    assert "".join(pieces) == text == stream.completion.text
-    assert all("\ufffd" not in piece for piece in pieces)
-    assert len(pieces) == len(text)
+    answer = generate(ScriptedModel([bytes([b]) for b in text.encode()]), [0])
+    assert (answer.text, answer.finish_reason) == (text, "eos")
 
 
 def test_a_broken_last_character_is_shown_as_such():
-    stream = llama_generate.TextStream(ScriptedModel([b"a", "🙂".encode()[:2]]), [0])
-    assert "".join(stream) == stream.completion.text == "a\ufffd"
+    assert generate(ScriptedModel([b"a", "🙂".encode()[:2]]), [0]).text == "a\ufffd"
 
 
-def test_stop_text_is_never_shown_even_across_tokens():
+def test_stop_text_is_cut_off_even_across_tokens():
     model = ScriptedModel([b"def f", b"():\n", b" pass\n", b"\ncla", b"ss B", b"more"])
-    stream = llama_generate.TextStream(model, [0], stop=["\n\nclass", "###"])
-    assert "".join(stream) == "def f():\n pass"
-    assert stream.completion.finish_reason == "stop"
-    assert stream.completion.text == "def f():\n pass"
+    answer = generate(model, [0], stop=["\n\nclass", "###"])
+    assert (answer.text, answer.finish_reason) == ("def f():\n pass", "stop")
+    assert generate(ScriptedModel([b"a\n", b"\n"]), [0], stop=["\n\nclass"]).text == "a\n\n"
 
 
 def test_a_stop_text_ends_an_answer_also_when_its_time_is_over():
-    stream = llama_generate.TextStream(ScriptedModel([b"a###b", b"more"]), [0], stop=["###"], until=0)
-    assert list(stream) == ["a"] and stream.completion.finish_reason == "stop"
+    answer = generate(ScriptedModel([b"a###b", b"more"]), [0], stop=["###"], until=0)
+    assert (answer.text, answer.finish_reason) == ("a", "stop")
 
 
-def test_held_back_text_is_shown_at_the_end():
-    stream = llama_generate.TextStream(ScriptedModel([b"a\n", b"\n"]), [0], stop=["\n\nclass"])
-    assert "".join(stream) == "a\n\n"
-    assert stream.completion.finish_reason == "eos"
-
-
-def test_a_stream_that_failed_has_no_completion():
-    model = ScriptedModel([b"a", b"b"])
-    stream = llama_generate.TextStream(model, [0])
-    assert next(iter(stream)) == "a"
-    model.evaluate = lambda _tokens: (_ for _ in ()).throw(llama_model.NanLogitsError("NaN"))
-    with pytest.raises(llama_model.NanLogitsError):
-        list(stream)
-    with pytest.raises(ModelError, match="cut off"):
-        _ = stream.completion
-
-
-def test_stream_equals_chat_and_max_tokens_cuts(nano):
-    stream = stream_chat(nano, FRANCE, max_tokens=5)
-    assert "".join(stream) == stream.completion.text == chat(nano, FRANCE, max_tokens=5).text
-    assert stream.completion.finish_reason == "length"
-    assert len(stream.completion.token_ids) == 5
+def test_max_tokens_cuts(nano):
+    answer = chat(nano, FRANCE, max_tokens=5)
+    assert answer.finish_reason == "length" and len(answer.token_ids) == 5
 
 
 def test_an_answer_is_cut_when_its_time_is_over_and_the_rest_is_not_asked(nano):
@@ -278,13 +253,13 @@ def test_the_identity_of_a_split_model_covers_all_its_shards(nano):
 
 def test_prompt_beyond_the_context_is_refused(nano):
     with pytest.raises(llama_model.ContextFullError, match="exceed the context of 512") as caught:
-        complete(nano, "word " * 600)
+        chat(nano, "word " * 600)
     assert caught.value.cause == "n_ctx"
 
 
 def test_answer_stops_where_the_context_ends(nano):
     prompt = np.random.default_rng(1).integers(0, 256, 505).tolist()
-    answer = llama_generate.TextStream(nano, prompt, max_tokens=100).completion
+    answer = generate(nano, prompt, max_tokens=100)
     assert len(answer.token_ids) <= 7
 
 
@@ -366,7 +341,7 @@ def test_default_parameters_are_restored_after_a_failure(tmp_path):
     default = api.llama_model_default_params
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(ModelError, match="refuses it"):
-        build_llama(tmp_path / "bad.gguf", SETTINGS)
+        build_llama(tmp_path / "bad.gguf", dataclasses.replace(SETTINGS, paging="off"))
     assert api.llama_model_default_params is default
 
 
@@ -379,13 +354,6 @@ def test_opening_prints_nothing(capfd):
     open_model(NANO, SETTINGS, trial=False).close()
     assert capfd.readouterr() == ("", "")
     assert any("llama_kv_cache" in line for line in LOG.tail())
-
-
-def test_the_same_file_is_tried_once(nano, monkeypatch):
-    monkeypatch.setattr(child, "start", lambda *_a, **_k: pytest.fail("a second child"))
-    model = open_model(NANO, SETTINGS)
-    assert model.memory == nano.memory
-    model.close()
 
 
 def test_any_shard_opens_the_model(nano, merged_reference):
@@ -465,7 +433,7 @@ def test_unknown_architecture_is_named(tmp_path):
     path = copy_of_nano(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"deepseek4", b"deepseek9"))
     with pytest.raises(
-        ModelError, match=r"does not know the architecture 'deepseek9'.*update llama-cpp-python"
+        ModelError, match=r"refuses it: unknown model architecture: 'deepseek9'.*update llama-cpp-python"
     ):
         open_model(path, SETTINGS)
 
@@ -550,9 +518,9 @@ def test_nothing_warns_by_itself():
 def test_logits_come_in_chunks_that_agree_with_token_by_token(nano):
     """The chunks equal those of any other cut up to llama.cpp's rounding, and the last is what `evaluate` gives."""
     tokens = np.random.default_rng(3).integers(0, 256, 100).tolist()
-    nano.clear()
-    chunks = [chunk.copy() for chunk in nano.logits(tokens, chunk_tokens=32)]
-    assert [len(chunk) for chunk in chunks] == [32, 32, 32, 4] and nano.n_past == 100
+    with open_model(NANO, dataclasses.replace(SETTINGS, n_batch=32), trial=False) as model:
+        chunks = [chunk.copy() for chunk in model.logits(tokens)]
+        assert [len(chunk) for chunk in chunks] == [32, 32, 32, 4] and model.n_past == 100
     nano.clear()
     whole = np.concatenate([chunk.copy() for chunk in nano.logits(tokens)])
     assert whole.shape == (100, nano.n_vocab)
@@ -563,19 +531,6 @@ def test_logits_come_in_chunks_that_agree_with_token_by_token(nano):
     with pytest.raises(llama_model.ContextFullError):
         next(nano.logits(tokens * 6))
     assert nano.n_past == 100, "nothing was evaluated"
-
-
-@pytest.mark.parametrize("keep_lock", [False, True])
-def test_tokens_one_by_one_are_the_same_with_pythons_lock_or_without(nano, keep_lock):
-    tokens = np.random.default_rng(4).integers(0, 256, 20).tolist()
-    nano.clear()
-    expected = [nano.evaluate([token]) for token in tokens]
-    nano.clear()
-    nano.keep_lock = keep_lock
-    try:
-        assert all(np.array_equal(nano.evaluate([t]), e) for t, e in zip(tokens, expected, strict=True))
-    finally:
-        nano.keep_lock = False
 
 
 def test_a_restored_state_goes_on_as_before(nano):

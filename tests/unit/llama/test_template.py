@@ -11,12 +11,11 @@ from models_apart import Apart
 from no_hang import no_hang
 
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.llama import template
+from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama.check import loader_verdict
-from dfqs_nb.llama.generate import chat, chat_text, complete
-from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.generate import chat, chat_text, generate
+from dfqs_nb.llama.model import ChatTemplate, open_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.llama.template import ChatTemplate
 
 SETTINGS = OpenSettings(n_ctx=256, n_threads=1)
 QUESTION = 'What is "2 + 2"?\nSay it.'
@@ -96,7 +95,7 @@ def test_a_question_may_be_trimmed_or_quoted(source):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("{% unknowntag %}x", "line 1: .*unknowntag"),
+        ("{% unknowntag %}x", "unknowntag"),
         ("{{ if .System }}{{ .System }}{{ end }}{{ .Prompt }}", "expected"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages.append(1) }}", "unsafe|not safely"),
@@ -107,7 +106,7 @@ def test_a_question_may_be_trimmed_or_quoted(source):
     ],
 )
 def test_a_fault_in_a_template_is_an_error_that_says_which(source, words):
-    with pytest.raises(ModelError, match=f"its chat template fails .*{words}.*llama.complete"):
+    with pytest.raises(ModelError, match=f"its chat template fails .*{words}.*sound chat template"):
         render(source)
 
 
@@ -122,7 +121,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
 def test_a_template_that_never_ends_is_stopped_and_not_asked_again(source, monkeypatch):
-    monkeypatch.setattr(template, "SECONDS", 0.7)
+    monkeypatch.setattr(llama_model, "SECONDS", 0.7)
     endless, asked = ChatTemplate(source, "", "", Path("m.gguf")), []
     ask = endless._worker.run
     monkeypatch.setattr(
@@ -172,7 +171,7 @@ def test_a_lone_surrogate_in_a_question_is_no_traceback(nano, tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer__chat_template", "tokenizer__chat_template__tool_use"])
 def test_a_template_that_jinja_cannot_parse_does_not_stop_plain_completion(nano, tmp_path, name):
     with opened(nano, tmp_path, **{name: ("STRING", "{% unknowntag %}")}) as model:
-        assert complete(model, "def add(a, b):\n", max_tokens=2).n_tokens
+        assert generate(model, model.tokenize("def add(a, b):\n"), max_tokens=2).n_tokens
         if name.endswith("tool_use"):
             assert "France" in chat_text(model, "What is the capital of France?")
         else:
@@ -201,13 +200,6 @@ def test_warnings_of_llama_cpp_are_collected_and_shown_once(nano, tmp_path):
     assert any("bad special token" in text for text in model.warnings)
     ours = [warning for warning in shown if warning.category is RuntimeWarning]
     assert len(model.warnings) == len(set(model.warnings)) == len(ours)
-
-
-def test_a_dated_template_is_a_warning(nano, tmp_path):
-    source = "{{ strftime_now('%Y') }} {{ messages[0].content }}"
-    with pytest.warns(RuntimeWarning, match="writes the date: it gets 01 January 2026"):
-        model = opened(nano, tmp_path, tokenizer__chat_template=("STRING", source))
-    model.close()
 
 
 def test_a_sound_model_has_no_warnings(nano, tmp_path):

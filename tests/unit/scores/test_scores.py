@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dfqs_nb.core.errors import ComparisonError, ModelError, PromptError
-from dfqs_nb.llama.generate import Completion, TextStream
-from dfqs_nb.llama.model import DecodeError, open_model
+from dfqs_nb.llama import generate as llama_generate
+from dfqs_nb.llama.generate import Completion, generate
+from dfqs_nb.llama.model import ChatTemplate, DecodeError, open_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.llama.template import ChatTemplate
 from dfqs_nb.scores import Answerer, ItemSet, Options, compare_runs, likelihood, sandbox, score_set
 from dfqs_nb.scores import run as scores
 from dfqs_nb.scores.grading import Results
@@ -175,9 +175,9 @@ def test_a_template_that_begins_the_thinking_needs_its_end(tmp_path):
 @pytest.mark.parametrize(("opened", "text"), [(False, "<think>"), (True, "")])
 def test_a_stop_text_counts_only_behind_the_thinking(model, monkeypatch, opened, text):
     said = text + "It must end in </answer>.</think><answer>12</answer> and so on"
-    monkeypatch.setattr(TextStream, "_generate", lambda self: iter(model.tokenize(said, special=False)))
+    monkeypatch.setattr(llama_generate, "_tokens", lambda *_: iter(model.tokenize(said, special=False)))
     prompt = model.tokenize("Q?<think>\n" if opened else "Q?", special=False)
-    made = TextStream(model, prompt, 99, stop=["</answer>"]).completion
+    made = generate(model, prompt, 99, stop=["</answer>"])
     assert made.text == text + "It must end in </answer>.</think><answer>12" and made.finish_reason == "stop"
 
 
@@ -328,7 +328,7 @@ def test_thinking_is_told_to_the_template_and_found_where_it_begins_it(model, mo
 
 
 def test_an_answer_ends_with_the_token_at_which_its_time_ends(model):
-    cut = TextStream(model, model.tokenize("Once", special=False), 50, until=0.0).completion
+    cut = generate(model, model.tokenize("Once", special=False), 50, until=0.0)
     assert (cut.finish_reason, cut.n_tokens) == ("time", 1)
 
 

@@ -20,7 +20,7 @@ from no_hang import no_hang
 
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.llama.template import MARKS, answer_start, opens_thinking
+from dfqs_nb.llama.generate import MARKS, answer_start, opens_thinking
 from dfqs_nb.scores import ItemSet, item_sets
 from dfqs_nb.scores import grading as scoring
 from dfqs_nb.scores.answers import code_in, normalised

@@ -266,6 +266,6 @@ def test_our_server_is_reached_without_the_proxy_and_admits_no_web_page(proxy, m
             allowed = answer.headers.get("Access-Control-Allow-Origin", "")
         assert allowed in ("", servers.NO_ORIGIN)
         assert key not in repr(server) + str(server.loaded)
-        assert server.loaded["layers_offloaded"] == "no GPU support" and not server.loaded["repacked"]
-        assert server.loaded["buffers"].count("MiB") == 1 and "xllamacpp" in server.loaded["version"]
+        assert server.loaded["offloaded_layers"] == 0 and server.loaded["repacked"] is False
+        assert "xllamacpp" in server.loaded["version"]
     assert not proxy and key not in log.read_text()

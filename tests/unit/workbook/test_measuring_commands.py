@@ -84,22 +84,9 @@ def test_loops_are_counted_by_temperature_and_cache_type(tmp_path, capsys):
     assert "'--temperature': 'warm' is no list of numbers" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "mark"), [("b.csv", "n_threads"), ("b.json", '"n_threads"'), ("b.md", "|")])
-def test_the_sweep_writes_three_formats(tmp_path, capsys, name, mark):
-    sizes = ["--prompt", "8", "--gen", "2", "--rounds", "1", "--threads", "1"]
-    assert main(["bench", MODEL, *sizes, "-o", str(tmp_path / name)]) == 0
-    assert mark in (tmp_path / name).read_text() and "pp8" in capsys.readouterr().out
-
-
-def test_a_list_that_is_none_names_its_option(capsys):
-    assert main(["bench", MODEL, "--threads", "two"]) == 2
-    assert "'--threads': 'two' is no list of numbers" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", MODEL, "-o", "speeds.xlsx"], "end it in .csv, .json or .md"),
         (["fidelity", MODEL, MODEL], "line 1"),
         (["fidelity", MODEL, "missing.jsonl"], "dfqs-nb record MODEL -o record.jsonl"),
         (["choices", MODEL, "--set", "nano-code"], "has no 4 answers"),

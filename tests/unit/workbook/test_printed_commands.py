@@ -54,7 +54,6 @@ NOT_HERE = re.compile(
 )
 COMMANDS = cli.program().commands
 SHORTER = {
-    "bench": ["--rounds", "1", "--prompt", "16", "--gen", "4"],  # 16 threads crawl on 2 cores
     "score": ["--limit", "1"],
     "routing": ["--tokens", "64"],
     "choices": ["--limit", "2", "--n-ctx", "1024"],
