@@ -153,6 +153,7 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "score_families": any(details[name]["value"] is not None for name in SCORES),
         "decode_roofline": details[SPEED]["value"],
     }
+    conditions = pd.json_normalize(report["conditions"]).to_dict("records")  # pandas 2: no row for {}
     return {
         "report": report,
         "absent": {*BESIDE, "budgets"} - set(beside) | (set() if report["claims"] else {"claims"}),
@@ -170,7 +171,7 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "paging": _pairs(paging if is_paged else {}, "a token of decode, predicted and measured"),
         "beside": beside,
         "model": _pairs({name.replace("_", " "): it for name, it in model.items()}, "of the model"),
-        "conditions": _pairs(pd.json_normalize(report["conditions"]).to_dict("records")[0], "condition"),
+        "conditions": _pairs(conditions[0] if conditions else {}, "condition"),
         "machine": _pairs({**ran, **other}, "where it ran"),
     }
 

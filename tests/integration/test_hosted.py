@@ -264,7 +264,15 @@ def test_only_replaced_packages_that_are_loaded_cost_a_restart(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [(COLAB, name, {}) for name in NAMES], indirect=True, ids=NAMES)
+@pytest.mark.parametrize(
+    "machine",
+    [
+        pytest.param((platform, name, {}), id=f"{platform}-{name}")
+        for platform in hosted.PLATFORMS
+        for name in NAMES
+    ],
+    indirect=True,
+)
 def test_the_whole_notebook_runs_alone(machine, repository):
     machine.environment.update(machine.reaches(repository), TQDM_DISABLE="1")
     machine.start()
