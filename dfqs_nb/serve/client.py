@@ -127,10 +127,10 @@ class Endpoint(Wire):
         choice = next(iter(get(page, "choices", list) or []), None)
         holder, usage = get(choice, "message", dict) if chat else choice, get(page, "usage", dict)
         reason = get(choice, "finish_reason", str)
-        if holder is None or reason is None:
-            raise broken(
-                "it holds no message" if holder is None else "it does not say why it ended", self.url
-            )
+        if holder is None:
+            raise broken("it holds no message", self.url)
+        if reason is None:
+            raise broken("it does not say why it ended", self.url)
         if reason not in ("stop", "length"):  # content_filter or tool_calls: asking again changes nothing
             hint = "switch filters and tools off at the server, or take another server"
             raise EndpointError(f"the server ended the answer for {reason!r}", where=self.url, hint=hint)
