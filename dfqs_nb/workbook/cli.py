@@ -78,12 +78,7 @@ def as_typed(text: object) -> str:
 
 @lru_cache(maxsize=1)
 def _program() -> str:
-    own, here = Path(sys.executable).with_name("dfqs-nb"), Path.cwd()
-    if shutil.which("dfqs-nb"):
-        return "dfqs-nb"
-    if not own.exists():
-        return f"{quoted(sys.executable)} -m dfqs_nb"
-    return quoted(own.relative_to(here) if own.is_relative_to(here) else own)
+    return "dfqs-nb" if shutil.which("dfqs-nb") else f"{quoted(sys.executable)} -m dfqs_nb"
 
 
 @app.callback()
@@ -249,12 +244,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Exception as error:
         what = f"unexpected {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        for folder in (outputs_dir(), Path(tempfile.gettempdir())):
-            # the first may not be there, or be full
-            with suppress(OSError), (folder / LOG).open("a", encoding="utf-8", errors="replace") as log:
-                print(traceback.format_exc(), file=log, flush=True)
-                what += f"; its place in the code is in {tilde(folder / LOG)}"
-                break
+        log = Path(tempfile.gettempdir(), LOG)
+        with suppress(OSError):  # the disk may be full
+            log.open("a", encoding="utf-8", errors="replace").write(traceback.format_exc())
+            what += f"; its place in the code is in {log}"
         return _fail(what)
 
 

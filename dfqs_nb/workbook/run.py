@@ -66,17 +66,11 @@ def find_notebooks(names: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[
 def declared_parameters(path: Path) -> dict[str, dict[str, str]]:
     """The parameters of a notebook's cell tagged ``parameters``, as papermill reads them.
 
-    Each value has the keys ``name``, ``inferred_type_name``, ``default`` and ``help``. `DfqsError`: it is no
-    notebook that papermill can run.
+    Each value has the keys ``name``, ``inferred_type_name``, ``default`` and ``help``.
     """
     from papermill import inspect_notebook
 
-    try:
-        parameters: dict[str, dict[str, str]] = inspect_notebook(str(path))
-    except ValueError as error:  # no kernelspec, or not a notebook
-        hint = "open it in JupyterLab with the kernel Python 3 and save it"
-        what = f"papermill cannot read it ({last_line(str(error))})"
-        raise DfqsError(what, where=path, hint=hint) from error
+    parameters: dict[str, dict[str, str]] = inspect_notebook(str(path))
     return parameters
 
 

@@ -49,35 +49,33 @@ def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
     Without ``run`` the name comes from the model. An empty cell is the notebook's default. A relative path is
     looked for beside the CSV file. `DfqsError`: what is wrong, and in which line.
     """
-    hint, rows = (
-        "give a CSV file in UTF-8: a header with a column model, then a line for each run",
-        list[Row](),
-    )
+    hint = "give a CSV file in UTF-8: a header with a column model and no column twice, a line for each run"
+    if not path.is_file():
+        raise DfqsError("no such file, or not a regular file", where=tilde(path), hint=hint)
+    types = {name: kind for name, kind in workbook.parameter_types(notebooks).items() if name != "run_name"}
+    rows, line = list[Row](), 1
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a regular file")
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True, skipinitialspace=True)
-            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
+            header = [name.strip() for name in next(reader, [])]
+            if "model" not in header or len(set(header)) < len(header):
+                raise DfqsError(f"the columns are {', '.join(header)}", hint=hint)
+            for cells in filter(any, reader):
+                line = reader.line_num
+                if len(cells) != len(header):
+                    raise DfqsError(f"has not {len(header)} cells, as the header")
+                texts = dict(zip(header, map(str.strip, cells), strict=True))
+                rows.append(_row(line, texts, path.parent, types, notebooks))
+                if twin := next((row.line for row in rows[:-1] if row.run == rows[-1].run), 0):
+                    what = f"has the run name {rows[-1].run!r}, as line {twin}"
+                    raise DfqsError(what, hint="fill the column run")
+            if not rows:
+                raise DfqsError("has no rows", hint=hint)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DfqsError(f"cannot be read ({error})", where=tilde(path), hint=hint) from error
-    header = lines.pop(0)[1] if lines else []
-    if not lines or "model" not in header or len(set(header)) < len(header):
-        what = f"the columns are {', '.join(header)}" if lines else "has no rows"
-        raise DfqsError(what, where=tilde(path), hint=f"{hint}, and no column twice")
-    types = {name: kind for name, kind in workbook.parameter_types(notebooks).items() if name != "run_name"}
-    for line, cells in lines:
-        try:
-            if len(cells) != len(header):
-                raise DfqsError(f"has not {len(header)} cells, as the header")
-            rows.append(_row(line, dict(zip(header, cells, strict=True)), path.parent, types, notebooks))
-            if twin := next((row.line for row in rows[:-1] if row.run == rows[-1].run), 0):
-                raise DfqsError(
-                    f"has the run name {rows[-1].run!r}, as line {twin}", hint="fill the column run"
-                )
-        except DfqsError as error:
-            what = f"nothing was run: line {line}: {error.what}"
-            raise DfqsError(what, where=tilde(path), hint=error.hint) from None
+    except DfqsError as error:
+        what = f"nothing was run: line {line}: {error.what}"
+        raise DfqsError(what, where=tilde(path), hint=error.hint) from None
     return rows
 
 

@@ -104,20 +104,6 @@ def test_an_unknown_parameter_fails_and_names_the_known(outputs, pair):
     assert not (outputs / "mine").exists()
 
 
-NO_KERNEL = (
-    '{"cells": [{"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "source": "a = 1", '
-    '"outputs": [], "execution_count": null}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
-)
-
-
-@pytest.mark.parametrize("text", ["", "not JSON", NO_KERNEL])
-def test_a_file_that_papermill_cannot_run_is_named(outputs, tmp_path, text):
-    path = tmp_path / "01_broken.ipynb"
-    path.write_text(text)
-    with pytest.raises(DfqsError, match="01_broken.ipynb: papermill cannot read it"):
-        workbook.run_workbook("mine", {}, [path])
-
-
 def test_a_failing_cell_is_named_and_earlier_outputs_stay(outputs, pair, tmp_path):
     bad = write_notebook(
         tmp_path / "nb" / "03_fail.ipynb", "print('so far')", "raise ValueError('one\\ntwo')"
