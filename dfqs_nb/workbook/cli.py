@@ -78,7 +78,10 @@ def as_typed(text: object) -> str:
 
 @lru_cache(maxsize=1)
 def _program() -> str:
-    return "dfqs-nb" if shutil.which("dfqs-nb") else f"{quoted(sys.executable)} -m dfqs_nb"
+    own = Path(sys.executable).with_name("dfqs-nb")
+    if shutil.which("dfqs-nb"):
+        return "dfqs-nb"
+    return quoted(own) if own.exists() else f"{quoted(sys.executable)} -m dfqs_nb"
 
 
 @app.callback()

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from dfqs_nb.core.budget import counted
 from dfqs_nb.core.display import did_you_mean, markdown, plain, quoted
-from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.files import read_json, there_is, write_json, write_text
 from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
@@ -156,6 +156,8 @@ def run_workbook(
         try:
             if "ladder_source" in names and tier != tiers.NANO and not chosen.get("ladder_source"):
                 chosen["ladder_source"] = tiers.ladder_source(run)
+        except StageError:
+            raise
         except DfqsError as error:
             Stage(run, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
             done.append(NotebookRun(target, left_out=str(error)))
