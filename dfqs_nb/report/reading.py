@@ -118,11 +118,12 @@ def sha256_of(stage: Mapping[str, Any]) -> Any:
 
 def command_of(folder: Path, run: Run) -> dict[str, Any]:
     """How a run was started: its name, model, other options, and minutes of budget; None: by hand."""
-    started = {}
-    with suppress(OSError, ValueError, TypeError):
-        started = dict(read_json(folder / COMMAND))
+    kept = dict[str, Any]()
+    with suppress(OSError, ValueError, TypeError, LookupError):  # absent, or of another form
+        it = read_json(folder / COMMAND)
+        kept = {"options": list(map(str, it["options"])), "budget_minutes": float(it["budget_minutes"])}
     own = {"run": folder.resolve().name, "model": settings_of(run["merge"])["model"] or "MODEL"}
-    return {**UNKNOWN, **started, **own}
+    return {**UNKNOWN, **kept, **own}
 
 
 def rerun(stages: Sequence[str], command: Command, *, more: bool = False) -> str:

@@ -236,6 +236,15 @@ def test_without_tensors_of_iq1_s_the_quantization_is_contradicted(artifact):
     assert verdict_of("iq1_s", run_file(SINGLE.sha256, SINGLE.size_bytes), header) == CONTRADICTED
 
 
+def test_the_header_of_the_run_goes_before_the_record(artifact):
+    record = spec_table("claims")["published"]["figures"]
+    fewer = dataclasses.replace(artifact, tensors=artifact.tensors[:-1])
+    known = facts(run_file(SINGLE.sha256, SINGLE.size_bytes), fewer)
+    assert known["all_tensors"] == record["all_tensors"] - 1
+    assert known["weights_gb"] == pytest.approx(memory.weights_bytes(fewer) / 1e9)
+    assert known["kv_8192_gb"] == memory.kv_cache_bytes(artifact, 8192).total / 1e9
+
+
 def standard_scores(value: float, low: float, high: float, speed: float, n_missing: int = 0) -> dict:
     statement = {
         "name": "code_score",

@@ -19,7 +19,7 @@ from dfqs_nb.core.errors import ComparisonError, DfqsError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.report import compare as report_compare
 from dfqs_nb.report.compare import RETRIEVAL, compare_reports
-from dfqs_nb.report.reading import ReportError
+from dfqs_nb.report.reading import ReportError, read_answers
 
 REFUSED = (ComparisonError, ReportError)
 LENGTHS = (64, 128, 256, 512, 1024)
@@ -194,6 +194,30 @@ def test_items_that_do_not_give_the_reports_numbers_are_refused(pair, name, chan
     reseal(pair[1], rehash=True)
     with pytest.raises(REFUSED, match=message):
         compare_reports(pair)
+
+
+def test_multiple_choice_is_counted_again(pair):
+    path, (low, high) = pair[0] / "report.json", map(float, stats.wilson(12, 20))
+    rows = pd.DataFrame({"id": range(20), "family": "a", "guess": 0.25, "acc": [1] * 12 + [0] * 8})
+    rows.to_csv(pair[0] / "choice_items.csv", index=False)
+    report = json.loads(path.read_text())
+    report["items"]["choices"] = [{"file": "choice_items.csv"}]
+    right = {"value": 0.6, "low": low, "high": high, "n": 20, "guess_rate": 0.25}
+    for change in ({}, {"value": 0.65}, {"n": 21}, {"high": 0.9}):
+        report["details"]["reasoning_score"]["choices"] = right | change
+        path.write_text(json.dumps(report))
+        reseal(pair[0], rehash=True)
+        if change:
+            with pytest.raises(ReportError, match=f"its items give multiple choice {next(iter(change))}"):
+                read_answers(path)
+        else:
+            assert read_answers(path).report["items"]["choices"]
+    report["items"]["choices"] = []
+    path.write_text(json.dumps(report))
+    (pair[0] / "choice_items.csv").unlink()
+    reseal(pair[0])
+    with pytest.raises(ReportError, match="choice_items.csv: cannot be read"):
+        read_answers(path)
 
 
 def test_a_count_that_is_too_large_is_refused(pair):

@@ -76,6 +76,7 @@ def test_each_budget_is_shown_with_what_it_left_out_and_the_command_that_measure
     for command, words in (
         ("", "--budget-minutes 120"),
         ("[1]", "--budget-minutes 120"),
+        ('{"options": 5, "budget_minutes": "x"}', "--budget-minutes 120"),
         (json.dumps(given), "-p n_ctx=512 --budget-minutes 300"),
     ):
         (folder / COMMAND).write_text(command)
