@@ -58,8 +58,7 @@ def check_run(folder: str | Path) -> list[str]:
             )
     for name, what in wrong.items():
         raise ReportError(what, where=tilde(folder / name), hint=reading.AGAIN)
-    again = [*items.scores, *(["multiple choice"] if reading.choices_of(items.report) else [])]
-    again += [CURVE] if len(items.context) else []
+    again = [*items.scores, *([CURVE] if len(items.context) else [])]
     return [
         f"{FILE}: as it was written",
         *(f"{name}.json: as it was written, with {len(it['files'])} files" for name, it in stages.items()),

@@ -30,7 +30,7 @@ from dfqs_nb.stats import LEVEL
 VERSIONS = ("Python", *machine.PACKAGES)
 DIGITS = 10  # of every float in report.json: more than any measurement has
 # The files with one row an answer, from which scores and curve are counted again.
-ITEMS = {"reasoning": reading.SCORE_ITEMS, "code": reading.SCORE_ITEMS, "choices": reading.CHOICE_ITEMS}
+ITEMS = {"reasoning": reading.SCORE_ITEMS, "code": reading.SCORE_ITEMS, "choices": reading.SCORE_ITEMS}
 ITEMS["long_context"] = "long_context*.jsonl"
 Detail = dict[str, Any]
 
@@ -113,9 +113,10 @@ def _score(stage: Mapping[str, Any], name: str) -> Detail:
     names = (own, f"{own}-hard")  # what the nano tier asks, as its model knows nearly all of the first
     score = next((it for it in stage["scores"] if it["name"] == name and it["set"] in names), None)
     chosen = {}
-    if kind == "reasoning" and (it := stage.get("choices")):  # by likelihood: no answer is written
-        keys = {"value": "acc", "low": "acc_low", "high": "acc_high", "n": "n", "guess_rate": "guess_rate"}
-        chosen = {"choices": {name: it[key] for name, key in keys.items()}}
+    by_likelihood = [it for it in stage["scores"] if it["name"] == "choice_score" and it["value"] is not None]
+    if kind == "reasoning" and by_likelihood:  # no answer is written; the first is the tier's own
+        keys = ("set", "value", "low", "high", "n", "guess_rate")
+        chosen = {"choices": {key: by_likelihood[0][key] for key in keys}}
     if score is None:
         unsafe = kind == "code" and stage.get("sandbox") in (None, "", "none")
         why = ": without a sandbox no generated code is run" if unsafe else ""

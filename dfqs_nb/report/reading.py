@@ -26,21 +26,19 @@ from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_f
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.core.stage import NOTEBOOKS, read_stage
 from dfqs_nb.scores import SetRun
-from dfqs_nb.stats import wilson
 
 DRAWN_ON = ("merge", "header", "generate", "routing", "long_context", "scores")
 BESIDE = ("ladder", "serving")  # shown in the texts, and no part of the five metrics
 SCORES = ("reasoning_score", "code_score")
 CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
 FILE, JOURNAL = "report.json", "long_context_items.jsonl"
-SCORE_ITEMS, CHOICE_ITEMS = "score_items.csv", "choice_items.csv"
+SCORE_ITEMS = "score_items.csv"
 COMMAND = ".command.json"  # how a run was started
 AGAIN = "write the report again: `dfqs-nb report RUN`"
 Command = Mapping[str, Any]  # how a run was started
 UNKNOWN: Command = {"run": "RUN", "model": "MODEL", "options": [], "budget_minutes": None}
 LONGEST_NAME = 80  # characters, in tables and figures
-RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
-COLUMNS = {"set": str, "id": str, "sample": int, "family": str, "guess": float, "grade": str}
+COLUMNS = {"set": str, "id": str, "family": str, "guess": float, "grade": str}
 Run = dict[str, Any]  # stages by name, in the order of the notebooks; without those that did not run
 
 
@@ -238,14 +236,7 @@ def read_answers(path: str | Path) -> RunItems:
         if sha256_of_file(file) != digest:
             raise _refused(folder, f"{name} is not the file that the report was made from")
     name, scores = one_line(report["model"]["name"])[:LONGEST_NAME], _scores(report["details"], folder)
-    if choices := choices_of(report):
-        _count_choices(choices, folder / CHOICE_ITEMS)
     return RunItems(name, path, report, scores, _context(report, folder))
-
-
-def choices_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The multiple-choice score that a report states; empty where it states none."""
-    return report["details"]["reasoning_score"].get("choices") or {}
 
 
 def _refused(where: Path, what: str) -> ReportError:
@@ -255,25 +246,19 @@ def _refused(where: Path, what: str) -> ReportError:
 def _scores(details: Mapping[str, Any], folder: Path) -> dict[str, SetRun]:
     path = folder / SCORE_ITEMS
     stated = {name: details[name] for name in SCORES if details[name]["value"] is not None}
-    items, scores = _table(path, COLUMNS) if stated else pd.DataFrame(), {}
+    if choices := details["reasoning_score"].get("choices"):
+        stated["choice_score"] = choices
+    items, scores = _table(path) if stated else pd.DataFrame(), {}
     for name, detail in stated.items():
         own = items[items["set"] == detail["set"]]
-        own = own.assign(correct=own["grade"].isin(RIGHT))
         scores[name] = SetRun.of(name.removesuffix("_score"), detail["set"], own, n_items=detail["n"])
         _agree(path, name, vars(scores[name].score), detail)
     return scores
 
 
-def _count_choices(stated: Mapping[str, Any], path: Path) -> None:
-    items = _table(path, {"guess": float, "acc": int})
-    low, high = map(float, wilson(items["acc"].sum(), len(items)))
-    made = {"n": len(items), "value": items["acc"].mean(), "low": low, "high": high}
-    _agree(path, "multiple choice", {**made, "guess_rate": items["guess"].mean()}, stated)
-
-
-def _table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
+def _table(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(path, keep_default_na=False, dtype=dict(columns), usecols=list(columns))
+        return pd.read_csv(path, keep_default_na=False, dtype=COLUMNS, usecols=list(COLUMNS))
     except (OSError, ValueError, OverflowError) as error:
         raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
 

@@ -151,7 +151,6 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     drawn = {
         "context_curve": details[CURVE].get("points"),
         "score_families": any(details[name]["value"] is not None for name in SCORES),
-        "decode_roofline": details[SPEED]["value"],
     }
     conditions = pd.json_normalize(report["conditions"]).to_dict("records")  # pandas 2: no row for {}
     return {

@@ -7,15 +7,17 @@ import textwrap
 import unicodedata
 import warnings
 from decimal import Decimal, InvalidOperation
-from symtable import Function, SymbolTable, symtable
+from symtable import SymbolTable, symtable
 
 # A fence opens anywhere in a line (models glue it behind words), and closes with the same marks or never.
 # Marks are taken as a whole: a model that writes nothing else must not cost a quadratic time.
 FENCED = re.compile(r"((?<!`)`{3,}+|(?<!~)~{3,}+)[^`~\n]*\n(.*?)(?:\1|\Z)", re.DOTALL)
-CODE_LINE = re.compile(r"[ \t]*(def|async def|class|from|import|@)\b|[ \t]*[A-Za-z_]\w*[ \t]*=[^=]")
+CODE_LINE = re.compile(
+    r"[ \t]*(def \w+\(|async def |class \w+[:(]|from \S+ import |import \w+$|@\w|\w+[ \t]*=[^=])"
+)
 LONGEST = 2000  # characters of an answer from which marks are taken; more would take minutes
 MOST_DIGITS = 1000  # of a number that is compared as a number
-MOST_TRIES = 400  # pieces of plain text that may be code
+MOST_TRIES = 400  # lines behind plain code that may be no code
 
 
 def normalised(text: str) -> str:
@@ -45,19 +47,17 @@ def normalised(text: str) -> str:
 def code_in(answer: str, name: str) -> str | None:
     r"""The code in a chat's answer that defines ``name``: the last code block that does, else plain text.
 
-    A block may be indented, unclosed, glued to words, or fenced by tildes, and a method of a class counts.
-    None where there is no code.
+    A block may be indented, unclosed, glued to words, or fenced by tildes. None where there is no code.
 
     >>> code_in("Here:\n~~~python\ndef f(x):\n    return x", "f")
     'def f(x):\n    return x'
     """
     answer = re.sub("\r\n?|[\u2028\u2029]", "\n", answer)
     blocks = [textwrap.dedent(block).strip("\n") for _, block in FENCED.findall(answer)][::-1]
-    codes = (_defining(block, name) for block in blocks)
-    if code := next(filter(None, codes), None) or _plain_code(answer, name):
-        return code
     head = re.compile(rf"^(async )?def {re.escape(name)}\b", re.MULTILINE)
-    return next(filter(head.search, blocks or [answer]), None)  # it is no Python: running it says why
+    codes = blocks or [_plain_code(answer)]
+    defining = (code for code in codes if name in _names(code))
+    return next(defining, None) or next(filter(head.search, codes), None)  # a fault is seen when it runs
 
 
 def parsed(code: str) -> tuple[SymbolTable | None, int]:
@@ -71,32 +71,20 @@ def parsed(code: str) -> tuple[SymbolTable | None, int]:
             return None, 1
 
 
-def _defining(code: str, name: str) -> str | None:
-    """The code, if it is Python that defines the name; a method is taken out of its class."""
+def _names(code: str) -> set[str]:
+    """What the code defines, if it is Python."""
     table = parsed(code)[0]
-    if table is None:
-        return None
-    if name in table.get_identifiers() and table.lookup(name).is_local():
-        return code
-    for owner in table.get_children():
-        for method in owner.get_children() if owner.get_type() == "class" else []:
-            if method.get_name() == name and isinstance(method, Function):
-                made = "()" if method.get_parameters()[:1] == ("self",) else ""
-                return f"{code}\n\n{name} = {owner.get_name()}{made}.{name}"
-    return None
+    return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_local()} if table else set()
 
 
-def _plain_code(answer: str, name: str) -> str | None:
-    """Code without fences: from a line that looks like code on, as far as it is Python."""
-    lines, tries = answer.split("\n"), MOST_TRIES
-    for start in (i for i, line in enumerate(lines) if CODE_LINE.match(line)):
-        end = len(lines)
-        while end > start and tries:
-            text, tries = textwrap.dedent("\n".join(lines[start:end])), tries - 1
-            table, fault = parsed(text)
-            if table is not None:
-                if code := _defining(text, name):
-                    return code
-                break
-            end = min(end, start + fault) - 1  # without the line that is no Python
-    return None
+def _plain_code(answer: str) -> str:
+    """Code without fences: from the first line that looks like code, as far as it is Python."""
+    lines = answer.split("\n")
+    lines = lines[next((i for i, line in enumerate(lines) if CODE_LINE.match(line)), len(lines)) :]
+    for _ in range(MOST_TRIES):
+        code = textwrap.dedent("\n".join(lines))
+        table, fault = parsed(code)
+        if table is not None:
+            return code
+        lines = lines[: min(fault, len(lines)) - 1]  # without the line that is no Python
+    return ""

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import types
@@ -41,11 +42,12 @@ class _Pickler(pickle.Pickler):
         kind = value if isinstance(value, type) or value is iter else type(value)
         if kind.__name__ in PLAIN.get(kind.__module__, ()):
             return NotImplemented
-        if kind.__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
-            value = value.item()
-        for base in BASES:
+        base: Any
+        for base in BASES:  # a subclass is read by the base class's own methods
+            if isinstance(value, base) and base in (tuple, list, set, frozenset, dict):
+                return base, (list(dict.items(value) if base is dict else base.__iter__(value)),)
             if isinstance(value, base):
-                return base, (_stripped(base, value),)
+                return base, (str.__str__(value) if base is str else base(value),)
         if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
             return iter, (list(value),)  # not a list: ``map(...) == [1]`` is false
         raise TypeError(f"a {kind.__name__} cannot cross between the tests and the code")
@@ -61,13 +63,6 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: C's has no table
         if name not in PLAIN.get(module, ()):
             raise Gone(f"its answer holds {module}.{name}")
         return getattr(importlib.import_module(module), name)
-
-
-def _stripped(base: Any, value: Any) -> Any:
-    """The value of a subclass, read by the base class's own methods."""
-    if base in (tuple, list, set, frozenset, dict):
-        return list(dict.items(value) if base is dict else base.__iter__(value))
-    return str.__str__(value) if base is str else base(value)
 
 
 def _send(pipe: IO[bytes], message: Any) -> None:
@@ -213,10 +208,6 @@ def _shown(error: BaseException) -> str:
 
 
 def _limit(limits: dict[str, int]) -> None:
-    if sys.platform == "win32":  # it has no limits
-        return
-    import resource
-
     for name, value in limits.items():
         kind = getattr(resource, name)
         hard = resource.getrlimit(kind)[1]

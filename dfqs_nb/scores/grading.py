@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.llama.generate import answer_start
@@ -16,25 +18,24 @@ from dfqs_nb.stats import mcnemar, paired_bootstrap, wilson
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = "set id sample family length guess prompt completion expected grade reason correct truncated"
-COLUMNS += " tokens seconds"
+COLUMNS = "set id family length guess prompt completion expected grade reason truncated tokens seconds"
 RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
 CUT = "cut"  # by the budget
 
 
 def grade(text: str, finish_reason: str, answer: str, how: str, opened: bool = False) -> tuple[str, str]:
-    """The grade of a completion (correct, wrong, no_answer or truncated) and the answer in it.
+    """The grade of a completion (correct, wrong, no_answer or truncated), and why it is not correct.
 
     ``truncated``: the thinking did not end, or the token limit came before an answer was complete. ``how``:
     the answer is what the last ``<answer>`` encloses (``answer tag``; the stop text may be its end) or the
     ``last line``. ``opened``: the prompt has begun the thinking.
 
     >>> grade("Let me see", "length", "12", "answer tag")
-    ('truncated', '')
+    ('truncated', 'cut off')
     """
     start = answer_start(text, opened)
     if start is None:
-        return "truncated", ""
+        return "truncated", "cut off in its thinking"
     if how == "last line":
         given = "".join(text[start:].strip().splitlines()[-1:]).strip()
     else:
@@ -42,10 +43,10 @@ def grade(text: str, finish_reason: str, answer: str, how: str, opened: bool = F
         given, closing, _ = after.partition("</answer>")
         given = given.strip() if opening and (closing or finish_reason == "stop") else ""
     if finish_reason == "length" and (not given or how == "last line"):
-        return "truncated", ""
+        return "truncated", "cut off"
     if not given:
-        return "no_answer", ""
-    return ("correct" if normalised(given) == normalised(answer) else "wrong"), given
+        return "no_answer", f"no answer in its {how}"
+    return ("correct", "") if normalised(given) == normalised(answer) else ("wrong", f"answered {given!r}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Score:
     n: int
     n_missing: int  # items without a result
     guess_rate: float  # what guessing would score
-    counts: dict[str, int]  # samples by grade, of code by the sandbox's outcome
+    counts: dict[str, int]  # items by grade, of code by the sandbox's outcome
     truncated: int = 0  # answers that the token limit cut off and that are not right
 
     @property
@@ -75,26 +76,23 @@ class Score:
         )
 
 
-def score_of(kind: str, samples: pd.DataFrame, name: str, n_expected: int) -> Score:
-    """Of a reasoning set, the macro mean over families of strict matches; of a code set, pass@1.
+def score_of(kind: str, items: pd.DataFrame, name: str, n_expected: int) -> Score:
+    """Of a reasoning set, the macro mean over families of strict matches; else the share that is right.
 
-    ``samples`` has a row a sample, with ``id``, ``family``, ``guess`` and ``grade``; several samples of an
-    item count by their mean (Chen et al. 2021, arXiv:2107.03374). ``n_expected``: items of the whole set. An
-    answer that the budget cut off is no result.
+    ``items`` has a row an item, with ``family``, ``guess``, ``grade`` and perhaps ``truncated``.
+    ``n_expected``: items of the whole set. An answer that the budget cut off is no result.
 
     The interval is Wilson's at the number of items that is worth as much: 1 / sum(w^2 / n), w = 1 / families.
     """
-    samples = samples[samples["grade"] != CUT]
-    right = samples.assign(right=samples["grade"].isin(RIGHT).astype(float))
-    items = right.groupby("id", sort=False).agg({"family": "first", "guess": "first", "right": "mean"})
-    groups = items.groupby(items["family"] if kind == "reasoning" else lambda _: kind, sort=False)
+    given = items[items["grade"] != CUT].assign(right=lambda rows: rows["grade"].isin(RIGHT))
+    groups = given.groupby(given["family"] if kind == "reasoning" else lambda _: kind, sort=False)
     share, n, guess = groups["right"].mean(), groups.size(), groups["guess"].mean()
-    n_families, n_missing = max(len(n), 1), n_expected - len(items)
+    n_families, n_missing = max(len(n), 1), n_expected - len(given)
     value = float(share.sum()) / n_families
     worth = n_families**2 / float((1 / n).sum()) if len(n) else 0.0
     low, high = map(float, wilson(value * worth, worth))
-    counts = {str(grade): int(count) for grade, count in samples["grade"].value_counts().items()}
-    truncated = int(samples["truncated"].sum()) if "truncated" in samples else 0
+    counts = {str(grade): int(count) for grade, count in given["grade"].value_counts().items()}
+    truncated = int(given["truncated"].sum()) if "truncated" in given else 0
     facts = (n_missing, float(guess.sum()) / n_families, counts, truncated)
     return Score(f"{kind}_score", name, None if n_missing else value, low, high, n_expected, *facts)
 
@@ -105,11 +103,11 @@ class SetRun:
 
     kind: str
     name: str
-    items: pd.DataFrame = field(repr=False)  # one row a sample, with the columns ``COLUMNS``
+    items: pd.DataFrame = field(repr=False)  # one row an item, with the columns ``COLUMNS`` and ``correct``
     score: Score
     conditions: Mapping[str, Any] = field(default_factory=dict, repr=False)  # that the score depends on
     model: str = ""  # its SHA-256, or a name
-    n_resumed: int = 0  # samples whose answer an earlier run had written
+    n_resumed: int = 0  # answers that an earlier run had written
 
     @property
     def answered(self) -> pd.DataFrame:
@@ -122,6 +120,7 @@ class SetRun:
         import pandas as pd
 
         table = pd.DataFrame(items, columns=COLUMNS.split()) if isinstance(items, list) else items
+        table = table.assign(correct=table["grade"].isin(RIGHT))
         return cls(kind, name, table, score_of(kind, table, name, n_items), **facts)
 
 
@@ -142,30 +141,24 @@ class Results:
         """One row a set: the metric, its value and interval, the guess rate, and how items failed."""
         import pandas as pd
 
-        table = pd.DataFrame([{"set": run.name} | vars(run.score) for run in self.runs])
-        no_answer = [counts.get("no_answer", 0) for counts in table.pop("counts")]
-        return table.assign(no_answer=no_answer)
+        return pd.DataFrame([{"set": run.name} | vars(run.score) for run in self.runs]).drop(columns="counts")
 
     def families(self) -> pd.DataFrame:
-        """See `family_table`."""
-        return family_table(self.items[self.items["grade"] != CUT])
+        """By set, family and length: ``n``, ``correct``, ``accuracy``, its interval and ``guess_rate``."""
+        items = self.items
+        groups = items[items["grade"] != CUT].groupby(["set", "family", "length"], sort=False)
+        shares = {"accuracy": ("correct", "mean"), "guess_rate": ("guess", "mean")}
+        table = groups.agg(n=("id", "size"), correct=("correct", "sum"), **shares)
+        low, high = wilson(table["correct"], table["n"])
+        return table.assign(low=low, high=high).reset_index()
 
     def failures(self, n: int) -> pd.DataFrame:
         """Failed items to read, ``n`` a set, spread over its families: what was asked, answered, expected."""
-        failed = self.items[~self.items["correct"].astype(bool)]
+        items = self.items
+        failed = items[~items["correct"]]
         turn = failed.groupby(["set", "family"], sort=False).cumcount()
         chosen = failed.loc[turn.sort_values(kind="stable").index].groupby("set").head(n).sort_index()
         return chosen[["family", "prompt", "completion", "expected", "reason"]].reset_index(drop=True)
-
-
-def family_table(items: pd.DataFrame) -> pd.DataFrame:
-    """By set, family and length: ``n``, ``correct``, ``accuracy`` with Wilson's interval, ``guess_rate``."""
-    groups = items.groupby(["set", "family", "length"], sort=False)
-    shares = {"accuracy": ("correct", "mean"), "guess_rate": ("guess", "mean")}
-    table = groups.agg(n=("id", "size"), correct=("correct", "sum"), **shares)
-    n_items = groups["id"].nunique()  # samples of one item are no evidence of their own
-    low, high = wilson(table["accuracy"] * n_items, n_items)
-    return table.assign(low=low, high=high).reset_index()
 
 
 def compare_runs(a: SetRun, b: SetRun) -> SimpleNamespace:
@@ -185,16 +178,13 @@ def compare_runs(a: SetRun, b: SetRun) -> SimpleNamespace:
             what = f"{run.score.n_missing} items of {run.name} lack a result"
             raise ComparisonError(what, hint="let the run finish: it continues where it stopped")
         values.append(run.score.value)
-    keys = ["id", "sample"]
-    both = a.answered[[*keys, "family", "correct"]].merge(b.answered[[*keys, "correct"]], on=keys)
+    both = a.answered[["id", "family", "correct"]].merge(b.answered[["id", "correct"]], on="id")
     if not len(a.answered) == len(b.answered) == len(both):
         raise ComparisonError("the two runs did not answer the same items", hint="score both with --fresh")
-    # an item sampled several times counts once, as right where most of its samples are
-    items = both.groupby("id", sort=False).agg({"family": "first", "correct_x": "mean", "correct_y": "mean"})
-    change, families = items["correct_y"] - items["correct_x"], items["family"].to_numpy()
-    low, high = paired_bootstrap(change.to_numpy(), families if a.kind == "reasoning" else None)
-    right_a, right_b = items["correct_x"] > 0.5, items["correct_y"] > 0.5
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    result = {"n": len(items), "a": values[0], "b": values[1], "difference": values[1] - values[0]}
+    right_a, right_b = both["correct_x"].to_numpy(bool), both["correct_y"].to_numpy(bool)
+    families = both["family"].to_numpy() if a.kind == "reasoning" else None
+    low, high = paired_bootstrap(right_b.astype(float) - right_a, families)
+    only_a, only_b = int(np.sum(right_a & ~right_b)), int(np.sum(right_b & ~right_a))
+    result = {"n": len(both), "a": values[0], "b": values[1], "difference": values[1] - values[0]}
     result |= {"low": low, "high": high, "only_a": only_a, "only_b": only_b}
     return SimpleNamespace(**result, p=mcnemar(only_a, only_b))

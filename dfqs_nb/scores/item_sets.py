@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from annotated_types import Ge, Le, MinLen
-from pydantic import SkipValidation, TypeAdapter
+from pydantic import Field, SkipValidation, TypeAdapter
 
 from dfqs_nb.core import files, paths
 from dfqs_nb.core.errors import PromptError
@@ -27,6 +28,7 @@ TIERS = {
     "standard": ("standard-reasoning", "standard-code", "gsm8k-100"),
 }
 NEEDED = {"reasoning": ("answer",), "code": ("tests", "entry_point"), "choice": ("choices",)}  # of an item
+N_CHOICES = 4  # of a question that is made from a set of questions with one answer each
 Text = Annotated[str, MinLen(1)]
 
 
@@ -47,11 +49,7 @@ class Item:
     gold: Annotated[int, Ge(0)] = 0  # the index of the right choice
 
     def asked(self, instruction: str) -> str:
-        """The message to the model in a chat: the instruction behind the prompt, or around it.
-
-        >>> Item("1", "p").asked(" Why?"), Item("1", "p").asked("Read {prompt}.")
-        ('p Why?', 'Read p.')
-        """
+        """The message to the model in a chat: the instruction behind the prompt, or around ``{prompt}``."""
         around = instruction if "{prompt}" in instruction else "{prompt}" + instruction
         return around.replace("{prompt}", self.prompt)
 
@@ -72,7 +70,7 @@ class Item:
 class ItemSet:
     """A set: what its first line states (other fields in it have no effect), and its questions."""
 
-    set: Text
+    name: Annotated[Text, Field(alias="set")]
     kind: Literal["reasoning", "code", "choice"]  # answers are compared, run, or chosen by likelihood
     # Through the chat template, or plain continuation; also how code is asked of a model without a template.
     mode: Literal["chat", "complete", ""] = ""
@@ -82,7 +80,7 @@ class ItemSet:
     stop: tuple[Text, ...] = ()  # for plain continuation only where the set is code
     max_tokens: Annotated[int, Ge(1)] = 256
     delimiter: str = " "  # between a prompt and a choice
-    examples: tuple[Item, ...] = ()  # of choices, shown solved before each prompt (few-shot)
+    per_character: bool = False  # a choice's log-likelihood by its length, as lm-eval's ``acc_norm``
     licence: str = "not stated"
     source: str = "not stated"
     guess_rule: str = "not stated"
@@ -91,34 +89,65 @@ class ItemSet:
     items: SkipValidation[tuple[Item, ...]] = field(default=(), repr=False)
     n_whole: SkipValidation[int] = 0  # items of the whole set
 
-    @property
-    def name(self) -> str:
-        """The name of the set."""
-        return self.set
-
     @classmethod
     def load(cls, name: str | Path) -> ItemSet:
-        """A set by its file's path, or a shipped one by its name; or a `PromptError`."""
+        """A set by its file's path, or a shipped one by its name; or a `PromptError`.
+
+        ``-choices`` behind the name of a shipped set gives its `as_choices`.
+        """
         if Path(name).suffix == ".jsonl":
             return _read(Path(name))
         known = {path.stem.replace("_", "-"): path for path in (paths.data_dir() / "prompts").glob("*.jsonl")}
-        if str(name) not in known:
+        shipped = str(name).removesuffix("-choices")
+        if shipped not in known:
             raise PromptError(f"no question set {str(name)!r}", hint=f"there are: {', '.join(sorted(known))}")
-        return _read(known[str(name)])
+        loaded = _read(known[shipped])
+        return loaded if shipped == str(name) else loaded.as_choices()
 
     @classmethod
-    def of_tier(cls, tier: str, folder: str | Path | None = None) -> list[ItemSet]:
-        """The sets of a tier, then the user's own from ``folder``; a `PromptError` as `load`."""
+    def load_all(cls, names: Iterable[str | Path]) -> list[ItemSet]:
+        """Several sets. Tables tell them by their names, so two of one name are a `PromptError`."""
+        sets = [cls.load(name) for name in names]
+        name, times = Counter(each.name for each in sets).most_common(1)[0]
+        if times > 1:
+            raise PromptError(f"two sets have the name {name!r}", hint="change it in the first line of one")
+        return sets
+
+    @classmethod
+    def of_tier(cls, tier: str, folder: str | Path | None = None, *, choices: bool = False) -> list[ItemSet]:
+        """The sets of a tier, then the user's own from ``folder``; a `PromptError` as `load_all`.
+
+        ``choices``: before them the first one as multiple choice, which takes the least time.
+        """
         if tier not in TIERS:
             raise PromptError(f"no tier is called {tier!r}", hint=f"there are: {', '.join(TIERS)}")
-        own = sorted(Path(folder).glob("*.jsonl")) if folder else ()
-        return [cls.load(name) for name in (*TIERS[tier], *own)]
+        first = [f"{TIERS[tier][0]}-choices"] if choices else []
+        return cls.load_all([*first, *TIERS[tier], *(sorted(Path(folder).glob("*.jsonl")) if folder else ())])
+
+    def as_choices(self) -> ItemSet:
+        """A reasoning set as multiple choice: the choices are answers of the same family.
+
+        A hash of the question decides which and in what order. Too few answers are a `PromptError`.
+        """
+        items = list[Item]()
+        for item in self.items:
+            answers = dict.fromkeys(other.answer for other in self.items if other.family == item.family)
+            others = [answer for answer in answers if answer not in ("", item.answer)]
+            if len(others) >= N_CHOICES - 1:
+                draw = np.random.default_rng(list(hashlib.sha256(item.prompt.encode()).digest()))
+                chosen = [others[at] for at in draw.permutation(len(others))[: N_CHOICES - 1]]
+                gold = int(draw.integers(N_CHOICES))
+                chosen.insert(gold, item.answer)
+                items.append(replace(item, choices=tuple(chosen), gold=gold))
+        if not items:
+            raise PromptError(f"{self.name} has no {N_CHOICES} answers a family", hint="take a reasoning set")
+        asked: dict[str, Any] = {"kind": "choice", "mode": "chat", "instruction": "", "delimiter": ""}
+        return replace(self, name=f"{self.name}-choices", **asked, items=tuple(items), n_whole=len(items))
 
     def identity(self) -> dict[str, Any]:
         """What a score depends on, for the conditions of a run."""
         facts = {"prompt_set": self.name, "prompt_set_sha256": self.sha256, "tier": self.tier}
-        part = {"part": f"{len(self.items)} of {self.n_whole} questions"}
-        return facts | {"max_tokens": self.max_tokens} | (part if len(self.items) < self.n_whole else {})
+        return facts | {"max_tokens": self.max_tokens}
 
     def by_turns(self) -> list[Item]:
         """The questions in an order of which every beginning is spread evenly over the families."""
@@ -128,8 +157,8 @@ class ItemSet:
         return [item for turn in zip_longest(*families.values()) for item in turn if item]
 
     def part(self, n: int) -> ItemSet:
-        """``n`` of the questions, spread evenly over the families. A larger part holds every smaller one."""
-        chosen = {item.id for item in self.by_turns()[:n]}
+        """``n`` questions (0: all), spread evenly over the families. A larger part holds a smaller one."""
+        chosen = {item.id for item in self.by_turns()[: n or None]}
         return replace(self, items=tuple(item for item in self.items if item.id in chosen))
 
     def row(self) -> dict[str, Any]:
@@ -137,6 +166,9 @@ class ItemSet:
         sizes = {"items": len(self.items), "families": len({item.family for item in self.items})}
         facts = {"guess rule": self.guess_rule, "licence": self.licence, "sha256": self.sha256[:12]}
         return {"set": self.name, "kind": self.kind, **sizes, **facts}
+
+
+HEAD, ITEM = TypeAdapter(ItemSet), TypeAdapter(Item)
 
 
 def _read(path: Path) -> ItemSet:
@@ -150,11 +182,14 @@ def _read(path: Path) -> ItemSet:
         raise PromptError(f"cannot be read ({error.strerror})", where=paths.tilde(path), hint=hint) from error
     (first, *lines), number, items = raw.split(b"\n"), 1, dict[str, Item]()
     try:
-        head, number = _head(first), 2
-        for place, line in enumerate(lines, start=2):
-            number = place
+        head = HEAD.validate_json(first.removeprefix(b"\xef\xbb\xbf"), strict=True)
+        if not re.fullmatch(r"(?=.*\S)[\w. -]{1,50}", head.name):
+            rule = "use up to 50 letters, digits, '-', '_' and '.'"
+            raise ValueError(f"set: {head.name!r:.60} names files: {rule}")
+        number = 2
+        for number, line in enumerate(lines, start=2):  # noqa: B007 (the message names it)
             if line.strip():
-                item: Item = _reader(Item).validate_json(line, strict=True)
+                item = ITEM.validate_json(line, strict=True)
                 if what := f"the id {item.id!r:.60} is taken" if item.id in items else _fault(head, item):
                     raise ValueError(what)
                 items[item.id] = item
@@ -166,19 +201,6 @@ def _read(path: Path) -> ItemSet:
     mode = head.mode or ("chat" if head.kind == "reasoning" else "complete")
     facts: dict[str, Any] = {"sha256": hashlib.sha256(raw).hexdigest(), "items": tuple(items.values())}
     return replace(head, mode=mode, n_whole=len(items), **facts)
-
-
-def _head(line: bytes) -> ItemSet:
-    """The first line, if the set's name can name files."""
-    head: ItemSet = _reader(ItemSet).validate_json(line.removeprefix(b"\xef\xbb\xbf"), strict=True)
-    if not re.fullmatch(r"(?=.*\S)[\w. -]{1,50}", head.set):
-        rule = "use up to 50 letters, digits, '-', '_' and '.'"
-        raise ValueError(f"set: {head.set!r:.60} names files: {rule}")
-    if what := next(filter(None, (_fault(head, example) for example in head.examples)), ""):
-        raise ValueError(f"examples: {what}")
-    if head.examples and (head.kind != "choice" or head.mode == "chat"):
-        raise ValueError("examples: only a choice set in the mode complete shows them")
-    return head
 
 
 def _fault(head: ItemSet, item: Item) -> str:
@@ -195,12 +217,6 @@ def _fault(head: ItemSet, item: Item) -> str:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return f"tests: not Python ({str(error) or 'too deep'})"
     return ""
-
-
-@cache
-def _reader(kind: type) -> Any:
-    """Reads a line as that dataclass, each value of exactly the type that the field states."""
-    return TypeAdapter(kind)
 
 
 def _reason(error: Any) -> str:

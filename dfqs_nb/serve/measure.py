@@ -72,11 +72,14 @@ def score_set(
     if options.thinking != "template":
         hint = "start it with thinking on or off, and leave --thinking out"
         raise EndpointError("a server decides about thinking when it starts", where=url, hint=hint)
+    if item_set.kind == "choice":
+        hint = "score the model's file: dfqs-nb score model.gguf --set FILE.jsonl"
+        raise EndpointError("a server shows no likelihood of a choice", where=url, hint=hint)
     bare = model if model is not None and not model.has_template else None
     mode = Answerer.of(bare, item_set).mode if bare else item_set.mode
     chat = mode == "chat" and not bare
     ask = endpoint.chat if chat else endpoint.complete
-    items = item_set.items[: options.limit]
+    items = item_set.part(options.limit).items
     prompts = [item.asked(item_set.instruction) if chat else item.prompt for item in items]
 
     @cache
@@ -87,7 +90,7 @@ def score_set(
         check_longest()  # unless all answers are there already
         text = request.rendered(bare) if bare else request.text
         stop = (*request.stop, PLAIN_STOP) if bare and request.chat else request.stop
-        reply = ask(text, request.max_tokens, sampling=request.sampling, stop=stop)
+        reply = ask(text, request.max_tokens, sampling=request.options.sampling, stop=stop)
         full = reply.n_prompt + reply.n_tokens >= (n_ctx or 2**31)
         if reply.finish_reason == "length" and full and reply.n_tokens < request.max_tokens:
             what = f"the server's {n_ctx:,} tokens of context were full after {reply.n_tokens} of an answer"
@@ -99,8 +102,7 @@ def score_set(
     conditions = {"chat_template_sha256": known if chat else "none", **endpoint.conditions()}
     if bare and mode == "chat":
         conditions["chat_frame"] = PLAIN_CHAT
-    identity, n_parallel = model_id or endpoint.identity, endpoint.concurrency
-    answerer = Answerer(answer, mode, conditions, identity, n_parallel=n_parallel)
+    answerer = Answerer(answer, mode, conditions, model_id or endpoint.identity)
     return answerer.score(item_set, folder, options)
 
 

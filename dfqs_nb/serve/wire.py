@@ -131,7 +131,7 @@ class Wire:
             hint = "start the server with a larger context, or shorten the prompt"
         elif status in BUSY or status >= 500:
             kind, what = TemporaryError, f"the server says {status} ({words})"
-            hint = "wait, lower the concurrency, or read the server's log"
+            hint = "wait, or read the server's log"
         elif status in (401, 403):
             what = f"the key is refused ({status})"
             hint = "put the right key into an environment variable and pass its name"

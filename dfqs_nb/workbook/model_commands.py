@@ -94,14 +94,13 @@ def score(
     model: str = Argument(..., help="A GGUF file, any of its shards, or the URL of a server."),
     endpoint_model: cli.ServerModel = "",
     key_variable: cli.KeyVariable = "",
-    concurrency: int = Option(1, help="Requests at once to a server; more than 1 can change answers."),
     timeout: float = Option(3600.0, help="Seconds to wait for an answer of a server."),
     tier: Literal["nano", "standard"] = Option("standard", help="Which question sets."),
     set_names: list[str] = Option([], "--set", metavar="NAME", help="Only these sets, or JSONL files."),
     n_ctx: Context = 4096,
-    limit: int | None = Option(None, help="Ask only this many questions a set; then nothing is scored."),
+    threads: Threads = 0,
+    limit: int = Option(0, min=0, help="Questions a set, evenly from its families. 0: all."),
     run: Run = "",
-    samples: int = Option(1, help="Answers to each question; more than 1 needs --temperature."),
     temperature: float = Option(0.0, help="0: greedy."),
     thinking: Literal["template", "on", "off"] = Option("template", help="What the chat template is told."),
     thinking_tokens: int = Option(0, help="Extra tokens for thinking, on top of a set's own limit."),
@@ -110,54 +109,34 @@ def score(
 ) -> None:
     """Score the reasoning and code of a model or a server.
 
-    Resumes after a kill.
+    Multiple choice is answered by log-likelihood, which no server shows. Resumes after a kill, and
+    notebook 06 of the same run takes the answers over where its settings are the same.
     Examples: `dfqs-nb score model.gguf`, `dfqs-nb score http://127.0.0.1:8080/v1 --tier nano`
     """
     from dfqs_nb import scores, serve
 
-    sets = [scores.ItemSet.load(name) for name in set_names] or scores.ItemSet.of_tier(tier)
-    given: dict[str, Any] = {"temperature": temperature, "n_samples": samples, "limit": limit, "fresh": fresh}
+    if set_names:
+        sets = scores.ItemSet.load_all(set_names)
+    else:
+        sets = scores.ItemSet.of_tier(tier, choices=not serve.is_url(model))
+    given: dict[str, Any] = {"temperature": temperature, "limit": limit, "fresh": fresh}
     given |= {"thinking": thinking, "thinking_tokens": thinking_tokens}
     options = scores.Options(**given, allow_unsandboxed=allow_unsandboxed)
     with ExitStack() as stack:
         if serve.is_url(model):
-            wire: dict[str, Any] = {"concurrency": concurrency, "timeout_seconds": timeout}
-            opened: Any = serve.connect(model, endpoint_model, key_variable=key_variable, **wire)
+            wire: dict[str, Any] = {"key_variable": key_variable, "timeout_seconds": timeout}
+            opened: Any = serve.connect(model, endpoint_model, **wire)
             model_id, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
             score_set: Any = serve.measure.score_set
         else:
-            opened = stack.enter_context(open_model(model, n_ctx))
+            opened = stack.enter_context(open_model(model, n_ctx, threads))
             model_id, folder, score_set = identity(opened), stage_dir(run, model), scores.score_set
+        place, runs = folder / "scores", []
         for item_set in sets:
-            say(score_set(opened, item_set, folder / "scores", options, model_id=model_id).score.sentence)
-        say(f"answers: {tilde(folder / 'scores')}/")
-
-
-@app.command(rich_help_panel=MEASURE)
-def choices(
-    model: Gguf,
-    set_name: str = Option("standard-reasoning", "--set", help="A reasoning set, or JSONL of choices."),
-    run: Run = "",
-    n_ctx: Context = 4096,
-    threads: Threads = 0,
-    limit: int | None = Option(None, min=1, help="Ask only this many, evenly from each family."),
-    fresh: Fresh = False,
-) -> None:
-    """Answer multiple choice by log-likelihood.
-
-    The result is written as lm-evaluation-harness does. Resumes after a kill.
-    Example: `dfqs-nb choices model.gguf --set questions.jsonl`
-    """
-    from dfqs_nb.scores import ItemSet, likelihood
-
-    questions = likelihood.choices_of(ItemSet.load(set_name))
-    questions = questions.part(limit) if limit else questions
-    with open_model(model, n_ctx, threads) as opened:
-        folder = stage_dir(run, model, "scores")
-        result = likelihood.answer(opened, questions, folder, model_id=identity(opened), fresh=fresh)
-    say(result.score["sentence"])
-    say_table(result.families())
-    say(f"wrote {tilde(write_json(folder / f'{questions.name}.lm_eval.json', result.as_lm_eval()))}")
+            runs.append(score_set(opened, item_set, place, options, model_id=model_id))
+            say(runs[-1].score.sentence)
+        results = [vars(run.score) | {"conditions": run.conditions} for run in runs]
+        say(f"wrote {tilde(write_json(place / 'results.json', results))}; the answers are beside it")
 
 
 @app.command(rich_help_panel=MEASURE)

@@ -23,7 +23,7 @@ from other_models import smollm2
 
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.scores import ItemSet, likelihood
+from dfqs_nb.scores import ItemSet, Options, score_set
 
 INSTALL = (
     "python3 -m venv /tmp/lm-eval && /tmp/lm-eval/bin/pip install 'lm-eval[hf]==0.4.13' gguf==0.19.0 && "
@@ -41,8 +41,7 @@ doc_to_text: prompt
 doc_to_choice: choices
 doc_to_target: gold
 target_delimiter: "{delimiter}"
-num_fewshot: 2
-fewshot_config: {{sampler: first_n, samples: {examples}}}
+num_fewshot: 0
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 
@@ -64,17 +63,22 @@ def f32(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """Questions of a shipped set as plain text, the first two solved in front of each."""
+    """Questions of a shipped set as plain text, two solved in front of each: for acc, and for acc_norm."""
     folder = tmp_path_factory.mktemp("questions")
-    made = likelihood.choices_of(ItemSet.load("standard-reasoning"))
+    made = ItemSet.load("standard-reasoning-choices")
     rows = [asdict(item) | {"prompt": f"{item.prompt}\nAnswer:"} for item in made.items]
     rows = sorted(rows, key=lambda row: len(row["prompt"]))[
         :N_QUESTIONS
     ]  # lm-eval evaluates each choice anew
-    head = {"set": "agreement", "kind": "choice", "delimiter": " ", "examples": rows[:2]}
-    path = folder / "agreement.jsonl"
-    path.write_text("\n".join(map(json.dumps, [head, *rows[2:]])), encoding="utf-8")
-    return ItemSet.load(path)
+    path, shots, sets = folder / "agreement.jsonl", "", []
+    for shot in rows[:2]:
+        shots += f"{shot['prompt']} {shot['choices'][shot['gold']]}\n\n"
+    asked = [row | {"prompt": shots + row["prompt"]} for row in rows[2:]]
+    for per_character in (False, True):
+        head = {"set": "agreement", "kind": "choice", "per_character": per_character}
+        path.write_text("\n".join(map(json.dumps, [head, *asked])), encoding="utf-8")
+        sets.append(ItemSet.load(path))
+    return sets
 
 
 def by_lm_eval(python: str, model: Path, questions: ItemSet, folder: Path) -> list[dict]:
@@ -82,8 +86,7 @@ def by_lm_eval(python: str, model: Path, questions: ItemSet, folder: Path) -> li
     rows = [asdict(item) for item in questions.items]
     items = folder / "items.jsonl"
     items.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    examples = json.dumps([asdict(item) for item in questions.examples])
-    task = TASK.format(set=questions.name, items=items, delimiter=questions.delimiter, examples=examples)
+    task = TASK.format(set=questions.name, items=items, delimiter=questions.delimiter)
     (folder / "agreement.yaml").write_text(task, encoding="utf-8")
     arguments = f"pretrained={model.parent},gguf_file={model.name},dtype=float32"
     command = [python, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments, "--device", "cpu"]
@@ -106,18 +109,24 @@ def test_log_likelihoods_equal_those_of_lm_eval(f32, questions, tmp_path):
     python = os.environ.get("DFQS_LM_EVAL_PYTHON")
     if not python:
         pytest.skip(f"needs lm-eval: {INSTALL}")
-    theirs = by_lm_eval(python, f32, questions, tmp_path)
+    theirs = by_lm_eval(python, f32, questions[0], tmp_path)
     settings = OpenSettings(n_ctx=2048, n_threads=1, type_k="f32", type_v="f32", flash_attn=False)
     with open_model(f32, settings) as model:
-        ours = likelihood.answer(model, questions, tmp_path).as_lm_eval()["samples"][questions.name]
+        acc, acc_norm = (
+            score_set(model, each, tmp_path, Options(progress=False)).items.set_index("id")["correct"]
+            for each in questions
+        )
+    path = next(tmp_path.glob(f"answers-*{questions[0].sha256[:8]}.jsonl"))
+    ours = {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
     assert len(ours) == len(theirs) == N_QUESTIONS - 2
     largest = 0.0
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine["target"] == int(other["target"])
+    for item, other in zip(questions[0].items, theirs, strict=True):
+        mine = ours[item.id]
+        assert item.gold == int(other["target"])
         values = [[float(value), str(greedy) == "True"] for [[value, greedy]] in other["resps"]]
-        differences = [abs(a[0][0] - b[0]) for a, b in zip(mine["resps"], values, strict=True)]
+        differences = [abs(a - b) for a, (b, _) in zip(mine["log_likelihoods"], values, strict=True)]
         largest = max(largest, *differences)
-        assert [each[0][1] for each in mine["resps"]] == [greedy for _, greedy in values]
-        assert (mine["acc"], mine["acc_norm"]) == (other["acc"], other["acc_norm"])
+        assert mine["greedy"] == [greedy for _, greedy in values]
+        assert (acc[item.id], acc_norm[item.id]) == (other["acc"], other["acc_norm"])
     print(f"largest difference {largest:.2e} nats over {len(ours)} questions")
     assert largest < TOLERANCE

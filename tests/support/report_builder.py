@@ -166,7 +166,6 @@ def _score_items(folder: Path, skill: float, seed: int, n_code: int) -> list[sco
             {
                 "set": "nano-reasoning",
                 "id": f"nano-reasoning/{number}",
-                "sample": 0,
                 "family": f"family {number % 4}",
                 "length": "short",
                 "guess": 0.25,
@@ -180,7 +179,6 @@ def _score_items(folder: Path, skill: float, seed: int, n_code: int) -> list[sco
             {
                 "set": "nano-code",
                 "id": f"nano-code/{number}",
-                "sample": 0,
                 "family": "all",
                 "length": "short",
                 "guess": 0.0,

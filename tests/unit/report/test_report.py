@@ -857,10 +857,11 @@ def test_multiple_choice_stands_in_the_verdict_and_counts_where_writing_fails(
     """A base model may write no answer in the form that is asked for, and still know it."""
     nothing = {"value": 0.01, "low": 0.0, "high": 0.05}
     scores = [score | nothing | {"guess_rate": 0.1} for score in recorded("scores")["scores"]]
-    choices = {"set": "some-choices", "n": 80, "guess_rate": 0.25}
-    for name in ("acc", "acc_norm"):
-        choices |= {name: right, f"{name}_low": right - 0.1, f"{name}_high": right + 0.1}
-    changed = {"scores": scores, "choices": choices}
+    choices = scores[0] | {"name": "choice_score", "set": "nano-reasoning-choices", "guess_rate": 0.25}
+    choices |= {"n": 80, "value": right, "low": right - 0.1, "high": right + 0.1}
+    conditions = recorded("scores")["conditions"]
+    conditions |= {choices["set"]: conditions["nano-reasoning"]}
+    changed = {"scores": [choices, *scores], "conditions": conditions}
     folder = make_run(tmp_path / "r", merged_reference, scores=changed)
     line = line_of(report.build_report(folder, ask_llama_cpp=False), "What does it score")
     assert line.mark == mark and f"multiple choice by likelihood {right:.2f} (" in line.answer

@@ -197,12 +197,12 @@ def hurried(tmp_path_factory):
     """What a base model leaves under a budget of five minutes: two cut answers and 25 of multiple choice."""
     few = {"set": "standard-reasoning", "n": 2, "value": 0.0, "low": 0.0, "high": 0.66, "guess_rate": 0.01}
     score = recorded("scores")["scores"][0] | few | {"truncated": 2}
-    choices = {"set": "standard-choices", "n": 25, "guess_rate": 0.25}
-    for name in ("acc", "acc_norm"):
-        choices |= {name: 0.24, f"{name}_low": 0.11, f"{name}_high": 0.43}
-    scores = {"scores": [score], "choices": choices, "left_out": ["the set standard-code"]}
+    choices = score | {"name": "choice_score", "set": "standard-reasoning-choices", "n": 25, "value": 0.24}
+    choices |= {"low": 0.11, "high": 0.43, "guess_rate": 0.25}
+    scores = {"scores": [choices, score], "left_out": ["the set standard-code"]}
     conditions = recorded("scores")["conditions"] | {"model": SHA256}
-    scores["conditions"] = conditions | {"standard-reasoning": conditions["nano-reasoning"]}
+    asked = dict.fromkeys((score["set"], choices["set"]), conditions["nano-reasoning"])
+    scores["conditions"] = conditions | asked
     held = {"status": "right_censored", "right_censored": True, "tokens": 2048, "low": 2048, "high": None}
     context = {"boundary": recorded("long_context")["boundary"] | held | {"n_haystacks": 4}}
     changed = {"scores": scores, "long_context": context | {"failure_boundary_tokens": 2048}}

@@ -22,7 +22,6 @@ from dfqs_nb.scores import (
     Options,
     figures,
     find_sandbox,
-    likelihood,
     plan_questions,
 )
 from dfqs_nb.scores import run as runs
@@ -54,18 +53,28 @@ def test_a_part_asks_as_much_of_every_family_and_larger_parts_hold_it():
         assert max(sizes.values()) - min(sizes.values()) <= 1 and len(sizes) == min(
             n, len({item.family for item in whole.items})
         )
-        assert ("part" in part.identity()) == (len(part.items) < len(whole.items))
         assert before <= {item.id for item in part.items}
         before = {item.id for item in part.items}
-    assert part == whole
+    assert part == whole == whole.part(0)
 
 
 def test_sets_are_planned_while_the_time_holds_a_dozen_answers_of_each(planned):
     whole = planned(math.inf)
     assert whole.n_sets == len(SETS) and whole.sentence.startswith("384 of 384 questions, at most ")
-    n_sets = [planned(whole.seconds * share).n_sets for share in (0.5, 0.08, 0.04, 0)]
-    assert n_sets == [3, 2, 1, 1]
-    assert planned(120).sentence.startswith("as many of 384 questions as 2 min hold (all: up to ")
+    dozen = planned(120)
+    assert dozen.n_sets == 2, "the first two are asked in any case"
+    assert dozen.sentence.startswith("as many of 384 questions as 2 min hold (all: up to ")
+    assert planned(3 * 12 * 0.01 * 1100).n_sets == 3
+
+
+def test_multiple_choice_comes_first_and_costs_no_written_answer(monkeypatch):
+    monkeypatch.setattr(runs, "probe", lambda model: PACE)
+    sets = ItemSet.of_tier("standard", choices=True)
+    assert [each.kind for each in sets] == ["choice", "reasoning", "code", "reasoning"]
+    choices = plan_questions(SimpleNamespace(), sets[:1], Options(), math.inf).sentence
+    written = plan_questions(SimpleNamespace(), sets[1:2], Options(), math.inf).sentence
+    assert choices == "120 of 120 questions, at most 51 s"
+    assert written == "120 of 120 questions, at most 21 min"
 
 
 def slow(answers: list, seconds: float):
@@ -74,7 +83,7 @@ def slow(answers: list, seconds: float):
     def answer(request) -> Completion:
         for n in range(1, 21):
             time.sleep(seconds)
-            if time.monotonic() > request.until:
+            if time.monotonic() > request.options.until:
                 answers.append(n)
                 return Completion("Let me", (1,) * n, "time", 3)
         answers.append(20)
@@ -83,12 +92,12 @@ def slow(answers: list, seconds: float):
     return Answerer(answer, "chat", {}, "m")
 
 
-def test_a_limited_set_has_no_score_where_the_time_ends_before_the_limit_either(tmp_path):
+def test_a_limited_set_is_scored_as_the_part_that_it_is(tmp_path):
     answers = iter(["eos", "eos", "time"])
     answerer = Answerer(lambda request: Completion("12", (1,), next(answers), 3), "chat", {}, "m")
     run = answerer.score(NANO, tmp_path, Options(progress=False, limit=3))
-    assert len(run.answered) == 2 and run.score.value is None
-    assert (run.score.n, run.score.n_missing) == (191, 189), "the 189 that the limit leaves out are missing"
+    assert len(run.answered) == 2 and run.score.value is not None and run.score.n == 2
+    assert run.conditions["part"] == "2 of 192 questions"
 
 
 def test_an_answer_is_cut_at_its_time_and_is_neither_right_nor_wrong(tmp_path):
@@ -100,7 +109,7 @@ def test_an_answer_is_cut_at_its_time_and_is_neither_right_nor_wrong(tmp_path):
     assert run.items["reason"].tolist() == [f"cut by the budget after {answers[0]} tokens"]
     assert run.score.value is None and (run.score.n, run.score.n_missing) == (1, 1)
     assert "withheld" in run.score.sentence and run.conditions["part"] == "0 of 192 questions"
-    kept = json.loads((tmp_path / "answers-nano-reasoning.jsonl").read_text())
+    kept = json.loads((next(tmp_path.glob("answers-*.jsonl"))).read_text())
     assert kept["finish_reason"] == "time" and kept["completion"] == "Let me"
     results = Results([run])
     assert results.table()["n_missing"].tolist() == [1] and results.families().empty
@@ -153,10 +162,10 @@ def test_sets_share_the_time_and_what_is_missing_is_said(planned, monkeypatch, t
 
 
 def test_choices_end_at_their_time_and_are_spread_over_the_families(model, tmp_path):
-    plan = plan_questions(model, [NANO], Options(), math.inf)
-    few = plan.choose(tmp_path, 0)
-    whole = likelihood.choices_of(NANO)
-    assert len(few.items) == 1 and few.left_out == (f"only 1 of 96 questions of {whole.name} answered",)
-    many = replace(plan, options=Options(limit=12)).choose(tmp_path, math.inf)
-    assert len(many.items) == 12 and not many.left_out, "a cap is no cut"
-    assert many.items["family"].nunique() == min(12, whole.row()["families"])
+    choices = NANO.as_choices()
+    results, missing = plan_questions(model, [choices], Options(progress=False), 0.0).ask(tmp_path)
+    assert len(results.items) == 1
+    assert missing == [f"only 1 of {len(choices.items)} questions of nano-reasoning-choices answered"]
+    results, missing = plan_questions(model, [choices], Options(limit=12), math.inf).ask(tmp_path)
+    assert len(results.items) == 12 and not missing and results.runs[0].n_resumed == 1
+    assert results.items["family"].nunique() == min(12, choices.row()["families"])

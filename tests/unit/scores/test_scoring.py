@@ -145,13 +145,11 @@ RIGHT = {
     "the task repeated first": f"You gave\n```python\n{SIGN}    pass\n```\nand here it is:\n{WHOLE}",
     "corrected": f"```python\n{SIGN}    return True\n```\nThat is wrong. Right is:\n{WHOLE}",
     "used in a later block": f"{WHOLE}Use it so:\n```python\nprint(has_close([1.0], 2.0))\n```\n",
-    "a method": f"```python\nclass Solution:\n    {SIGN.replace('(', '(self, ', 1)}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
     "a lambda": "```python\nhas_close = lambda xs, t: any(i != j and abs(a - b) < t for i, a in enumerate(xs) for j, b in enumerate(xs))\n```",
     "with helpers and imports": WHOLE.replace(
         "python\n", "python\nimport math\n\n\ndef helper(x):\n    return math.fabs(x)\n\n\n"
     ),
     "decorated": WHOLE.replace(SIGN, f"import functools\n\n\n@functools.wraps(any)\n{SIGN}"),
-    "a function in a class, without self": f"```python\nclass Solution:\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
     "under a condition": f"```python\nimport sys\nif sys.version_info > (3,):\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
     "where a library is missing": f"```python\ntry:\n    import no_such_library\nexcept ImportError:\n    {SIGN}    {BODY.replace(chr(10), chr(10) + '    ')}\n```",
     "one of several names": f"```python\n{SIGN.replace('has_close', 'near')}{BODY}\nhas_close, other = near, None\n```",
@@ -256,10 +254,10 @@ def test_a_part_of_a_set_has_no_score():
 
 
 def test_code_scores_by_task():
-    samples = pd.DataFrame({"id": ["1", "1", "2", "2"], "grade": ["passed", "wrong", "timeout", "wrong"]})
+    samples = pd.DataFrame({"id": list("1234"), "grade": ["passed", "wrong", "timeout", "wrong"]})
     samples = samples.assign(family=["a", "a", "b", "b"], guess=0.0)
-    assert scoring.score_of("code", samples, "s", 2).value == 0.25
-    assert scoring.score_of("code", samples, "s", 2).counts == {"wrong": 2, "passed": 1, "timeout": 1}
+    assert scoring.score_of("code", samples, "s", 4).value == 0.25
+    assert scoring.score_of("code", samples, "s", 4).counts == {"wrong": 2, "passed": 1, "timeout": 1}
 
 
 # ---- the frozen sets ----
@@ -518,6 +516,18 @@ def test_a_set_of_ones_own_is_found_in_its_folder(tmp_path):
     assert sets[-1].tier == "own"
     with pytest.raises(PromptError, match="there are: .*nano-code"):
         ItemSet.load("theirs")
+
+
+def test_two_sets_of_one_name_are_never_asked_together(tmp_path):
+    for name, answer in (("a", "x"), ("b", "y")):
+        rows = [{"set": "mine", "kind": "reasoning"}, {"id": "1", "prompt": "p", "answer": answer}]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for load in (
+        lambda: ItemSet.of_tier("nano", tmp_path),
+        lambda: ItemSet.load_all(sorted(tmp_path.glob("*"))),
+    ):
+        with pytest.raises(PromptError, match="two sets have the name 'mine'"):
+            load()
 
 
 def test_the_generator_makes_the_shipped_nano_sets_again():

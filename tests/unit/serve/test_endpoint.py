@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
-import time
 import traceback
 
 import pytest
@@ -13,7 +12,7 @@ from faulty_server import TEXT, FaultyServer
 
 from dfqs_nb.llama.generate import Sampling
 from dfqs_nb.llama.model import ContextFullError
-from dfqs_nb.scores import Answerer, ItemSet, Options, sandbox
+from dfqs_nb.scores import ItemSet, Options, sandbox
 from dfqs_nb.scores import run as scores
 from dfqs_nb.serve import checks, measure, wire
 from dfqs_nb.serve import client as endpoint
@@ -289,23 +288,26 @@ def test_scores_over_an_endpoint_are_those_of_the_answers(server, tmp_path):
     server.answer = oracle
     run = measure.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert run.score.value == 1.0 and run.score.n == len(QUESTIONS.items) and server.busiest == 1
-    assert run.conditions["endpoint_model"] == "good" and run.conditions["concurrency"] == 1
+    assert run.conditions["endpoint_model"] == "good"
     assert server.asked[0]["messages"][0]["content"] == QUESTIONS.items[0].asked(QUESTIONS.instruction)
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
-def test_a_failure_stops_the_run_and_what_was_answered_before_it_stays(server, tmp_path, concurrency):
+def test_a_failure_stops_the_run_and_what_was_answered_before_it_stays(server, tmp_path):
     server.answer = oracle
-    remote = endpoint.connect(server.url, retries=0, concurrency=concurrency)
+    remote = endpoint.connect(server.url, retries=0)
     server.faults = ["none"] * 20 + ["500"] * 200
     with pytest.raises(TemporaryError):
         measure.score_set(remote, QUESTIONS, tmp_path, Options(progress=False))
-    kept = (tmp_path / "answers-nano-reasoning.jsonl").read_text().splitlines()
-    assert 20 - concurrency < len(kept) <= 20 and len(server.asked) < len(QUESTIONS.items)
+    kept = next(tmp_path.glob("answers-*.jsonl")).read_text().splitlines()
+    assert len(kept) == 20 and len(server.asked) == 21
     server.faults.clear()
     run = measure.score_set(remote, QUESTIONS, tmp_path, Options(progress=False))
     assert run.n_resumed == len(kept) and run.score.value == 1.0
-    assert (server.busiest > 1) == (concurrency > 1) and server.busiest <= concurrency
+
+
+def test_a_server_is_not_asked_multiple_choice(server, tmp_path):
+    with pytest.raises(EndpointError, match="no likelihood of a choice"):
+        measure.score_set(endpoint.connect(server.url), QUESTIONS.as_choices(), tmp_path)
 
 
 def test_passing_faults_do_not_change_a_score(server, tmp_path):
@@ -319,7 +321,7 @@ def test_an_overflow_stops_a_run_and_is_no_wrong_answer(server, tmp_path):
     server.faults = ["overflow"]
     with pytest.raises(ContextOverflowError):
         measure.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
-    assert not (tmp_path / "answers-nano-reasoning.jsonl").exists()
+    assert not list(tmp_path.glob("answers-*.jsonl"))
 
 
 def test_conditions_of_another_server_do_not_share_answers(server, tmp_path):
@@ -377,36 +379,3 @@ def test_speed_counts_what_all_clients_got(server):
     assert table["requests"].tolist() == [2, 8] and table["tokens"].tolist() == [8, 32]
     assert server.busiest == 4
     assert table["tokens_per_sec"].to_list() == pytest.approx((table["tokens"] / table["seconds"]).to_list())
-
-
-def test_scores_stay_one_function(tmp_path):
-    """What is answered in parallel is the same set of rows as what is answered in turn."""
-
-    def answer(request):
-        return endpoint.Reply(request.text[-9:], "eos", 1, 2)
-
-    runs = [
-        Answerer(answer, "chat", {}, "m", n_parallel=n).score(
-            QUESTIONS, tmp_path / str(n), Options(progress=False)
-        )
-        for n in (1, 5)
-    ]
-    first, second = (run.items.drop(columns="seconds") for run in runs)
-    assert first.equals(second) and len(first) == len(QUESTIONS.items)
-
-
-def test_an_answer_is_kept_while_an_earlier_question_still_waits(tmp_path):
-    """A question that fails in the end takes no finished answer with it."""
-    path, slow = tmp_path / f"answers-{QUESTIONS.name}.jsonl", QUESTIONS.items[0].prompt
-
-    def answer(request):
-        if slow not in request.text:
-            return endpoint.Reply("12", "eos", 1, 2)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and (not path.exists() or b"\n" not in path.read_bytes()):
-            time.sleep(0.01)
-        raise endpoint.EndpointError("it ended", hint="start it")
-
-    with pytest.raises(endpoint.EndpointError):
-        Answerer(answer, "chat", {}, "m", n_parallel=2).score(QUESTIONS, tmp_path, Options(progress=False))
-    assert path.read_bytes().count(b"\n") >= 1

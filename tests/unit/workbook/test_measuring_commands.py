@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from dfqs_nb import llama, scores
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.merge import merge_model
 from dfqs_nb.workbook.cli import main
@@ -41,15 +42,25 @@ def test_a_file_made_here_is_not_hashed_again_until_it_changes(tmp_path):
     assert identity(model) == "read anew"
 
 
-def test_choices_are_written_as_lm_eval_writes_them(tmp_path, capsys):
-    assert main(["choices", MODEL, "--set", "nano-reasoning", "--limit", "3", "--run", "x"]) == 0
-    assert "guess rate 0.250" in capsys.readouterr().out
-    result = json.loads((tmp_path / "x" / "scores" / "nano-reasoning-choices.lm_eval.json").read_text())
-    assert len(result["samples"]["nano-reasoning-choices"]) == 3
+def test_a_notebook_takes_over_what_the_command_asked(tmp_path, capsys):
+    """Both ask the same questions under the same conditions, multiple choice included."""
+    asked = ["score", MODEL, "--tier", "nano", "--n-ctx", "1024", "--limit", "3", "--run", "x"]
+    assert main([*asked, "--allow-unsandboxed"]) == 0
+    assert "choice_score " in capsys.readouterr().out
+    results = json.loads((tmp_path / "x" / "scores" / "results.json").read_text())
+    sets = scores.ItemSet.of_tier("nano", choices=True)
+    assert [result["set"] for result in results] == [each.name for each in sets]
+    settings = llama.OpenSettings.of(MODEL, n_ctx=1024, seed=42)
+    with llama.open_model(MODEL, settings) as model:
+        options = scores.Options(limit=3, allow_unsandboxed=True)
+        plan = scores.plan_questions(model, sets, options, 60.0)
+        runs = plan.ask(tmp_path / "x" / "scores", model_id=identity(model))[0].runs
+    assert [run.n_resumed for run in runs] == [3, 3, 3]
+    assert [run.score.value for run in runs] == [result["value"] for result in results]
 
 
 def test_a_model_that_is_not_there_leaves_no_folder(tmp_path, capsys):
-    assert main(["choices", "nosuch.gguf", "--set", "nano-reasoning"]) == 1
+    assert main(["score", "nosuch.gguf", "--set", "nano-reasoning"]) == 1
     assert "nosuch.gguf" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
@@ -89,7 +100,7 @@ def test_loops_are_counted_by_temperature_and_cache_type(tmp_path, capsys):
     [
         (["fidelity", MODEL, MODEL], "line 1"),
         (["fidelity", MODEL, "missing.jsonl"], "dfqs-nb record MODEL -o record.jsonl"),
-        (["choices", MODEL, "--set", "nano-code"], "has no 4 answers"),
+        (["score", MODEL, "--set", "nano-code-choices"], "has no 4 answers"),
         (["tasks", MODEL, "--task", "x", "--lengths", "256"], "there is no task 'x'"),
         (["record", MODEL, "-o", "r.jsonl", "--prompts", "missing.jsonl"], "cannot be read"),
     ],

@@ -56,7 +56,6 @@ COMMANDS = cli.program().commands
 SHORTER = {
     "score": ["--limit", "1"],
     "routing": ["--tokens", "64"],
-    "choices": ["--limit", "2", "--n-ctx", "1024"],
     "record": ["--tokens", "4", "--n-ctx", "1024"],
     "fidelity": ["--n-ctx", "1024"],
     "loops": ["--answers", "1", "--tokens", "64"],
@@ -218,7 +217,7 @@ def files_of_the_reader(place: Path, model: Path) -> None:
 
 def files_of_a_command(words: list[str], place: Path, run: Callable[[list[str]], object]) -> None:
     """The reader's questions, and what other commands leave: a record, a quantization, a routing profile."""
-    if "--set" in words and "choices" in words:
+    if words[-1] == "choices.jsonl":
         (place / words[-1]).write_text(CHOICES)
     elif "--set" in words:
         shutil.copy(data_dir() / "prompts" / "nano_reasoning.jsonl", place / words[-1])
