@@ -20,15 +20,7 @@ import numpy as np
 from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
 from dfqs_nb.core.budget import duration
-from dfqs_nb.llama.generate import (
-    GREEDY,
-    Completion,
-    Sampling,
-    answer_start,
-    chat_text,
-    generate,
-    opens_thinking,
-)
+from dfqs_nb.llama.generate import GREEDY, Sampling, answer_start, chat_text, generate, opens_thinking
 from dfqs_nb.llama.model import PLAIN_STOP, Model
 from dfqs_nb.llama.timing import Pace, probe
 from dfqs_nb.scores.grading import CUT, Results, SetRun, grade
@@ -113,7 +105,7 @@ class Answerer:
         plain = (PLAIN_STOP,) if mode == "chat" and not template else ()
         used = hashlib.sha256(template.encode()).hexdigest() if mode == "chat" and template else "none"
 
-        def answer(request: Request) -> Completion:
+        def answer(request: Request) -> Any:
             limits = request.options.sampling, (*request.stop, *plain), request.options.until
             return generate(model, request.tokens(model), request.max_tokens, *limits)
 
