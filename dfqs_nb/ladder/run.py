@@ -7,6 +7,7 @@ many children are at work as there are cores. What an earlier run finished is re
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,10 +53,6 @@ CUTS: tuple[dict[str, int], ...] = (
 )
 LOGIT_SECONDS = 1e-7  # that a logit takes to be compared with the source's
 QUANTIZED_BYTES = 20e6  # of the source that are quantized, hashed and read in a second
-
-
-class LadderError(DfqsError):
-    """The ladder cannot be climbed."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ def climb(
     names (or files) of recipes; the source's own type is passed over.
 
     A rung that llama.cpp refuses or dies of is named in ``notes`` and does not end the climb. A
-    `LadderError`: the source itself cannot be measured.
+    `DfqsError`: the source itself cannot be measured.
     """
     settings = settings or Settings()
     settings = replace(settings, n_threads=settings.n_threads or threads_for(source))
@@ -162,18 +159,17 @@ def climb(
         pool, top = ThreadPoolExecutor(n_workers(climber.shards, settings.n_threads)), climber.top
         recipes = {recipe.name: recipe for recipe in map(load_recipe, rungs) if recipe.name != top}
         try:
-            reference = pool.submit(climber.measured, "predict", top, *climber.source)
+            first = [pool.submit(climber.measured, step, top, *climber.source) for step in ("predict", "ask")]
             steps = {
-                name: pool.submit(climber.rung, name, recipe, reference)
-                for name, recipe in {top: None, **recipes}.items()
+                name: pool.submit(climber.rung, name, recipe, first)
+                for name, recipe in ((top, None), *reversed(recipes.items()))  # the slowest come first
             }
-            for name, step in tqdm(steps.items(), desc="rungs", leave=False):
+            for name in tqdm([top, *recipes], desc="rungs", leave=False):
                 try:
-                    measured.append(step.result())
+                    measured.append(steps[name].result())
                 except DfqsError as error:
                     if name == top:
-                        what = f"the source cannot be measured: {error}"
-                        raise LadderError(what, where=source, hint="open it in notebook 03") from error
+                        raise
                     climber.notes.append(f"{name} failed: {error}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -229,15 +225,18 @@ class _Climber(ExitStack):
         place.mkdir(parents=True, exist_ok=True)
         return place
 
-    def rung(self, name: str, recipe: Recipe | None, reference: Future[Any]) -> Rung:
+    def rung(self, name: str, recipe: Recipe | None, first: Sequence[Future[Any]]) -> Rung:
         """Make and measure a rung, or the source where there is no recipe.
 
-        ``reference``: the source's predictions; they were submitted first, so one worker is enough.
+        ``first``: the source's predictions and answers; they were submitted before, so one worker is enough.
         """
         path, sha256 = self._made(recipe) if recipe else self.source
-        asked, predicted = self.measured("ask", name, path, sha256), reference.result()
+        predicted = first[0].result()
         if recipe:
             predicted = self.measured("predict", name, path, sha256)
+        asked = first[1].result()
+        if recipe:
+            asked = self.measured("ask", name, path, sha256)
         tokens, routing = (pd.DataFrame(predicted[part]) for part in ("tokens", "routing"))
         runs = tuple(SetRun.of(**answered) for answered in asked["sets"])
         return Rung(name, open_shards(path).as_one, tokens, routing.astype({"hashed": bool}), runs)
@@ -265,11 +264,11 @@ class _Climber(ExitStack):
 
     def measured(self, step: str, name: str, path: Path, sha256: str) -> dict[str, Any]:
         """A step, done now in this thread's child or by an earlier run."""
-        place, is_source = self._place(name), name == self.top
-        gone = is_source and not all((self.folder / kept).exists() for kept in (PREDICTIONS, TRACE))
+        place, base = self._place(name).resolve(), self._place(self.top).resolve()
+        gone = place == base and not all((self.folder / kept).exists() for kept in (PREDICTIONS, TRACE))
         fresh = self.fresh or (gone and step == "predict")
-        job: dict[str, Any] = {"work": step, "path": str(path.resolve()), "place": str(place.resolve())}
-        job |= {"sha256": sha256, "settings": asdict(self.settings), "fresh": fresh, "is_source": is_source}
+        job: dict[str, Any] = {"work": step, "path": str(path.resolve()), "sha256": sha256, "fresh": fresh}
+        job |= {"place": str(place), "base": str(base), "settings": asdict(self.settings)}
         note, conditions = place / f"{step}.json", {**self.conditions, "model": sha256}
         return remembered(note, conditions, lambda: self._worker.run(job, where=path), fresh=fresh)
 
@@ -296,8 +295,8 @@ def agreement(source: Trace, trace: Trace, chunk_tokens: int) -> pd.DataFrame:
 
 def predict(job: dict[str, Any]) -> dict[str, Any]:
     """Predictions and routing on the held-out text; the source's predictions are kept for the others."""
-    settings, folder = Settings(**job["settings"]), Path(job["place"]).parent
-    size, is_source = settings.chunk_tokens, job["is_source"]
+    settings, folder = Settings(**job["settings"]), Path(job["base"]).parent
+    size, is_source = settings.chunk_tokens, job["place"] == job["base"]
     opened = OpenSettings(n_ctx=size, n_threads=settings.n_threads)
     text = divergence.load_text(settings.text)
     with open_recorded(job["path"], opened, trial=False) as recorded:
@@ -311,9 +310,12 @@ def predict(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask(job: dict[str, Any]) -> dict[str, Any]:
-    """Answers to the questions."""
+    """Answers to the questions; a program that the source wrote too has its verdict already."""
     settings, folder = Settings(**job["settings"]), Path(job["place"]) / "scores"
     folder.mkdir(exist_ok=True)
+    for verdicts in (Path(job["base"]) / "scores").glob("verdicts-*.jsonl"):
+        if not (folder / verdicts.name).exists():
+            shutil.copyfile(verdicts, folder / verdicts.name)
     options = Options(fresh=job["fresh"], allow_unsandboxed=settings.allow_unsandboxed, progress=False)
     opened = OpenSettings(n_ctx=settings.n_ctx, n_threads=settings.n_threads)
     with open_model(job["path"], opened, trial=False) as model:

@@ -15,11 +15,11 @@ import pytest
 
 from dfqs_nb import ladder
 from dfqs_nb.core import Stage, child
-from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder import figures, run, tables
-from dfqs_nb.ladder.run import Ladder, LadderError, Rung, Settings
+from dfqs_nb.ladder.run import Ladder, Rung, Settings
 from dfqs_nb.ladder.tables import SAME
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import differences, load_trace, open_recorded
@@ -85,6 +85,11 @@ def test_routing_agreement_is_that_of_the_routing_module(climbed, folder):
         assert mine.loc[mine["hashed"], "identical"].eq(1).all() and mine["n"].eq(3 * 64).all()
 
 
+def test_a_program_that_the_source_wrote_too_is_not_run_again(climbed, folder):
+    for path in (folder / "F16" / "scores").glob("verdicts-*.jsonl"):
+        assert (folder / "Q8_0" / "scores" / path.name).read_text().startswith(path.read_text())
+
+
 def test_what_is_done_is_not_done_again(climbed, folder, monkeypatch):
     def never(*_arguments, **_options):
         raise AssertionError("a child was started")
@@ -103,7 +108,7 @@ def test_other_settings_measure_anew_but_quantize_nothing(folder, climbed, monke
         raise ModelError("not now")
 
     monkeypatch.setattr(child.Worker, "run", refuse)
-    with pytest.raises(LadderError, match="the source cannot be measured: .*not now"):
+    with pytest.raises(DfqsError, match="not now"):
         ladder.climb(F16, folder, ["Q8_0"], settings=dataclasses.replace(SMALL, n_chunks=2))
     assert set(jobs) <= {"predict", "ask"}
 
@@ -199,7 +204,7 @@ def test_a_note_does_not_outlive_what_it_vouches_for(climbed, folder, tmp_path, 
     monkeypatch.setattr(
         child.Worker, "run", lambda worker, job, where: run.predict({**job, "path": "gone.gguf"})
     )
-    with pytest.raises(LadderError, match="gone.gguf"):
+    with pytest.raises(DfqsError, match="gone.gguf"):
         ladder.climb(F16, tmp_path, [], settings=SMALL)
     assert not any(note.exists() for note in notes)
 
