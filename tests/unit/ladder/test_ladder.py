@@ -67,8 +67,8 @@ def test_every_rung_has_every_measurement(climbed):
     assert table[["kld_low", "kld_high"]].isna().all().all()  # of 3 chunks
     assert table["bits_per_weight"].is_monotonic_decreasing
     assert table.loc["Q8_0", "expert_bits"] == 8.5
-    assert table[["nano-reasoning-hard", "nano-reasoning-hard_low"]].notna().all().all()
-    assert table["nano-reasoning-hard_n"].eq(16).all()
+    assert table[["nano_reasoning_hard", "nano_reasoning_hard_low"]].notna().all().all()
+    assert table["nano_reasoning_hard_n"].eq(16).all()
     assert set(tables.class_table(climbed).columns) == {"F16", "Q8_0", "Q4_K_M"}
 
 
