@@ -6,10 +6,8 @@ import ctypes
 import os
 import random
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import psutil
 from dfqs_nb.core.machine import usable_cores
 
 MEMORY_BYTES = 256 << 20  # that each thread reads: more than the processor's caches hold
-DISK_BYTES, PIECE_BYTES = 256 << 20, 2 << 20  # of a file that is made to be read, and of what is read at once
+PIECE_BYTES = 2 << 20  # read at once
 DISK_SECONDS = 1.0  # that a measurement of the disk takes
 MIN_PIECES = 64  # that a file must hold
 LONG_PIECE = 32 << 20  # read at once, a piece is read in order
@@ -50,18 +48,9 @@ def memory_bandwidth(n_threads: int = 0) -> float:
 def disk_bandwidth(path: str | Path, piece_bytes: int = PIECE_BYTES, at_once: int = 1) -> float | None:
     """Bytes a second of pieces from random places of a file, as experts lie all over it.
 
-    ``path``: the file, or a folder, in which a temporary file is made. ``at_once``: pieces that are asked for
-    together, as the paging help does. None if the file holds under 64 pieces, the folder has no room for one,
-    or the kernel did not count the pieces as read from the disk.
+    ``at_once``: pieces that are asked for together, as the paging help does. None if the file holds under 64
+    pieces, or the kernel did not count the pieces as read from the disk.
     """
-    if Path(path).is_dir():
-        with suppress(OSError), tempfile.NamedTemporaryFile(dir=path) as made:
-            for seed in range(DISK_BYTES // PIECE_BYTES):
-                made.write(random.Random(seed).randbytes(PIECE_BYTES))
-            made.flush()
-            os.fsync(made.fileno())
-            return disk_bandwidth(made.name, piece_bytes, at_once)
-        return None
     counters = getattr(psutil.Process(), "io_counters", None)
     n_pieces = Path(path).stat().st_size // piece_bytes
     if counters is None or not hasattr(os, "posix_fadvise") or n_pieces < MIN_PIECES:
@@ -107,17 +96,13 @@ class Disk:
         return f"blockdev --setra {SMALL_READ_AHEAD >> 9} /dev/{place}" if place else ""
 
 
-# ---- what the kernel reads at once ----
-
-
 def block_folder(file: int) -> Path | None:
     """What Linux tells of the disk under an open file; None where there is none, as on a network."""
     if not hasattr(os, "major"):
         return None
     device = os.fstat(file).st_dev
     folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
-    places = (place for place in (folder, folder.parent) if (place / "queue/read_ahead_kb").exists())
-    return next(places, None)
+    return next((at for at in (folder, folder.parent) if (at / "queue/read_ahead_kb").exists()), None)
 
 
 def window_bytes(file: int) -> int:

@@ -31,12 +31,9 @@ SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:cpp|c|cu|h|m):\d+)")  # of the m
 GRACE_SECONDS = 10.0  # between asking a child to end and killing it
 REBUILD = "delete .venv and run `make run` again"
 HINTS = {
-    "SIGABRT": "its header is not what this llama.cpp expects: look with `dfqs-nb inspect FILE`, "
-    "download it again, or update llama-cpp-python",
-    "SIGFPE": "this build of llama.cpp cannot open this model: use another build",
+    "SIGABRT": "this llama.cpp expects another header: `dfqs-nb inspect FILE`, or update llama-cpp-python",
     "SIGILL": f"llama-cpp-python was built for another CPU: {REBUILD}",
-    "SIGSEGV": "the file is damaged, or this llama.cpp does not suit this CPU: `dfqs-nb verify FILE`, then "
-    + REBUILD,
+    "SIGSEGV": f"the file is damaged (`dfqs-nb verify FILE`), or llama.cpp does not suit this CPU: {REBUILD}",
     "SIGBUS": "the file shrank or its disk failed during reading: `dfqs-nb verify FILE`",
     "SIGKILL": "the system killed it, most likely for memory: lower n_ctx or close other programs",
     "timeout": "the disk is very slow, or the file is on a network: copy it to a local disk",
@@ -44,14 +41,11 @@ HINTS = {
 
 
 class ChildDied(ModelError):
-    """The child ended without an answer.
+    """The child ended without an answer."""
 
-    ``cause``: the signal's name, ``exit status N`` or ``timeout``. ``log``: the lines of its standard error.
-    """
-
-    cause: str = ""
+    cause: str = ""  # the signal's name, ``exit status N`` or ``timeout``
     messages: tuple[dict[str, Any], ...] = ()
-    log: tuple[str, ...] = ()
+    log: tuple[str, ...] = ()  # lines of its standard error
 
 
 def environment() -> dict[str, str]:
@@ -118,12 +112,16 @@ class Worker(AbstractContextManager["Worker"]):
     ) -> dict[str, Any]:
         """Do a job and return its answer; ``on_message`` receives what the child sends with `tell`.
 
-        Raises:
-            DfqsError: the child raised it; it has the same class here.
-            ChildDied: the child ended, or was killed after ``timeout_seconds``. The message names ``where``.
+        A `DfqsError` that the child raises has the same class here. `ChildDied`: the child ended, or was
+        killed after ``timeout_seconds``. The message names ``where``.
         """
-        messages, begin = list[dict[str, Any]](), os.fstat(self._log.fileno()).st_size
-        process = self._hand_over(job)
+        messages, begin, process = list[dict[str, Any]](), os.fstat(self._log.fileno()).st_size, self._process
+        if process is None or process.poll() is not None:
+            self.close()
+            self._process = process = start(self.module, job, log=self._log)
+            _running.add(process)
+        else:
+            _send(process, job)
         assert process.stdout is not None
         try:
             with killed_after(timeout_seconds, process) as late:
@@ -145,15 +143,6 @@ class Worker(AbstractContextManager["Worker"]):
         if "answer" in last:
             return dict(last["answer"])
         raise died("timeout" if late.is_set() else ending(process.returncode), where, messages, lines)
-
-    def _hand_over(self, job: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-        """Send the job to the child, or to a new one where there is none."""
-        if self._process is not None and self._process.poll() is None:
-            return _send(self._process, job)
-        self.close()
-        self._process = start(self.module, job, log=self._log)
-        _running.add(self._process)
-        return self._process
 
 
 def run(
@@ -217,8 +206,7 @@ def died(
     stages = [message["stage"] for message in messages if "stage" in message]
     doing, reason = doing or (stages[-1] if stages else "at start"), telling_line(log)
     what = f"llama.cpp died {doing} ({cause or 'without an answer'}){f': {reason}' if reason else ''}"
-    hint = HINTS.get(cause, "the last line of its log gives the cause")
-    error = ChildDied(what, where=where, hint=hint)
+    error = ChildDied(what, where=where, hint=HINTS.get(cause, "the last line of its log gives the cause"))
     error.cause, error.messages, error.log = cause, tuple(messages), tuple(log)
     _add_log(error, log)
     return error

@@ -12,7 +12,6 @@ import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,36 +23,28 @@ if TYPE_CHECKING:
 REPORTED = "{desc} {n_fmt}/{total_fmt}{postfix}"
 
 
+class _LastLine(io.StringIO):
+    """Keeps what was written last in the file that ``DFQS_PROGRESS`` names."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):  # a full disk ends no measurement
+            Path(os.environ["DFQS_PROGRESS"]).write_text(text.strip(), encoding="utf-8")
+        return len(text)
+
+
 def tqdm(*arguments: Any, **options: Any) -> Any:
     """A progress bar that disappears when it is done; off where ``TQDM_DISABLE`` is set.
 
-    tqdm's own ``disable`` goes before that variable. A bar that stays is an error in a notebook that is
-    opened again, because its widget is gone. If ``DFQS_PROGRESS`` names a file, the bars that are open are
-    written there instead, for the program that runs the notebook.
+    A bar that stays is an error in a notebook that is opened again, because its widget is gone. If
+    ``DFQS_PROGRESS`` names a file, the bar is written there, for the program that runs the notebook.
     """
     import tqdm.auto
 
-    options.setdefault("leave", False)
-    if place := os.environ.get("DFQS_PROGRESS"):
-        return _reported(place)(*arguments, **{"disable": False, **options, "file": io.StringIO()})
-    if os.environ.get("TQDM_DISABLE"):
-        options["disable"] = True
-    return tqdm.auto.tqdm(*arguments, **options)
-
-
-@lru_cache
-def _reported(place: str) -> Any:
-    import tqdm.std
-
-    class Reported(tqdm.std.tqdm):  # type: ignore[misc]
-        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-            bars = sorted(self._instances, key=lambda bar: abs(bar.pos))
-            texts = [bar.format_meter(**bar.format_dict | {"bar_format": REPORTED}) for bar in bars]
-            with suppress(OSError):  # a full disk ends no measurement
-                Path(place).write_text(", ".join(texts), encoding="utf-8")
-            return True
-
-    return Reported
+    if "DFQS_PROGRESS" in os.environ:
+        options |= {"disable": False, "file": _LastLine(), "bar_format": REPORTED}
+        return tqdm.std.tqdm(*arguments, **{"leave": False, **options})
+    options |= {"disable": True} if os.environ.get("TQDM_DISABLE") else {}
+    return tqdm.auto.tqdm(*arguments, **{"leave": False, **options})
 
 
 def size(n_bytes: float) -> str:
@@ -197,15 +188,10 @@ NONE = "–"  # a cell without a value
 
 
 def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[str, ...] = ()) -> HTML:
-    """A frame as an HTML table for a notebook, with names by `label` and escaped cells.
+    """A frame as an HTML table that scrolls, with names by `label` and escaped cells; ``percent``: of shares.
 
-    A wide table scrolls. JupyterLab aligns all cells to the right and drops style sheets from stored outputs,
-    so each text cell carries its own alignment.
-
-    Args:
-        name: of the table in the page; unique in the notebook and the same in every run.
-        precision: digits after the point of floats.
-        percent: columns of shares, shown in per cent.
+    ``name``: of the table in the page, the same in every run. JupyterLab aligns all cells to the right and
+    drops style sheets from stored outputs, so each text cell carries its own alignment.
     """
     from IPython.display import HTML
     from pandas.io.formats.style import Styler

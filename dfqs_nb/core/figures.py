@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ from dfqs_nb.core.files import whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
-    from IPython.display import Image
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
@@ -60,23 +58,11 @@ def whiskers(table: pd.DataFrame, value: str) -> list[pd.Series]:
 
 
 def save(ax: Axes, path: str | Path) -> None:
-    """Save the figure of ``ax`` as SVG or PNG (150 dpi); the same figure gives the same bytes."""
+    """Save the figure of ``ax`` as SVG or PNG (100 dpi); the same figure gives the same bytes."""
     kind = "svg" if Path(path).suffix == ".svg" else "png"
     nothing = {"Date": None} if kind == "svg" else {"Software": None}
     with whole_file(path, "wb") as file, plt.rc_context({"svg.hashsalt": "dfqs"}):
-        _figure(ax).savefig(file, format=kind, dpi=150, metadata=nothing)
-
-
-def compact(ax: Axes) -> Image:
-    """Close the figure of ``ax`` and return it as a PNG of 128 colours, half as large in a notebook."""
-    import PIL.Image
-    from IPython.display import Image
-
-    drawn, packed = BytesIO(), BytesIO()
-    _figure(ax).savefig(drawn, format="png", dpi=100)
-    PIL.Image.open(drawn).convert("RGB").quantize(128).save(packed, "png", optimize=True)
-    plt.close(_figure(ax))
-    return Image(packed.getvalue())
+        _figure(ax).savefig(file, format=kind, dpi=100, metadata=nothing)
 
 
 def _figure(ax: Axes) -> Figure:

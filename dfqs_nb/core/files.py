@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 8 << 20
 STEERING = re.compile("[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # control characters without the spaces
+FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(\.\d+)?(e[+-]?\d+)?$)")  # signed numbers are none
 JSON_BYTES = 256 << 20  # no report, stage or manifest is larger
 
 
@@ -88,12 +89,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON in a file of unknown origin.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no regular file, too large, or not what `parse_json` takes.
-    """
+    """The JSON in a file of unknown origin; `ValueError`: no regular file, too large, or as `parse_json`."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError("not a regular file")
@@ -103,11 +99,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(raw: bytes) -> Any:
-    """JSON of unknown origin.
-
-    Raises:
-        ValueError: it is not JSON, nested deeper than Python reads, or holds NaN or a number without bounds.
-    """
+    """JSON of unknown origin; `ValueError`: no JSON, nested too deep, or with NaN or a boundless number."""
     try:
         return json.loads(raw.decode(), parse_constant=_number, parse_float=_number, parse_int=_number)
     except RecursionError:
@@ -123,30 +115,20 @@ def _number(text: str) -> float:
 
 
 def write_table(path: str | Path, table: pd.DataFrame, *, index: bool = True) -> Path:
-    """Write a frame as CSV, whole or not at all, and return the path.
-
-    A text that a spreadsheet would run as a formula gets an apostrophe before it, also in headings and the
-    index. Control characters, which steer a terminal, become U+FFFD.
-    """
-    safe = table.rename(columns=_no_formula, index=_no_formula)
+    """Write a frame as CSV, whole or not at all, and return the path; texts, also of headings, by `_safe`."""
+    safe = table.rename(columns=_safe, index=_safe)
     for place, dtype in enumerate(table.dtypes):
         if dtype.kind not in "biufcM":
-            safe.isetitem(place, safe.iloc[:, place].map(_no_formula))
+            safe.isetitem(place, safe.iloc[:, place].map(_safe))
     return write_text(path, safe.to_csv(index=index, lineterminator="\n"))
 
 
-def _no_formula(cell: Any) -> Any:
-    """A cell that no spreadsheet runs; signed numbers stay as they are."""
+def _safe(cell: Any) -> Any:
+    """A cell with an apostrophe before what a spreadsheet would run, and without what steers a terminal."""
     if not isinstance(cell, str):
         return cell
     cell = STEERING.sub("\ufffd", cell)
-    if cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
-        return cell
-    try:
-        float(cell)
-    except ValueError:
-        return "'" + cell
-    return cell
+    return f"'{cell}" if FORMULA.match(cell) else cell
 
 
 def canonical_sha256(value: Any) -> str:

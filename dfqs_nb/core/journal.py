@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,16 @@ class Journal:
         if fresh:
             self.path.unlink(missing_ok=True)
         self._rows: dict[str, dict[str, Any]] = {}
-        for row in _read(self.path):
-            item, key = row.pop("id"), row.pop("conditions", None)
-            if key == self.key and whole(row):
-                self._rows[item] = row
+        raw = self.path.read_bytes() if self.path.exists() else b""
+        if (end := raw.rfind(b"\n") + 1) < len(raw):
+            os.truncate(self.path, end)
+        for line in raw[:end].split(b"\n"):
+            with suppress(ValueError):  # a damaged line: its item is measured again
+                row = parse_json(line)
+                if isinstance(row, dict) and row.pop("conditions", None) == self.key:
+                    item = row.pop("id", None)
+                    if isinstance(item, str) and whole(row):
+                        self._rows[item] = row
 
     def __contains__(self, item: str) -> bool:
         return item in self._rows
@@ -109,20 +116,3 @@ def remembered(
     facts = dict(make())
     write_json(note, {"key": key, **facts})
     return facts
-
-
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line; a last line without its end is cut off the file."""
-    if not path.exists():
-        return
-    raw = path.read_bytes()
-    whole = raw.rfind(b"\n") + 1
-    if whole < len(raw):
-        os.truncate(path, whole)
-    for line in raw[:whole].split(b"\n"):
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue  # a damaged line: its item is measured again
-        if isinstance(row, dict) and isinstance(row.get("id"), str):
-            yield row

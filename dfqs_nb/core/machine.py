@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -93,13 +92,10 @@ def gpu_memories() -> list[int]:
     if (platform.system(), platform.machine()) == ("Darwin", "arm64"):
         memory = available_memory()
         return [min(memory.available_bytes, memory.total_bytes * 2 // 3)]
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError):  # there is none, or it does not answer
         return []
     return [int(line) << 20 for line in done.stdout.split() if line.isdigit()]
 
@@ -121,33 +117,26 @@ def describe() -> dict[str, str | int]:
     }
 
 
-# ---- control groups, versions 2 and 1: no library reads them ----
+# ---- control groups (version 2): no library reads them ----
 
 
 def _own_groups(root: Path, listed: Path) -> Iterator[Path]:
     """The mounted root, all that a container sees, and this process's groups up to the root."""
     yield root
     for line in listed.read_text().splitlines() if listed.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            folder = root / controllers / path.lstrip("/")
-            yield from (place for place in (folder, *folder.parents) if root in place.parents)
+        folder = root / line.split(":", 2)[2].lstrip("/")
+        yield from (place for place in (folder, *folder.parents) if root in place.parents)
 
 
-def _cgroup_memory(root: Path) -> Memory | None:
-    """The limit of the control group mounted at ``root``; None without one."""
-    old = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-    versions = ((root, "memory.max", "memory.current", ""), (root, *old), (root / "memory", *old))
-    for folder, limit, usage, sums in versions:
-        total, used = _number(folder / limit), _number(folder / usage)
-        if total is None or used is None or total > 1 << 60:
-            continue
-        stat = folder / "memory.stat"
-        text = stat.read_text() if stat.exists() else ""
-        # the kernel can also drop files that were read twice ("active")
-        droppable = sum(map(int, re.findall(rf"^{sums}(?:in)?active_file (\d+)$", text, re.MULTILINE)))
-        return Memory(total, max(0, total - max(0, used - droppable)), str(folder / limit))
-    return None
+def _cgroup_memory(folder: Path) -> Memory | None:
+    """The limit of a control group; None without one."""
+    total, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+    if total is None or used is None:
+        return None
+    text = (folder / "memory.stat").read_text() if (folder / "memory.stat").exists() else ""
+    # the kernel can also drop files that were read twice ("active")
+    droppable = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", text, re.MULTILINE)))
+    return Memory(total, max(0, total - max(0, used - droppable)), str(folder / "memory.max"))
 
 
 def _number(path: Path) -> int | None:
@@ -159,10 +148,6 @@ def _number(path: Path) -> int | None:
 
 def _cpu_quota(root: Path) -> float | None:
     """CPUs that the control group grants; None without a limit."""
-    if (root / "cpu.max").exists():
-        quota, period = (root / "cpu.max").read_text().split()
-    else:
-        quota, period = (str(_number(root / f"cpu/cpu.cfs_{name}_us")) for name in ("quota", "period"))
-    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
-        return None
-    return int(quota) / int(period)
+    path = root / "cpu.max"
+    quota, period = path.read_text().split() if path.exists() else ("max", "0")
+    return int(quota) / int(period) if quota.isdigit() else None

@@ -17,32 +17,29 @@ BEAT_SECONDS = 1.0
 
 
 class Activity:
-    """What the child processes do: bytes read from the disk, memory, cores; ``own``: this process, too."""
+    """What this process (with ``own``) and its children do: bytes read from the disk, memory, cores."""
 
     def __init__(self, *, own: bool = False) -> None:
-        self.own = own
-        self.seen: dict[int, tuple[int, float]] = {}
-        self.total, self.at = 0, time.monotonic()
+        self.own, self.seen, self.total, self.at = own, dict[int, tuple[int, float]](), 0, time.monotonic()
 
     def text(self) -> str:
-        """The work since the last call, and all bytes read."""
-        reads, seconds, resident = 0, 0.0, 0
-        this = psutil.Process()
-        for process in [*([this] if self.own else []), *this.children(recursive=True)]:
+        """The work since the last call, and all bytes read; of a process that just began, its memory."""
+        this, before, reads, seconds, resident = psutil.Process(), self.seen, 0, 0.0, 0
+        self.seen = {}
+        for process in [this] * self.own + this.children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 read = process.io_counters().read_bytes if hasattr(process, "io_counters") else 0
-                times = process.cpu_times()
-                used = times.user + times.system
-                before = self.seen.get(process.pid, (read, used))
+                used = sum(process.cpu_times()[:2])
                 self.seen[process.pid] = read, used
-                reads += max(0, read - before[0])
-                seconds += max(0.0, used - before[1])
+                then = before.get(process.pid, (read, used))
+                reads, seconds = reads + read - then[0], seconds + used - then[1]
                 resident += process.memory_info().rss
-        now = time.monotonic()
+        now, self.total = time.monotonic(), self.total + reads
         elapsed, self.at = max(now - self.at, 1e-3), now
-        self.total += reads
-        disk = f"{size(self.total)} read from the disk, {size(reads / elapsed)}/s, " if self.total else ""
-        return f"{disk}{size(resident)} in memory, {seconds / elapsed:.1f} cores"
+        facts = [f"{size(self.total)} read from the disk, {size(reads / elapsed)}/s"] if self.total else []
+        facts += [f"{size(resident)} in memory"]
+        facts += [f"{seconds / elapsed:.1f} cores"] if self.seen.keys() & before.keys() else []
+        return ", ".join(facts)
 
 
 @contextmanager
@@ -51,20 +48,19 @@ def heartbeat(what: str, n_bytes: int) -> Iterator[None]:
     if n_bytes < LARGE_BYTES:
         yield
         return
-    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=what, leave=False)
     done, activity = threading.Event(), Activity(own=True)
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=what, leave=False) as bar:
 
-    def watch() -> None:
-        while not done.wait(BEAT_SECONDS):
-            bar.set_postfix_str(activity.text(), refresh=False)
-            bar.n = min(activity.total, n_bytes)
-            bar.refresh()
+        def watch() -> None:
+            while not done.wait(BEAT_SECONDS):
+                bar.set_postfix_str(activity.text(), refresh=False)
+                bar.n = min(activity.total, n_bytes)
+                bar.refresh()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        bar.close()
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -6,8 +6,9 @@ import hashlib
 import json
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from dfqs_nb.core.display import one_line
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import data_dir, tilde
 
@@ -36,19 +37,15 @@ class PromptSet(BaseModel):
 def load_prompts(name: str, kind: type[AnySet]) -> AnySet:
     """A frozen set by its name; ``kind``: `PromptSet`, or a class derived from it that names the fields."""
     folder = data_dir() / "prompts"
-    path = folder / f"{name.replace('-', '_')}.json"
     try:
         content, digest = _content(name)
         return kind(**content, sha256=digest)
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem.replace("_", "-") for file in folder.glob("*.json")))
         raise PromptError(f"no prompt set is called {name!r}", hint=f"there are: {known or 'none'}") from None
-    except (ValueError, TypeError) as error:
-        what = str(error)
-        if isinstance(error, ValidationError):  # pydantic's text has a line for each field
-            what = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
-        hint = "restore it with git"
-        raise PromptError(f"not a prompt set ({what})", where=tilde(path), hint=hint) from error
+    except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
+        what, hint = f"not the prompt set {name} ({one_line(error)})", "restore it with git"
+        raise PromptError(what, where=tilde(folder), hint=hint) from error
 
 
 def _content(name: str) -> tuple[dict[str, Any], str]:

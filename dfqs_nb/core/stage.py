@@ -39,12 +39,9 @@ class Stage:
     """The folder ``outputs/<run>/`` as one notebook sees it.
 
     The seal covers whatever is written through the stage. The list of files is kept on disk until `finish`,
-    so the seal still covers them all after a kernel restart.
-
-    Args:
-        run_name: a plain folder name under the outputs, which is made; or a run's folder, as a ``Path``.
-        name: of the stage, a key of `NOTEBOOKS`.
-        budget_minutes: that the stage may take from now on; 0: no limit.
+    so the seal still covers them all after a kernel restart. ``run_name``: a plain folder name under the
+    outputs, which is made; or a run's folder, as a ``Path``. ``name``: a key of `NOTEBOOKS`.
+    ``budget_minutes``: that the stage may take from now on; 0: no limit.
     """
 
     def __init__(self, run_name: str | Path, name: str, budget_minutes: float = 0.0) -> None:
@@ -102,19 +99,23 @@ class Stage:
         return write_table(self.path(f"{name}.csv"), table, index=index)
 
     def figure(self, name: str, ax: Axes | str) -> Image | Markdown:
-        """Save the figure of ``ax`` as ``<name>.png`` and ``.svg``, sealed; return it for display, closed.
+        """Save the figure of ``ax`` as ``<name>.png`` and ``.svg``, close it, and return it for display.
 
-        A text says why there is nothing to draw: no file is written, and the text is returned for display.
+        A text in its place says why there is nothing to draw, and is returned for display.
         """
         if isinstance(ax, str):
             from IPython.display import Markdown
 
             return Markdown(markdown(ax))
-        from dfqs_nb.core.figures import compact, save
+        from IPython.display import Image
+        from matplotlib.pyplot import close
 
-        for suffix in ("png", "svg"):
-            save(ax, self.path(f"{name}.{suffix}"))
-        return compact(ax)
+        from dfqs_nb.core.figures import save
+
+        for suffix in ("svg", "png"):
+            save(ax, path := self.path(f"{name}.{suffix}"))
+        close(ax.figure.canvas.figure)
+        return Image(path.read_bytes())
 
     def json(self, name: str, value: Any) -> Path:
         """Write a value as ``<name>.json`` and seal it."""
@@ -137,10 +138,10 @@ class Stage:
         return model
 
     def finish(self, *, conditions: Mapping[str, Any], summary: list[str], **facts: Any) -> Path:
-        """Write ``<stage>.json``, which the next notebooks and the report read.
+        """Write ``<stage>.json`` for the next notebooks, the report and (``summary``) the end of a run.
 
-        ``summary``: lines that the end of a run prints. The file also holds the SHA-256 of each file that
-        the stage wrote, and one of its own content, the ``seal``. It catches accidents, not forgers.
+        It also holds the SHA-256 of each file that the stage wrote, and one of its own content, the ``seal``.
+        It catches accidents, not forgers.
         """
         missing = [f"left out to keep to the budget: {'; '.join(self.left_out)}"] if self.left_out else []
         content = {"stage": self.name, "conditions": conditions, "summary": [*summary, *missing], **facts}
@@ -164,8 +165,7 @@ class Stage:
 def read_stage(folder: str | Path, stage: str, *, sealed: bool = False) -> dict[str, Any]:
     """Read the ``<stage>.json`` that an earlier notebook wrote; ``sealed``: check its seal, too.
 
-    Raises:
-        StageError: it is missing or damaged, or the seal is broken. The message names the notebook to run.
+    A `StageError` that it is missing, damaged or edited names the notebook to run.
     """
     path, again = Path(folder) / f"{stage}.json", f"run {NOTEBOOKS[stage]} again"
     try:
@@ -178,14 +178,11 @@ def read_stage(folder: str | Path, stage: str, *, sealed: bool = False) -> dict[
         raise StageError(f"not the stage {stage!r}", where=tilde(path), hint=again)
     if not sealed:
         return content
-    files, unsealed = content.get("files"), {key: value for key, value in content.items() if key != "seal"}
-    if "seal" not in content or not isinstance(files, dict):
-        raise StageError("has no seal", where=tilde(path), hint=again)
-    if canonical_sha256(unsealed) != content["seal"]:
+    unsealed, files = {key: value for key, value in content.items() if key != "seal"}, content.get("files")
+    if canonical_sha256(unsealed) != content.get("seal") or not isinstance(files, dict):
         raise StageError("was edited after it was written", where=tilde(path), hint=again)
     for name, then in files.items():
-        if not is_file(file := path.parent / name):
-            raise StageError(f"is missing; {path.name} stands on it", where=tilde(file), hint=again)
-        if sha256_of_file(file) != then:
-            raise StageError(f"was changed after {path.name} was written", where=tilde(file), hint=again)
+        if not is_file(file := path.parent / name) or sha256_of_file(file) != then:
+            what = f"is missing, or was changed after {path.name} was written"
+            raise StageError(what, where=tilde(file), hint=again)
     return content

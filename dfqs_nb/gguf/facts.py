@@ -72,11 +72,7 @@ def layer_of(name: str) -> int | None:
 
 
 def class_of(name: str) -> str:
-    """The class of a tensor, from its name.
-
-    >>> class_of("blk.0.ffn_gate_exps.weight"), class_of("blk.3.hc_attn_fn.weight"), class_of("v.x")
-    ('routed experts', 'hyper-connections', 'other')
-    """
+    """The class of a tensor, from its name, such as ``routed experts`` of ``blk.0.ffn_gate_exps.weight``."""
     inner = re.sub(r"^blk\.\d+\.", "", name)
     return next((label for label, pattern in CLASSES if re.search(pattern, inner)), "other")
 
@@ -123,20 +119,13 @@ def bits_per_weight(tensors: Iterable[Tensor]) -> float:
 
 def class_sizes(header: GGUFHeader) -> list[dict[str, Any]]:
     """One dict a tensor class, largest first; its ``types`` with most bytes first."""
-    groups = dict[str, list[Tensor]]()
+    groups, rows = dict[str, list[Tensor]](), list[dict[str, Any]]()
     for tensor in header.tensors:
         groups.setdefault(class_of(tensor.name), []).append(tensor)
-    rows = [
-        {
-            "class": label,
-            "tensors": len(group),
-            "weights": sum(tensor.n_elements for tensor in group),
-            "bytes": sum(tensor.nbytes for tensor in group),
-            "bits_per_weight": bits_per_weight(group),
-            "types": ", ".join(types_by_bytes(group)),
-        }
-        for label, group in groups.items()
-    ]
+    for label, group in groups.items():
+        row = {"class": label, "tensors": len(group), "weights": sum(t.n_elements for t in group)}
+        row |= {"bytes": sum(t.nbytes for t in group), "bits_per_weight": bits_per_weight(group)}
+        rows.append(row | {"types": ", ".join(types_by_bytes(group))})
     return sorted(rows, key=lambda row: -row["bytes"])
 
 

@@ -219,11 +219,7 @@ def published() -> dict[str, Any]:
 
 
 def published_shape() -> GGUFHeader:
-    """The published sizes of DeepSeek-V4-Flash as a header without tensors.
-
-    >>> published_shape().arch("block_count")
-    43
-    """
+    """The published sizes of DeepSeek-V4-Flash as a header without tensors."""
     content = published()
     fields = {f"deepseek4.{key}": value for key, value in content["keys"].items()}
     fields["general.architecture"] = "deepseek4"

@@ -103,22 +103,14 @@ def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path,
 
 
 def shown(address: str) -> str:
-    """An address without what may be a secret: user, password, query and fragment.
-
-    >>> shown("https://me:word@x.org/c.gguf?token=1"), shown("hf://a/b/c.gguf@v1"), shown("my?#.gguf")
-    ('https://***@x.org/c.gguf?***', 'hf://a/b/c.gguf@v1', 'my?#.gguf')
-    """
+    """An address without what may be a secret: user, password, query and fragment."""
     if not ADDRESS.match(address):
         return address
     return re.sub(r"([?#]).*", r"\1***", re.sub("(?<=://)[^/]*@", "***@", address))
 
 
 def siblings(file: str) -> list[str]:
-    """The names (or addresses) of all shards in order, from that of any; without a shard number, only this.
-
-    >>> siblings("hf://a/b/tiny-00002-of-00002.gguf@v1")
-    ['hf://a/b/tiny-00001-of-00002.gguf@v1', 'hf://a/b/tiny-00002-of-00002.gguf@v1']
-    """
+    """The names (or addresses) of all shards in order, from that of any; without a number, only this."""
     match = SHARD.fullmatch(file)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [file]

@@ -35,11 +35,7 @@ RAM = "RAM"
 
 
 def size_of(text: str) -> int:
-    """Bytes of a size as people write it; ``GB`` and ``GiB`` are both 2^30 bytes, as memory is sold.
-
-    >>> size_of("64GB"), size_of("1.5 GiB"), size_of("500M")
-    (68719476736, 1610612736, 524288000)
-    """
+    """Bytes of a size as people write it; ``GB`` and ``GiB`` are both 2^30 bytes, as memory is sold."""
     match = SIZE.fullmatch(text.strip())
     if match is None:
         raise DfqsError(f"{text!r} is no size", hint="write 64GB")

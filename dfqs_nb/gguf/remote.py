@@ -1,11 +1,13 @@
-"""Headers before the download: of files on the hub, or at any address, read by HTTP ranges.
+"""Models wherever they are: their headers before the download, and how two of them differ.
 
-We write them to sparse files of the original sizes. All code that reads headers works on these: the
-diagnosis, the shards' cross-check, and llama.cpp's own loader, which plans a model without its data.
+Headers on the hub or at any address are read by HTTP ranges, and written to sparse files of the original
+sizes. All code that reads headers works on these: the diagnosis, the shards' cross-check, and llama.cpp's own
+loader, which plans a model without its data.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +20,11 @@ from urllib.parse import unquote
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, RegistryError
 from dfqs_nb.gguf import models
-from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.shards import ShardSet, check_set, headers_inside, open_shards, shard_path
+from dfqs_nb.gguf.header import GGUFHeader, read_header
+from dfqs_nb.gguf.shards import ShardSet, check_set, headers_inside, open_shards, shard_path, tensor_hashes
 
+SHOWN = 60  # characters of a value that differs
+SPLIT = ("split.no", "split.count", "split.tensors.count")  # how a model is cut, not what it is
 COPIES = "dfqs-headers-"  # folders of copied headers
 LEAST_BYTES = 1 << 19  # of a request
 MOST_BYTES = 128 << 20  # of headers in one file; real headers stay under 50 MB, and the reader doubles
@@ -67,6 +71,51 @@ def outline(model: str | Path) -> Iterator[Outline]:
             if COPIES not in str(error.where):
                 raise
             raise type(error)(error.what, where=models.shown(str(model)), hint=error.hint) from None
+
+
+def compare(a: Outline, b: Outline, *, data: bool = False) -> tuple[dict[str, list[str]], str]:
+    """What differs between two models, line by line by its kind, and a sentence on what was compared.
+
+    ``data``: also hash every tensor that both have with equal type and shape. This reads a remote model as a
+    whole, without storing it.
+    """
+    headers = a.as_one, b.as_one
+    stated = [{t.name: f"{t.type} {' x '.join(map(str, t.shape))}" for t in it.tensors} for it in headers]
+    left, right = stated
+    both = [name for name in left if name in right]
+    alike = {name for name in both if left[name] == right[name]}
+    fields = [name for name in {**headers[0].fields, **headers[1].fields} if name not in SPLIT]
+    lines = {
+        "only in the first": [f"{name}: {left[name]}" for name in left if name not in right],
+        "only in the second": [f"{name}: {right[name]}" for name in right if name not in left],
+        "other type or shape": [f"{it}: {left[it]} | {right[it]}" for it in both if it not in alike],
+        "metadata": [line for name in fields if (line := _field(name, *headers))],
+    }
+    if data:
+        for model in (a, b):  # before hours of reading the other model
+            if model.glued:
+                hint = "repair it first: `dfqs-nb repair FILE --in-place`"
+                hint = "download and repair it first" if model.places else hint
+                what = "the bytes of glued shards are not compared"
+                raise DfqsError(what, where=models.shown(model.model), hint=hint)
+        hashes, others = (tensor_hashes(it.headers, alike, opened=it.open) for it in (a, b))
+        lines["other bytes"] = sorted(name for name in alike if hashes[name] != others[name])
+    lines = {kind: rows for kind, rows in lines.items() if rows}
+    scope = f"{len(fields):,} metadata fields and {len(left | right):,} tensors"
+    looked = f"bytes of {len(alike):,} tensors compared" if data else "bytes not compared (--data does)"
+    return lines, f"{'different' if lines else 'equal'}: {scope}; {looked}"
+
+
+def _field(name: str, *headers: GGUFHeader) -> str:
+    """The line for a field that differs; else an empty text."""
+    own = [(header, header.fields.get(name)) for header in headers]
+    texts = [f"{field.type} {header[name]!r}" if field else "missing" for header, field in own]
+    if texts[0] == texts[1]:
+        return ""
+    # of long texts and lists, the place where they begin to differ
+    start = max(0, len(os.path.commonprefix(texts)) - SHOWN // 2) if max(map(len, texts)) > SHOWN else 0
+    parts = [(text[start : start + SHOWN], len(text) > start + SHOWN) for text in texts]
+    return f"{name}: " + " | ".join(f"{'…' * (start > 0)}{part}{'…' * more}" for part, more in parts)
 
 
 def _first_file(model: str | Path) -> Path | str:

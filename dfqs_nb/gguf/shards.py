@@ -63,11 +63,7 @@ class ShardSet:
 
 
 def shard_path(prefix: str | Path, number: int, count: int) -> Path:
-    """The path llama.cpp gives shard ``number`` (from 1) of ``count``.
-
-    >>> shard_path("models/nano", 2, 3).name
-    'nano-00002-of-00003.gguf'
-    """
+    """The path llama.cpp gives shard ``number`` (from 1) of ``count``."""
     return Path(f"{prefix}-{number:05d}-of-{count:05d}.gguf")
 
 
@@ -162,19 +158,15 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     count = next((n for header in headers if (n := header.count("split.count")) > 1), 1)
     if count > MAX_SHARDS:  # a hostile number fills the memory
         raise _refused(f"claims to be of {count:,} shards", headers[0].path, GET_AGAIN)
-    by_number = dict[int, GGUFHeader]()
     for header in headers:
-        number = header.count("split.no") + 1 if count > 1 else 1
-        if (own := max(header.count("split.count", count), 1)) != count or number > count:
-            raise _refused(f"is shard {number} of a set of {own}, not of {count}", header.path)
-        if number in by_number:
-            what = f"shard {number} of {count} is there twice, also as {by_number[number].path.name}"
-            raise _refused(what, header.path, "name each shard once")
-        by_number[number] = header
-    if missing := ", ".join(str(i) for i in range(1, count + 1) if i not in by_number):
-        what = f"shard {missing} of {count} is missing"
-        raise _refused(what, headers[0].path.parent, f"name all {count} shards")
-    return [by_number[number] for number in range(1, count + 1)]
+        if (own := max(header.count("split.count", count), 1)) != count:
+            raise _refused(f"belongs to a set of {own}, not of {count}", header.path)
+    ordered = sorted(headers, key=lambda header: header.count("split.no") if count > 1 else 0)
+    numbers = [header.count("split.no") + 1 if count > 1 else 1 for header in ordered]
+    if numbers != list(range(1, count + 1)):
+        what = f"shards {', '.join(map(str, numbers))} of {count} are there"
+        raise _refused(what, headers[0].path.parent, f"name each of {count} shards once")
+    return ordered
 
 
 def tensor_data(header: GGUFHeader, file: Any, names: Container[str]) -> Iterator[tuple[Tensor, bytes]]:
@@ -221,15 +213,9 @@ def shard_table(shards: ShardSet) -> pd.DataFrame:
     import pandas as pd
 
     columns = ["file", "tensors", "first_tensor", "header_bytes", "data_bytes", "file_bytes"]
-    rows = [
-        (
-            header.path.name,
-            len(header.tensors),
-            header.tensors[0].name if header.tensors else "",
-            header.data_offset - header.start,
-            header.data_nbytes,
-            header.file_size,
-        )
-        for header in shards.headers
-    ]
+    rows = list[tuple[Any, ...]]()
+    for it in shards.headers:
+        first = it.tensors[0].name if it.tensors else ""
+        sizes = it.data_offset - it.start, it.data_nbytes, it.file_size
+        rows.append((it.path.name, len(it.tensors), first, *sizes))
     return pd.DataFrame(rows, pd.RangeIndex(1, len(rows) + 1, name="shard"), columns)

@@ -12,13 +12,11 @@ from typer import Argument, Option
 
 from dfqs_nb import ladder
 from dfqs_nb import merge as merging
-from dfqs_nb.core.bandwidth import disk_bandwidth, memory_bandwidth
+from dfqs_nb.core.bandwidth import memory_bandwidth
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
 from dfqs_nb.core.machine import available_memory
-from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf import facts, memory, models, placement, remote
-from dfqs_nb.gguf.diff import compare
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import check_set, open_shards
 from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
@@ -205,7 +203,9 @@ def plan(
     context: int = Option(8192, min=1, metavar="TOKENS", help="Length of the context."),
     ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of memory. 0: measured here."),
     gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of a card's memory. 0: unknown."),
-    disk_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of the disk. 0: measured here."),
+    disk_gbs: float = Option(
+        0.0, min=0, metavar="GB/S", help="Bandwidth of the disk. 0: measured if MODEL is here."
+    ),
 ) -> None:
     """Plan where a model's tensors would lie, and how fast it can be.
 
@@ -277,8 +277,7 @@ def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, flo
     speeds = {name: 1e9 * value for name, value in given.items() if value}
     speeds.setdefault(RAM, memory_bandwidth())
     if DISK not in speeds and placed.disk_token_bytes:
-        outputs_dir().mkdir(parents=True, exist_ok=True)
-        measured = (outlook and outlook.disk.pieces) or disk_bandwidth(outputs_dir())
+        measured = outlook.disk.pieces if outlook else None
         speeds |= {DISK: measured} if measured else {}
     return speeds
 
@@ -314,7 +313,7 @@ def diff(
     Exit status 1: they differ. Example: `dfqs-nb diff model-Q8_0.gguf hf://owner/repo/model-Q4_0.gguf`
     """
     with remote.outline(a) as left, remote.outline(b) as right:
-        differences, sentence = compare(left, right, data=data)
+        differences, sentence = remote.compare(left, right, data=data)
     for kind, lines in differences.items():
         say(f"{kind}: {len(lines):,}", *(f"  {line}" for line in lines))
     say(sentence)

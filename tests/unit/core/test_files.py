@@ -62,7 +62,7 @@ def test_a_sealed_stage_is_refused_when_it_or_a_file_of_it_was_edited(tmp_path):
     path = stage.finish(conditions={}, summary=[])
     assert read_stage(tmp_path, "scores", sealed=True)["files"].keys() == {"items.csv"}
     (tmp_path / "items.csv").write_text("a\n2\n")
-    with pytest.raises(StageError, match="items.csv: was changed after scores.json"):
+    with pytest.raises(StageError, match="items.csv: is missing, or was changed after scores.json"):
         read_stage(tmp_path, "scores", sealed=True)
     path.write_text(json.dumps({**json.loads(path.read_text()), "value": 1}))
     with pytest.raises(StageError, match="was edited after it was written; run 06_score"):

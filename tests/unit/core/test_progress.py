@@ -34,11 +34,12 @@ def test_a_large_file_gets_a_bar_that_moves_and_a_small_one_none():
 
 def test_activity_counts_this_process_where_it_is_asked_to():
     own = progress.Activity(own=True)
-    own.text()
+    assert "cores" not in own.text(), "nothing was measured yet"
     end = time.process_time() + 0.2
     while time.process_time() < end:
         pass
-    assert "in memory" in own.text() and not own.text().startswith("0 B in memory")
+    assert "cores" in (text := own.text()) and "in memory" in text
+    assert not text.startswith("0 B in memory")
 
 
 def test_a_bar_that_cannot_be_reported_ends_no_work(tmp_path, monkeypatch):

@@ -291,16 +291,6 @@ def test_container_cpu_quota(tmp_path, text, cpus):
     assert machine._cpu_quota(tmp_path) == cpus
 
 
-def test_version_1_control_groups(tmp_path):
-    folder = tmp_path / "memory"
-    folder.mkdir()
-    (folder / "memory.limit_in_bytes").write_text(str(2 * GIB))
-    (folder / "memory.usage_in_bytes").write_text(str(GIB))
-    assert machine._cgroup_memory(tmp_path).available_bytes == GIB
-    (folder / "memory.limit_in_bytes").write_text("9223372036854771712")
-    assert machine._cgroup_memory(tmp_path) is None
-
-
 def test_this_machine_agrees_with_psutil():
     psutil = pytest.importorskip("psutil")
     ours, theirs = machine.available_memory(), psutil.virtual_memory()

@@ -97,9 +97,10 @@ def test_a_table_of_machines(flash):
     assert table["at most tokens/s"].isna().tolist() == [True, False, True], "no disk speed was given"
 
 
-def test_a_size_that_is_none_is_refused():
+def test_sizes_are_powers_of_two_and_one_that_is_none_is_refused():
     with pytest.raises(DfqsError, match="is no size; write 64GB"):
         placement.size_of("much")
+    assert [placement.size_of(text) for text in ("64GB", "1.5 GiB", "500M")] == [64 << 30, 3 << 29, 500 << 20]
 
 
 def test_memory_for_half_of_the_experts_holds_half_of_the_reads(flash):

@@ -212,6 +212,11 @@ def test_good_files_pass(model):
     assert registry.check_files(paths, model) == tuple(file.sha256 for file in model.files)
 
 
+def test_all_shards_follow_from_any():
+    both = [f"hf://a/b/tiny-0000{i}-of-00002.gguf@v1" for i in (1, 2)]
+    assert registry.siblings(both[1]) == both and registry.siblings("tiny.gguf") == ["tiny.gguf"]
+
+
 # The hub
 
 

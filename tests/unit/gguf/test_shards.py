@@ -74,7 +74,7 @@ def test_missing_shard(pair):
 
 
 def test_missing_from_a_list(pair):
-    refused([pair[1]], "shard 1 of 2 is missing")
+    refused([pair[1]], "shards 2 of 2 are there")
 
 
 def test_a_number_above_the_count(pair, tmp_path):
@@ -104,7 +104,7 @@ def test_swapped_shards(pair, tmp_path):
 
 def test_duplicate_shard(pair, tmp_path):
     copy = Path(shutil.copy(pair[0], tmp_path / "copy.gguf"))
-    refused([*pair, copy], "copy.gguf", "shard 1 of 2 is there twice", "once")
+    refused([*pair, copy], "shards 1, 1, 2 of 2 are there", "once")
 
 
 def test_two_models_by_name():
@@ -125,7 +125,7 @@ def test_two_models_by_tensor_names(pair, tmp_path):
 
 def test_set_of_another_count(pair):
     patch_field(pair[1], "split.count", (3).to_bytes(2, "little"))
-    refused(pair[0], "of a set of 3, not of 2")
+    refused(pair[0], "belongs to a set of 3, not of 2")
 
 
 @pytest.mark.parametrize("cut", [1, 1024, 1_000_000])

@@ -279,7 +279,9 @@ def test_stage_that_is_cut_or_foreign_is_refused(content, own):
 
 def test_edited_or_missing_table_is_refused(own):
     (own / "long_context_table.csv").write_text("stage\nbetter\n")
-    with pytest.raises(StageError, match="long_context_table.csv: was changed after long_context.json"):
+    with pytest.raises(
+        StageError, match="long_context_table.csv: is missing, or was changed after long_context.json"
+    ):
         reading.read_run(own)
     (own / "long_context_table.csv").unlink()
     with pytest.raises(StageError, match="is missing"):
