@@ -144,7 +144,7 @@ other_cores: cores busy elsewhere | kld: KL divergence (nats) | kld_low: KL from
 kld_tail: 99 % of tokens under |
 boundary: boundary (tokens) | decode: decode (tokens/s) | bits_per_weight: bits a weight |
 expert_bits: bits a weight of experts | bits_a: bits a weight of a | bits_b: bits a weight of b |
-drift: log-probabilities move by (nats) | logit_drift: logits move by at most | llama_cpp: llama.cpp |
+logit_drift: logits move by at most | llama_cpp: llama.cpp |
 finish_reason: ended by
 """
 LABELS = entries(_LABELS)

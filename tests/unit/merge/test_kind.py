@@ -88,7 +88,7 @@ CASES = {
     "both shards, one of them twice": Case(
         lambda m: m.first + m.second + m.second,
         Kind.DAMAGED,
-        "shards 2, 2 of 2 are there",
+        "shards 1, 2, 2 of 2 are there",
         "invalid split file name",
     ),
     "glued and cut off": Case(
