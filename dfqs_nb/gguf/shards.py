@@ -163,8 +163,9 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
             raise _refused(f"belongs to a set of {own}, not of {count}", header.path)
     ordered = sorted(headers, key=lambda header: header.count("split.no") if count > 1 else 0)
     numbers = [header.count("split.no") + 1 if count > 1 else 1 for header in ordered]
-    if numbers != list(range(1, count + 1)):
-        what = f"shards {', '.join(map(str, numbers))} of {count} are there"
+    missing = ", ".join(str(number) for number in range(1, count + 1) if number not in numbers)
+    if missing or len(numbers) > count:
+        what = f"shard {missing} of {count} is missing" if missing else f"{len(numbers)} shards of {count}"
         raise _refused(what, headers[0].path.parent, f"name each of {count} shards once")
     return ordered
 

@@ -74,7 +74,7 @@ def test_missing_shard(pair):
 
 
 def test_missing_from_a_list(pair):
-    refused([pair[1]], "shards 2 of 2 are there")
+    refused([pair[1]], "shard 1 of 2 is missing")
 
 
 def test_a_number_above_the_count(pair, tmp_path):
@@ -104,7 +104,7 @@ def test_swapped_shards(pair, tmp_path):
 
 def test_duplicate_shard(pair, tmp_path):
     copy = Path(shutil.copy(pair[0], tmp_path / "copy.gguf"))
-    refused([*pair, copy], "shards 1, 1, 2 of 2 are there", "once")
+    refused([*pair, copy], "3 shards of 2", "once")
 
 
 def test_two_models_by_name():

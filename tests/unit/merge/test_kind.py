@@ -83,12 +83,12 @@ CASES = {
         "illegal split file idx: 1 (file: case.gguf), model must be loaded with the first split",
     ),
     "shard twice": Case(
-        lambda m: m.first + m.first, Kind.DAMAGED, "shards 1, 1 of 2 are there", "invalid split file name"
+        lambda m: m.first + m.first, Kind.DAMAGED, "shard 2 of 2 is missing", "invalid split file name"
     ),
     "both shards, one of them twice": Case(
         lambda m: m.first + m.second + m.second,
         Kind.DAMAGED,
-        "shards 1, 2, 2 of 2 are there",
+        "3 shards of 2",
         "invalid split file name",
     ),
     "glued and cut off": Case(
