@@ -85,7 +85,8 @@ def find_shards(path: str | Path) -> tuple[Path, ...]:
     siblings = tuple(shard_path(prefix, i, count) for i in range(1, count + 1))
     if path.name != (name := siblings[number - 1].name):  # llama.cpp wants exactly this, also in lower case
         what = f"is shard {number} of {count} by its header, but is not named so"
-        raise _refused(what, path, f"rename it to {name!r}, or name all {count} shards")
+        away = " (move that one away first)" if siblings[number - 1].exists() else ""
+        raise _refused(what, path, f"rename it to {name!r}{away}, or name all {count} shards")
     if missing := [sibling.name for sibling in siblings if not sibling.is_file()]:
         what = f"{len(missing)} of {count} shards missing: {', '.join(missing)}"
         raise _refused(what, path.parent, "download or rename what is missing in that folder")
