@@ -9,8 +9,9 @@ from dfqs_nb.routing.trace import Trace, differences, load_trace, overlaps
 if TYPE_CHECKING:
     from dfqs_nb.routing import figures
     from dfqs_nb.routing.experiment import run_experiment
+    from dfqs_nb.routing.profile import experts_needed
 
-__all__ = ["RecordedModel", "Trace", "differences", "figures", "load_trace", "open_recorded", "overlaps"]
-__all__ += ["run_experiment"]
+__all__ = ["RecordedModel", "Trace", "differences", "experts_needed", "figures", "load_trace"]
+__all__ += ["open_recorded", "overlaps", "run_experiment"]
 
-__getattr__ = lazy(__name__, figures="figures", run_experiment="experiment")
+__getattr__ = lazy(__name__, experts_needed="profile", figures="figures", run_experiment="experiment")

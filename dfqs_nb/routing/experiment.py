@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,18 @@ import tqdm.auto
 
 from dfqs_nb.core import child, display
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import canonical_sha256, whole_file, write_table
+from dfqs_nb.core.files import canonical_sha256, write_table
 from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.machine import has_amx, usable_cores
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.routing import verdict
-from dfqs_nb.routing.plan import IDENTICAL, LEFT_OUT, WEIGHTS, Condition, conditions, fit, read_texts
-from dfqs_nb.routing.profile import Profile, profile_of
-from dfqs_nb.routing.trace import RoutingError, Trace, across, differences, load_trace
+from dfqs_nb.routing.plan import IDENTICAL, LEFT_OUT, Condition, conditions, fit, read_texts
+from dfqs_nb.routing.profile import experts_needed, write_profile
+from dfqs_nb.routing.trace import RoutingError, Trace, differences, load_trace
 
-FORMAT = 6  # of a kept trace; a new number makes old ones be recorded again
+FORMAT = 7  # of a kept trace; a new number makes old ones be recorded again
 NOT_IN_NAMES = re.compile(r"[^\w.]+")
 
 
@@ -59,7 +57,6 @@ class Experiment:
         self.verdict = verdict.judge(self.rows)
         self.under_load = verdict.judge_loads(self.rows, self.verdict)
         self.advice = verdict.advice(self.sensitivities)
-        self._runtime = self.sensitivities[self.sensitivities["kind"] != WEIGHTS]
 
     def _pairs(self, rows: pd.DataFrame) -> list[tuple[Any, Trace, Trace]]:
         """Rows of `rows` with their two traces, the reference first."""
@@ -78,8 +75,8 @@ class Experiment:
 
     def conclusions(self) -> list[str]:
         """What this experiment showed, in sentences made from its counts."""
-        n, routed = len(self._runtime), self.reference.routed
-        n_moved = int((self._runtime["n_differ" if routed else "logit_drift"] > 0).sum())
+        n, routed = len(self.sensitivities), self.reference.routed
+        n_moved = int((self.sensitivities["n_differ" if routed else "logit_drift"] > 0).sum())
         what = "an expert choice" if routed else "a logit"
         moved = f"{n_moved} of {n} changes of settings changed {what}." if n else "No setting was changed."
         lines = [self.under_load.text, self.verdict.text, moved]
@@ -89,7 +86,7 @@ class Experiment:
 
     def claims(self) -> pd.DataFrame:
         """The card's statements on routing: ``claim``, ``status`` and ``evidence``, in its order."""
-        return verdict.claims(self.verdict, self._runtime, self.flips()["token"])
+        return verdict.claims(self.verdict, self.sensitivities)
 
     def agreement(self) -> pd.DataFrame:
         """Share of identical sets: a row a condition, as ranked, a column a layer, hash layers included."""
@@ -101,7 +98,7 @@ class Experiment:
     def flips(self) -> pd.DataFrame:
         """Flips under changes of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
         parts = [pd.DataFrame(columns=["condition", "kind", "token", "layer", "margin"])]
-        for row, a, b in self._pairs(self._runtime):
+        for row, a, b in self._pairs(self.sensitivities):
             tokens, columns = np.nonzero(differences(a, b))
             places = {"token": tokens, "layer": a.layers[columns], "margin": a.margin[tokens, columns]}
             parts.append(pd.DataFrame({"condition": row.condition, "kind": row.kind, **places}))
@@ -111,45 +108,24 @@ class Experiment:
         """The margin of every choice of the reference that has one."""
         return pd.Series(self.reference.margin[np.isfinite(self.reference.margin)])
 
-    def across(self) -> pd.DataFrame:
-        """Another quantization by layer, as `trace.across`; empty where there is none."""
-        others = self.sensitivities[self.sensitivities["kind"] == WEIGHTS]
-        for _, a, b in self._pairs(others) if self.reference.routed else ():
-            return across(a, b)
-        return pd.DataFrame()
-
-    @cached_property
-    def profile(self) -> Profile | None:
-        """What the routers prefer, over the short texts; None for a dense model, or where it did not run."""
+    @property
+    def profile(self) -> Trace | None:
+        """The trace of all texts, each alone; None for a dense model, or where it did not run."""
         trace = self.traces.get("profile")
-        return profile_of(trace) if trace and trace.routed else None
+        return trace if trace and trace.routed else None
 
     def write_tables(self, folder: str | Path) -> list[Path]:
-        """Write the tables ``routing_*.csv``, and of a routed model ``trace.csv.gz`` and the profile."""
+        """Write the tables ``routing_*.csv``, and the profile of a routed model."""
         folder, written = Path(folder), list[Path]()
         tables = {"conditions": self.rows, "loads": self.load_table, "flips": self.flips()}
         tables["layers"] = self.agreement().rename_axis("condition").reset_index()
-        tables["across"] = self.across()
-        if self.reference.routed:
-            written.append(self._write_choices(folder / "trace.csv.gz"))
-        if profile := self.profile:
-            tables |= {"domains": profile.usage(), "specialization": profile.specialization()}
-            tables["coverage"] = profile.coverage()
-            written.append(profile.write(folder / "routing_profile.json"))
+        if self.profile:
+            tables["coverage"] = experts_needed(self.profile).reset_index()
+            written.append(write_profile(folder / "routing_profile.json", self.profile))
         for name, table in tables.items():
             if len(table.columns):
                 written.append(write_table(folder / f"routing_{name}.csv", table, index=False))
         return written
-
-    def _write_choices(self, path: Path) -> Path:
-        """The frames of text, profile and loads as one CSV; piece by piece, because it may be long."""
-        how: dict[str, Any] = {"compression": "gzip", "index": False, "float_format": "%.6g"}
-        loads = self.rows.loc[self.rows["kind"] == "load", "condition"].unique()
-        with whole_file(path, "wb") as file:
-            for name in ("prefill", "profile", "alone", *loads):
-                if name in self.traces:
-                    self.traces[name].frame().to_csv(file, header=name == "prefill", **how)
-        return path
 
 
 def run_experiment(
@@ -160,7 +136,6 @@ def run_experiment(
     n_output: int = 16,
     n_threads: int = 0,
     n_gpu_layers: int = 0,
-    other: str = "",
     texts: str | Path = "",
     budget_minutes: float = 0.0,
     fresh: bool = False,
@@ -168,21 +143,17 @@ def run_experiment(
     """Run all conditions and loads on a GGUF file, and compare; ``folder`` keeps the traces.
 
     ``n_tokens`` and ``n_output`` are of the text and of its greedy answer; 0 threads: as many as suit the
-    model. ``other``: another quantization, a registered name or a file; empty: for nano Q8_0. ``texts``: as
-    `plan.read_texts`. ``budget_minutes``: as `plan.fit`; 0: no bound. ``fresh``: record again what an earlier
-    run left. A `DfqsError` if the reference cannot run, or a parameter is wrong.
+    model. ``texts``: as `plan.read_texts`. ``budget_minutes``: as `plan.fit`; 0: no bound. ``fresh``: record
+    again what an earlier run left. A `DfqsError` if the reference cannot run, or a parameter is wrong.
     """
     given, n_ctx = read_texts(texts), -(-(n_tokens + n_output) // 256) * 256
     fitting = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
     settings, threads = replace(fitting, n_ctx=n_ctx), max(usable_cores(), fitting.n_threads or 1)
-    if not other and open_shards(path).headers[0].get("general.name") == "DFQS-Nano":
-        other = "dfqs-nano-q8_0"
-    others = {Path(other).stem: resolve(other)[0]} if other else {}
-    planned = conditions(settings, n_tokens, threads, others, len(given))
+    planned = conditions(settings, n_tokens, threads, len(given))
     passage = (data_dir() / "prompts" / "routing_passage.txt").read_text(encoding="utf-8")
-    shared: dict[str, Any] = {"passage": passage, "texts": [text.model_dump() for text in given]}
-    shared |= {"n_tokens": n_tokens, "n_output": n_output}
-    runs = _Runs(Path(path), Path(folder), planned, shared, 60 * budget_minutes, fresh)
+    job: dict[str, Any] = {"path": str(Path(path).resolve()), "passage": passage, "n_tokens": n_tokens}
+    job |= {"texts": [text.model_dump() for text in given], "n_output": n_output}
+    runs = _Runs(Path(folder), planned, job, 60 * budget_minutes, fresh)
     runs.record()
     rows = verdict.compared(planned, runs.traces, runs.status, given)
     left_out = [name for name, how in runs.status.items() if how == LEFT_OUT]
@@ -193,10 +164,9 @@ def run_experiment(
 class _Runs:
     """The traces recorded now or earlier, and how each condition ended."""
 
-    path: Path
     folder: Path
     planned: list[Condition]
-    shared: dict[str, Any]  # texts and lengths, of every child's job
+    job: dict[str, Any]  # model, texts and lengths, of every child's job
     budget_seconds: float
     fresh: bool
     traces: dict[str, Trace] = field(default_factory=dict)
@@ -206,10 +176,11 @@ class _Runs:
     def record(self) -> None:
         """Record or reuse every trace; conditions of a process share a child."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._started, self._files = time.monotonic(), {}
-        for model in {each.model for each in self.planned}:
-            stats = [(path.name, path.stat()) for path in open_shards(model or self.path).paths]
-            self._files[model] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        self._started = time.monotonic()
+        stats = [(path.name, path.stat()) for path in open_shards(self.job["path"]).paths]
+        files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        asked = {name: value for name, value in self.job.items() if name != "path"}  # not where the file lies
+        self._about = [FORMAT, llama_version(), asked, files]
         processes = list(dict.fromkeys(each.process for each in self.planned))
         ordered = sorted(self.planned, key=lambda each: processes.index(each.process))
         with child.Worker("dfqs_nb.routing.record_child") as worker:
@@ -229,7 +200,7 @@ class _Runs:
             return {"scale": 1.0, "kept": names, "sentence": sentence}
 
         def make() -> dict[str, Any]:
-            costs = worker.run(self._job(self.planned[0], ""), where=self.path)
+            costs = self._child(worker, self.planned[0], "")
             scale, kept = fit(self.planned, costs, self.budget_seconds)
             sentence = (
                 f"Budget {self.budget_seconds / 60:g} minutes: {len(kept)} of {len(names)} runs, at "
@@ -254,20 +225,19 @@ class _Runs:
             share, used = 0.8 if each.process == "main" else 1.0, time.monotonic() - self._started
             if self.traces and self.budget_seconds and used > share * self.budget_seconds:
                 return LEFT_OUT  # the machine is slower than it was when its speed was measured
-            file = self._file(each)
             try:
-                worker.run(self._job(each, str(file)), where=self.path)
+                self._child(worker, each, str(self._file(each)))
             except DfqsError as error:
                 if not self.traces:
                     raise  # nothing to compare with
                 return f"failed: {error.what}"
-            trace, self.n_made = load_trace(file), self.n_made + 1
+            trace, self.n_made = load_trace(self._file(each)), self.n_made + 1
         self.traces[each.name] = trace
         return "done"
 
-    def _job(self, each: Condition, file: str) -> dict[str, Any]:
-        path = str(Path(each.model or self.path).resolve())
-        return {**self.shared, "path": path, "condition": asdict(each), "file": file}
+    def _child(self, worker: child.Worker, each: Condition, file: str) -> dict[str, Any]:
+        job = {**self.job, "condition": asdict(each), "file": file}
+        return worker.run(job, where=self.job["path"])
 
     def _kept(self, each: Condition) -> Trace | None:
         """The trace that an earlier run made under the same conditions."""
@@ -277,6 +247,5 @@ class _Runs:
 
     def _file(self, each: Condition) -> Path:
         """The trace's file, whose name tells runs apart by all that decides them."""
-        about = [FORMAT, llama_version(), self.shared, self._files[""], self._files[each.model]]
-        key = canonical_sha256([*about, asdict(replace(each, model=""))])  # not where the file lies
+        key = canonical_sha256([*self._about, asdict(each)])
         return (self.folder / f"{NOT_IN_NAMES.sub('-', each.name)}.{key[:12]}.npz").resolve()

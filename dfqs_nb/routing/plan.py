@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
+from dfqs_nb.core.budget import counted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.settings import OpenSettings
@@ -20,7 +21,6 @@ SUFFIXES = (".txt", ".md", ".py", ".c", ".cpp", ".js", ".java", ".rs", ".go", ".
 MAX_CHARACTERS = 1 << 16  # read of each text of a folder
 REPEATS = {"fresh": "fresh process", "main": "same process again"}  # by the process of a repetition
 IDENTICAL = "identical"  # the kind of a condition that repeats its reference exactly
-WEIGHTS = "quantization"  # the kind of a condition with another file of the model
 LOAD_TOKENS, LOAD_PREFILL, LOAD_OUTPUT = 80, 64, 8  # of each text under load, and of its answer
 PROFILE_TOKENS = 2048  # of each text, at most
 SCALES = (1.0, 0.5, 0.25, 0.125)  # of every length, tried in this order
@@ -62,22 +62,15 @@ class Condition:
     """One way to run the long text, or one load of short texts."""
 
     name: str
-    kind: str  # the setting that differs, WEIGHTS, or IDENTICAL; or reference, alone, load or profile
+    kind: str  # the setting that differs, or IDENTICAL; or reference, alone, load or profile
     against: str  # the name of the run to compare with; empty: a reference, or the profile
     settings: OpenSettings
     n_prefill: int | None = None  # tokens evaluated in batches, the others one by one; None: all
-    restored: bool = False  # after each call the state is saved, the context cleared, and the state put back
     process: str = "main"  # conditions of one process share one load of the weights
-    model: str = ""  # another file
     texts: tuple[int, ...] = ()  # of a load: text numbers, by the sequence that evaluates them
     arrivals: tuple[int, ...] = ()  # the step in which each comes; without them each is evaluated alone
     unified: bool = False  # they share one KV cache
     scale: float = 1.0  # of every length
-
-    @property
-    def load(self) -> str:
-        """The load for people, without the number of its batch."""
-        return self.name.split(", batch ")[0]
 
     def scaled(self, scale: float) -> Condition:
         """The condition with texts, prefill and arrivals at this scale."""
@@ -86,12 +79,10 @@ class Condition:
         return replace(self, n_prefill=n_prefill, arrivals=arrivals, scale=scale)
 
 
-def conditions(
-    settings: OpenSettings, n_tokens: int, max_threads: int, others: Mapping[str, str | Path], n_texts: int
-) -> list[Condition]:
+def conditions(settings: OpenSettings, n_tokens: int, max_threads: int, n_texts: int) -> list[Condition]:
     """The conditions of the experiment, most important first; ``settings`` are the reference's.
 
-    Thread counts are 1, 2, 4, ... up to ``max_threads``; ``others`` are quantizations of the model by name.
+    Thread counts are 1, 2, 4, ... up to ``max_threads``.
     """
     prefill = Condition("prefill", "reference", "", settings)
     decode = replace(prefill, name="decode", n_prefill=n_tokens // 2)
@@ -100,11 +91,7 @@ def conditions(
         again = replace(base, kind=IDENTICAL, against=base.name)
         repeats = (replace(again, name=f"{base.name}, {words}", process=it) for it, words in REPEATS.items())
         planned += [base, *repeats]
-    planned += [*loads(settings, n_texts), *_changes(prefill, decode, max_threads)]
-    weights = replace(prefill, kind=WEIGHTS, against="prefill")
-    for name, path in others.items():
-        planned.append(replace(weights, name=f"weights: {name}", process=name, model=str(path)))
-    return planned
+    return [*planned, *loads(settings, n_texts), *_changes(prefill, decode, max_threads)]
 
 
 def loads(settings: OpenSettings, n_texts: int, seed: int = 0) -> Iterator[Condition]:
@@ -134,14 +121,11 @@ def _batches(draw: np.random.Generator, alone: Condition, n_others: int) -> Iter
     company, size = draw.permutation(len(alone.texts)).tolist(), n_others + 1
     company += company[: -len(company) % size]
     steps = np.linspace(0, LOAD_TOKENS - LOAD_PREFILL - 1, size).astype(int)
-    others, cache = (
-        f"{n_others} other{'s' * (n_others > 1)}",
-        "one cache" if alone.unified else "a cache each",
-    )
+    cache = "one cache" if alone.unified else "a cache each"
     for number, start in enumerate(range(0, len(company), size), start=1):
         batch = replace(alone, kind="load", against=alone.name, texts=tuple(company[start : start + size]))
         for how, arrivals in (("together", [0] * size), ("mixed", draw.permutation(steps).tolist())):
-            name = f"{others}, {how}, {cache}, batch {number}"
+            name = f"{counted(n_others, 'others')}, {how}, {cache}, batch {number}"
             yield replace(batch, name=name, arrivals=tuple(arrivals))
 
 
@@ -160,7 +144,7 @@ def _changes(prefill: Condition, decode: Condition, max_threads: int) -> Iterato
     ]
     counts = {max_threads, *(2**i for i in range(max_threads.bit_length()))} - {prefill.settings.n_threads}
     for n in sorted(filter(None, counts)):
-        threads, label = {"n_threads": n, "n_threads_batch": n}, f"{n} thread{'s' * (n > 1)}"
+        threads, label = {"n_threads": n, "n_threads_batch": n}, counted(n, "threads")
         changes += [(f"{label}, {name}", name, threads) for name in ("prefill", "decode")]
         changes.append((f"{label}, decode, flash attention", "flash attention, decode", threads))
     for name, against, changed in changes:
@@ -168,8 +152,6 @@ def _changes(prefill: Condition, decode: Condition, max_threads: int) -> Iterato
         made[name] = replace(base, name=name, kind=" and ".join(changed), against=against, process=process)
         made[name] = replace(made[name], settings=replace(base.settings, **changed))
         yield made[name]
-    batches = replace(made["n_batch 64"], kind="saved state", against="n_batch 64")
-    yield replace(batches, name="saved state restored", restored=True)
 
 
 def seconds(planned: Iterable[Condition], costs: Mapping[str, float]) -> float:

@@ -52,7 +52,7 @@ class Recording:
         about: dict[str, Any] = {"condition": condition.name, "scale": scale}
         if not condition.texts and condition.kind != "profile":
             tokens = self.text[:1] + self.text[len(self.text) + 1 - round(len(self.text) * scale) :]
-            about |= {"n_output": self.job["n_output"], "restored": condition.restored}
+            about["n_output"] = self.job["n_output"]
             return record(self.recorded, tokens, condition.n_prefill, **about)
         if condition.texts:
             n = max(2, round(LOAD_TOKENS * scale))
@@ -64,10 +64,8 @@ class Recording:
         else:
             lines = [line[: max(1, round(len(line) * scale))] for line in self.lines]
             parts = [record(self.recorded, line, logits=False) for line in lines]
-        texts = [self.job["texts"][i] for i in condition.texts or range(len(lines))]
-        about |= {"sequences": [it["name"] for it in texts], "domains": [it["domain"] for it in texts]}
-        about["load"] = condition.load if condition.arrivals else "alone"
-        return joined(parts, **about, lengths=list(map(len, lines)))
+        domains = [self.job["texts"][i]["domain"] for i in condition.texts or range(len(lines))]
+        return joined(parts, **about, domains=domains, lengths=list(map(len, lines)))
 
 
 def _tokens(model: Model, job: dict[str, Any]) -> tuple[list[int], list[list[int]]]:

@@ -7,10 +7,9 @@ by. A stop changes how the graph is cut, so compare recorded runs only with reco
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,21 @@ from dfqs_nb.llama.model import DecodeError, Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.trace import RoutingError, Trace
 
-FLUSH_BYTES = 1 << 20  # of copies, before they are reduced to margins and weights
+FLUSH_BYTES = 1 << 20  # of copies, before they are reduced to ids and margins
 LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
-SMALLEST_SUM = 6.103515625e-5  # build_moe_ffn clamps the sum of weights here
-_PROBS, _WEIGHTS, _ARGSORT = b"ffn_moe_probs", b"ffn_moe_weigh", b"ffn_moe_argsort"
+REPORT = "report the architecture"
+
+
+class _Router(Router):
+    """One layer's router in llama.cpp's graph, and the tensors to copy: ids, and the scores behind them."""
+
+    def __init__(self, address: int) -> None:
+        super().__init__(address)
+        source = View(self.ids.tensor.src[0])
+        self.hashed = not source.name.startswith(b"ffn_moe_argsort")
+        # scored ids are a view of the sorted experts, with gaps: whole rows of these have none
+        self.reads = [self.ids] if self.hashed else [source, View(source.tensor.src[0])]
+        self.marks = [(view.tensor, view.name) for view in (self.ids, *self.reads)]
 
 
 @dataclass
@@ -33,22 +43,23 @@ class _Layer:
     """What one layer chose: copies of the graph's rows that are not reduced yet."""
 
     hashed: bool
-    raw: list[list[Any]]  # of ids, of probabilities, and of selection scores where they differ from these
+    width: int  # ids in a row: the chosen ones, or of all experts, the best first
+    ids: list[Any] = field(default_factory=list)
+    scores: list[Any] = field(default_factory=list)
     n_tokens: int = 0
 
-
-class _Router(Router):
-    """One layer's router in llama.cpp's graph, and the tensors to copy: ids, probabilities, scores."""
-
-    def __init__(self, address: int, probs: int) -> None:
-        super().__init__(address)
-        source = View(self.ids.tensor.src[0])
-        self.hashed = not source.name.startswith(_ARGSORT)
-        # scored ids are a view of the sorted experts, with gaps: whole rows of these have none
-        self.reads = [self.ids if self.hashed else source, View(probs)]
-        if not self.hashed and source.tensor.src[0] != probs:
-            self.reads.append(View(source.tensor.src[0]))
-        self.marks = [(view.tensor, view.name) for view in (self.ids, *self.reads)]
+    def reduced(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the ``k`` chosen experts and their margins, a row a token; the copies are let go."""
+        order = np.frombuffer(b"".join(self.ids), np.int32).reshape(-1, self.width)
+        margins = np.full(len(order), np.nan if self.hashed else np.inf, np.float32)
+        if not self.hashed:
+            scores = np.frombuffer(b"".join(self.scores), np.float32).reshape(order.shape)
+            ranked = np.take_along_axis(scores, order, axis=1)  # minus infinity for excluded groups
+            if (ranked[:, 1:] > ranked[:, :-1]).any():
+                raise RoutingError("chosen experts do not score highest", hint=REPORT)
+            margins = ranked[:, k - 1] - ranked[:, k] if k < self.width else margins
+        self.ids, self.scores = [], []
+        return order[:, :k].astype(np.uint16), margins
 
 
 class Recorder(Watch):
@@ -59,38 +70,34 @@ class Recorder(Watch):
         void, size = ctypes.c_void_p, ctypes.c_size_t  # copies from whichever device holds the tensor
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
         self._listening = False
-        self._inputs: list[np.ndarray] | None = None
-        self._probs_at = 0
-        self._weighting: dict[str, float] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget what was recorded."""
         self._layers: dict[int, _Layer] = {}
         self._columns: dict[str, list[np.ndarray]] = {}  # rows in pieces, by their field of a `Trace`
-        self._expected = self._raw_bytes = 0
+        self._expected = self._raw_bytes = self._k = 0
         self._logit_ids = np.zeros(0, np.int32)
-        self._shape = 0, 0  # experts chosen, and experts
 
-    def begin(self, n_tokens: int, *, inputs: bool = False) -> None:
-        """The next ``llama_decode`` evaluates so many tokens; ``inputs``: read them in its order, too."""
+    def begin(self, n_tokens: int) -> None:
+        """The next ``llama_decode`` evaluates so many tokens."""
         self._expected += n_tokens
+        self._inputs: list[int] = []
         self._listening = True
-        self._inputs = [] if inputs else None
 
-    def end(self) -> np.ndarray:
-        """Check that each layer routed every token once; the tokens in llama.cpp's order, if asked for."""
+    def end(self) -> list[int]:
+        """Check that each layer routed every token once; the tokens in the order that llama.cpp took."""
         self._listening = False
         if self._error is not None:
             error, self._error = self._error, None
-            raise RoutingError(f"the recorder failed ({error})", hint="report the architecture") from error
+            raise RoutingError(f"the recorder failed ({error})", hint=REPORT) from error
         for number, layer in self._layers.items():
             if layer.n_tokens != self._expected:
                 what = f"layer {number} routed {layer.n_tokens:,} of {self._expected:,} tokens"
                 raise RoutingError(what, hint="this architecture has no common expert block once a layer")
         if self._raw_bytes > FLUSH_BYTES:
             self._reduce()
-        return np.concatenate(self._inputs) if self._inputs else np.zeros(0, np.int32)
+        return self._inputs
 
     def keep_logits(self, rows: np.ndarray) -> None:
         """Keep a digest of the logits of each token, float32 ``(n, n_vocab)``, and a sample of them."""
@@ -98,82 +105,7 @@ class Recorder(Watch):
 
         ids = self._logit_ids = np.unique(np.linspace(0, rows.shape[1] - 1, LOGIT_SAMPLE).astype(np.int32))
         digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64)
-        for name, kept in (("digest", digests), ("logits", rows[:, ids])):
-            self._columns.setdefault(name, []).append(kept)
-
-    # -- called by llama.cpp: the watch keeps an exception, and end() raises it --
-
-    def _router(self, address: int) -> Router:
-        return _Router(address, self._probs_at)
-
-    def _other(self, address: int, prefix: bytes) -> None:
-        """The probabilities, and what build_moe_ffn does to the chosen ones, from the names of its nodes."""
-        if prefix not in (_PROBS, _WEIGHTS):
-            return
-        view = View(address)
-        step = view.name.rsplit(b"-", 1)[0].decode()
-        if step == "ffn_moe_probs" and b" " not in view.name:
-            self._probs_at = view.address
-        elif step.startswith("ffn_moe_weights_"):
-            factor = struct.unpack("f", struct.pack("i", view.tensor.op_params[0]))[0]
-            self._weighting[step.removeprefix("ffn_moe_weights_")] = factor
-
-    def _begun(self, address: int) -> None:
-        """The tokens of a graph: its first node looks up their embeddings."""
-        if self._inputs is None:
-            return
-        source = View(address).tensor.src[1]
-        if not source or (view := View(source)).name != b"inp_tokens":
-            raise RoutingError("its graph does not begin with the tokens")
-        tokens = np.zeros(view.shape[0], np.int32)
-        self._copy(view.address, tokens.ctypes.data, 0, tokens.nbytes)
-        self._inputs.append(tokens)
-
-    def _chosen(self, router: Router) -> None:
-        super()._chosen(router)
-        if not self._listening or not isinstance(router, _Router):
-            return
-        n, layer = router.ids.shape[1], self._layers.get(router.layer)
-        if layer is None:
-            shape = router.ids.row_bytes // 4, router.reads[1].row_bytes // 4
-            if self._shape not in ((0, 0), shape):
-                raise RoutingError(f"layer {router.layer} chooses {shape[0]} of {shape[1]}, unlike others")
-            self._shape = shape
-            self._layers[router.layer] = layer = _Layer(router.hashed, [[] for _ in router.reads])
-        for view, copies in zip(router.reads, layer.raw, strict=True):
-            size = n * view.row_bytes
-            copies.append(copy := ctypes.create_string_buffer(size))
-            self._copy(view.address, copy, 0, size)
-            self._raw_bytes += size
-        layer.n_tokens += n
-
-    def _reduce(self) -> None:
-        """Turn the copies of all layers, which hold equally many tokens, into rows of columns."""
-        layers = [self._reduced(self._layers[number]) for number in sorted(self._layers)]
-        for name, parts in zip(("experts", "weights", "margin"), zip(*layers, strict=True), strict=True):
-            self._columns.setdefault(name, []).append(np.stack(parts, axis=1))
-        self._raw_bytes = 0
-
-    def _reduced(self, layer: _Layer) -> tuple[np.ndarray, ...]:
-        """Ids, weights and margins of a layer, a row a token."""
-        k, n_experts = self._shape
-        ids, *floats = (np.frombuffer(b"".join(copies), np.int32) for copies in layer.raw)
-        for copies in layer.raw:
-            copies.clear()
-        chosen = ids.reshape(-1, k if layer.hashed else n_experts)[:, :k]
-        probs, scores = (each.view(np.float32).reshape(-1, n_experts) for each in (floats[0], floats[-1]))
-        margins = np.full(len(chosen), np.nan, np.float32) if layer.hashed else margin(scores, chosen)
-        if (margins < 0).any():
-            raise RoutingError("chosen experts do not score highest", hint="report the architecture")
-        weights = np.take_along_axis(probs, chosen, axis=1)
-        if "softmax" in self._weighting:
-            weights = np.exp(weights - weights.max(axis=1, keepdims=True))
-            weights /= weights.sum(axis=1, keepdims=True)
-        if "norm" in self._weighting:
-            weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST_SUM)
-        weights = weights * self._weighting.get("scaled", 1.0)
-        small = np.uint8 if n_experts <= 256 else np.uint16
-        return chosen.astype(small), weights.astype(np.float16), margins
+        self._add(digest=digests, logits=rows[:, ids])
 
     def arrays(self) -> dict[str, Any]:
         """What was recorded since `reset`, as fields of a `Trace`.
@@ -183,30 +115,56 @@ class Recorder(Watch):
         if self._raw_bytes:
             self._reduce()
         layers, n = sorted(self._layers), self._expected
+        columns = {"experts": np.zeros((n, 0, 0), np.uint16), "margin": np.zeros((n, 0), np.float32)}
+        columns |= {name: np.concatenate(pieces) for name, pieces in self._columns.items()}
+        highest = int(columns["experts"].max(initial=0))
         return {
             "layers": np.array(layers, np.int16),
             "hashed": np.array([self._layers[layer].hashed for layer in layers], bool),
-            "n_experts": int(self._shape[1]),
-            "experts": np.zeros((n, 0, 0), np.uint8),
-            "weights": np.zeros((n, 0, 0), np.float16),
-            "margin": np.zeros((n, 0), np.float32),
+            # a row of scored ids has all experts; with hash layers alone, those that were chosen count
+            "n_experts": max((max(it.width, highest + 1) for it in self._layers.values()), default=0),
             "logit_ids": self._logit_ids,
-            **{name: np.concatenate(pieces) for name, pieces in self._columns.items()},
+            **columns,
         }
 
+    def _add(self, **rows: np.ndarray) -> None:
+        for name, piece in rows.items():
+            self._columns.setdefault(name, []).append(piece)
 
-def margin(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The smallest score among the chosen experts minus the largest among the others, float32 ``(n,)``.
+    def _reduce(self) -> None:
+        """Turn the copies of all layers, which hold equally many tokens, into rows of columns."""
+        layers = [self._layers[number].reduced(self._k) for number in sorted(self._layers)]
+        experts, margins = (np.stack(parts, axis=1) for parts in zip(*layers, strict=True))
+        self._add(experts=experts, margin=margins)
+        self._raw_bytes = 0
 
-    Of selection scores ``(n, experts)``, minus infinity for excluded groups, and ids ``(n, k)``.
+    # -- called by llama.cpp: the watch keeps an exception, and end() raises it --
 
-    >>> margin(np.array([[0.5, 0.25, 0.75, 0.125]], np.float32), np.array([[2, 0]])).tolist()
-    [0.25]
-    """
-    last = np.take_along_axis(scores, chosen, axis=1).min(axis=1)
-    rest = scores.copy()
-    np.put_along_axis(rest, chosen, -np.inf, axis=1)
-    return np.asarray(last - rest.max(axis=1, initial=-np.inf))
+    def _router(self, address: int) -> Router:
+        return _Router(address)
+
+    def _begun(self, address: int) -> None:
+        """The tokens of a graph: its first node looks up their embeddings."""
+        source = View(address).tensor.src[1]
+        if self._listening and source and (view := View(source)).name == b"inp_tokens":
+            tokens = np.zeros(view.shape[0], np.int32)
+            self._copy(view.address, tokens.ctypes.data, 0, tokens.nbytes)
+            self._inputs += tokens.tolist()
+
+    def _chosen(self, router: Router) -> None:
+        super()._chosen(router)
+        if not self._listening or not isinstance(router, _Router):
+            return
+        k, n, width = router.ids.shape[0], router.ids.shape[1], router.reads[0].shape[0]
+        if self._k not in (0, k):
+            raise RoutingError(f"layer {router.layer} chooses {k} experts, and others {self._k}")
+        self._k, layer = k, self._layers.setdefault(router.layer, _Layer(router.hashed, width))
+        for view, copies in zip(router.reads, (layer.ids, layer.scores), strict=False):
+            size = n * view.row_bytes
+            copies.append(copy := ctypes.create_string_buffer(size))
+            self._copy(view.address, copy, 0, size)
+            self._raw_bytes += size
+        layer.n_tokens += n
 
 
 # ---- a model with a recorder ----
@@ -292,21 +250,17 @@ def record(
     n_prefill: int | None = None,
     *,
     logits: bool = True,
-    restored: bool = False,
     n_output: int = 0,
     **conditions: Any,
 ) -> Trace:
     """Evaluate these tokens from a cleared context, as `calls` says, and return what the routers chose.
 
-    With ``logits``, each token's digest and a sample of its logits are kept. ``restored``: the context is
-    saved, cleared and restored between the calls. Then it goes on greedily for up to ``n_output`` tokens.
-    ``conditions`` are kept in the trace. Errors: those of `RecordedModel.feed`.
+    With ``logits``, each token's digest and a sample of its logits are kept. Then it goes on greedily for up
+    to ``n_output`` tokens. ``conditions`` are kept in the trace. Errors: those of `RecordedModel.feed`.
     """
     model, token, output = recorded.model, -1, list[int]()
     recorded.clear()
     for call in calls(len(tokens), n_prefill, model.settings.n_batch):
-        if restored and call.start:
-            model.restore(model.save())  # which clears the context
         rows = recorded.feed(tokens[call.start : call.stop])
         token = int(rows[-1].argmax())
         if logits:
@@ -359,12 +313,13 @@ class Together:
         self.recorded, self.recorder = recorded, recorded.recorder
         params, possible = recorded.model.llama.context_params, ["simple", "sequential", "equal"]
         self._n_ubatch = params.n_ubatch
-        for slots in ([0, 0, 0, 1], [0, 0, 0, params.n_seq_max - 1]) if params.n_seq_max > 1 else ():
+        for last in {1, params.n_seq_max - 1} if params.n_seq_max > 1 else ():
             recorded.clear()
-            seen = self.decode(slots, [0, 1, 2, 3], [0, 1, 2, 0])[1].tolist()
+            slots = [0, 0, 0, last]
+            _, seen = self.decode(slots, [0, 1, 2, 3], [0, 1, 2, 0])
             possible = [rule for rule in possible if cut(slots, self._n_ubatch, rule) == seen]
         if not possible:
-            raise RoutingError("llama.cpp cuts batches in an unknown way", hint="report the architecture")
+            raise RoutingError("llama.cpp cuts batches in an unknown way", hint=REPORT)
         self.rule = possible[0]
         recorded.clear()
 
@@ -382,7 +337,7 @@ class Together:
             seq_id=(ctypes.POINTER(api.llama_seq_id) * n)(*sequence),
             logits=(ctypes.c_int8 * n)(*[1] * n),
         )
-        self.recorder.begin(n, inputs=True)
+        self.recorder.begin(n)
         with interrupts_held():
             status = api.llama_decode(model.llama.ctx, batch)
         if status != 0:
@@ -399,12 +354,11 @@ class Together:
         ``arrivals``: the steps in which they come. In every step each text that has arrived hands over its
         first ``n_prefill`` tokens, or its next token; after its last, it goes on greedily for ``n_output``.
         """
-        model, n, places = self.recorded.model, len(texts[0]), list[np.ndarray]()
+        n, places, done, step = len(texts[0]), list[np.ndarray](), [0] * len(texts), 0
         self.recorded.clear()
-        lines = [list(text) for text in texts]  # they get their answers
-        done, active, step = [0] * len(texts), set(range(len(texts))), 0
-        while active:
-            ready = [slot for slot in sorted(active) if arrivals[slot] <= step]
+        lines, last = [list(text) for text in texts], n + max(0, n_output - 1)  # lines get their answers
+        while going := [slot for slot, line in enumerate(lines) if done[slot] < min(len(line), last)]:
+            ready = [slot for slot in going if arrivals[slot] <= step]
             step += 1
             ends = {slot: done[slot] + 1 if done[slot] else n_prefill for slot in ready}
             entries = [(slot, at) for slot, end in ends.items() for at in range(done[slot], end)]
@@ -413,24 +367,22 @@ class Together:
             slots, positions = zip(*entries, strict=True)
             tokens = [lines[slot][at] for slot, at in entries]
             rows, seen = self.decode(slots, tokens, positions)
-            order = np.array(cut(slots, self._n_ubatch, self.rule))
-            if not np.array_equal(np.array(tokens)[order], seen):
-                raise RoutingError("llama.cpp cut a batch unexpectedly", hint="report the architecture")
+            order = cut(slots, self._n_ubatch, self.rule)
+            if [tokens[entry] for entry in order] != seen:
+                raise RoutingError("llama.cpp cut a batch unexpectedly", hint=REPORT)
             self.recorder.keep_logits(rows[order])
             places.append(np.array(entries)[order])
             best = dict(zip(slots, rows.argmax(axis=1).tolist(), strict=True))  # after the last entry of each
             for slot, end in ends.items():
-                done[slot], going_on = end, end < n
-                if not going_on and n_output and not model.ends(best[slot]):
+                done[slot] = end
+                answered = len(lines[slot]) - n
+                if end >= n and answered < n_output and not self.recorded.model.ends(best[slot]):
                     lines[slot].append(best[slot])
-                    going_on = len(lines[slot]) - n < n_output
-                if not going_on:
-                    active.remove(slot)
         place = np.concatenate(places)
         order = np.lexsort((place[:, 1], place[:, 0]))
         order = order[place[order, 1] < n]  # answers are not part of the trace
         output = np.full((len(lines), n_output), -1, np.int32)
         for slot, line in enumerate(lines):
             output[slot, : len(line) - n] = line[n:]
-        trace = self.recorded.trace([0] * len(place), rule=self.rule).rows(order)
+        trace = self.recorded.trace([0] * len(place)).rows(order)
         return replace(trace, tokens=np.array(texts, np.int32).ravel(), output=output)

@@ -1,7 +1,7 @@
-"""Traces, kept and compared: the chosen experts of every token and layer, their weights and margins.
+"""Traces, kept and compared: the chosen experts of every token and layer, and the margins.
 
 Two choices agree when the *sets* of experts are equal; their order does not matter to the model. Layers that
-route by hash are counted apart: their experts follow from the token alone and cannot vary.
+route by hash are not counted: their experts follow from the token alone and cannot vary.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dfqs_nb.core.errors import DfqsError, ModelError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import whole_file
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-_ROWS = ("tokens", "experts", "weights", "margin", "digest", "logits")  # have a row a token
+_ROWS = ("tokens", "experts", "margin", "digest", "logits")  # have a row a token
 _ARRAYS = (*_ROWS, "layers", "hashed", "logit_ids", "output")
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 COMPARED = (  # the values of `compare`
-    *("n_tokens", "n_layers", "n_choices", "n_differ", "margin_differ", "n_hash_differ"),
+    *("n_tokens", "n_layers", "n_choices", "n_differ", "margin_differ"),
     *("logits_equal", "logit_drift", "same_output"),
 )
 NOTHING = np.zeros(0)  # where nothing was kept
@@ -48,17 +45,15 @@ class Trace:
     tokens: np.ndarray  # evaluated, int32 (n,)
     layers: np.ndarray  # block numbers, int16 (L,); none for a dense model
     hashed: np.ndarray  # bool (L,): a table gives the layer's experts by token id
-    experts: np.ndarray  # chosen ids, best first, uint8 (uint16 above 256 experts) (n, L, k)
-    weights: np.ndarray  # what multiplies the experts' outputs, float16 (n, L, k)
+    experts: np.ndarray  # chosen ids, best first, uint16 (n, L, k)
     margin: np.ndarray  # k-th score minus the next, float32 (n, L); NaN if hashed, infinite without a next
     n_experts: int
     conditions: dict[str, Any] = field(repr=False)  # model, settings, and how the tokens were evaluated
     # XXH3-64 of all logits of a token, uint64 (n,): equal only where every bit is
     digest: np.ndarray = field(repr=False, default_factory=NOTHING.copy)
-    logit_ids: np.ndarray = field(
-        repr=False, default_factory=NOTHING.copy
-    )  # sampled vocabulary ids, int32 (s,)
-    logits: np.ndarray = field(repr=False, default_factory=NOTHING.copy)  # their logits, float32 (n, s)
+    # sampled vocabulary ids, int32 (s,), and their logits, float32 (n, s)
+    logit_ids: np.ndarray = field(repr=False, default_factory=NOTHING.copy)
+    logits: np.ndarray = field(repr=False, default_factory=NOTHING.copy)
     # the greedy continuation, int32 (m,), or (sequences, m) with -1 behind the end; its routing is not kept
     output: np.ndarray = field(repr=False, default_factory=NOTHING.copy)
 
@@ -80,30 +75,6 @@ class Trace:
         """One sequence of several equally long ones, with its greedy continuation."""
         n, output = self.n_tokens // len(self.output), self.output[place]
         return replace(self.rows(slice(n * place, n * place + n)), output=output[output >= 0])
-
-    def frame(self) -> pd.DataFrame:
-        """One row a chosen expert; docs/routing.md explains the columns. A `ModelError` for a dense model."""
-        import pandas as pd
-
-        if not self.routed:
-            hint = "only the determinism of its logits can be measured"
-            raise ModelError("no routed experts here: a dense model", hint=hint)
-        about, (n, n_layers, k) = self.conditions, self.experts.shape
-        lengths, each = np.array(about.get("lengths", [n])), n_layers * k  # rows of a token
-        names, domains = (np.array(about.get(key, [""]), object) for key in ("sequences", "domains"))
-        columns: dict[str, Any] = {
-            "load": about.get("load", "alone"),
-            "domain": np.repeat(domains, lengths * each),
-            "sequence": np.repeat(names, lengths * each),
-            "position": np.repeat(np.concatenate([np.arange(length) for length in lengths]), each),
-            "token": np.repeat(self.tokens, each),
-            "layer": np.tile(np.repeat(self.layers, k), n),
-            "rank": np.tile(np.arange(k), n * n_layers),
-            "expert": self.experts.ravel(),
-            "weight": self.weights.ravel(),
-            "margin": np.repeat(self.margin.ravel(), k),
-        }
-        return pd.DataFrame(columns)
 
     def save(self, path: str | Path) -> Path:
         """Write the trace as ``.npz``, whole or not at all, and return the path."""
@@ -154,14 +125,14 @@ def overlaps(a: Trace, b: Trace) -> np.ndarray:
 def compare(a: Trace, b: Trace) -> dict[str, Any]:
     """Two runs over the same tokens, the first being the reference, as the values of `COMPARED`.
 
-    ``n_layers`` and ``n_choices`` (tokens x layers) leave out hash layers; these count in ``n_hash_differ``.
+    ``n_layers`` and ``n_choices`` (tokens x layers) leave out hash layers, whose choices cannot vary.
     ``margin_differ``: the largest margin of the reference at which a set differs, or NaN. ``logits_equal``:
     share of tokens whose logits are equal bit for bit; ``logit_drift``: largest difference of a kept logit;
     both are NaN where none were kept. ``same_output``: equal greedy answers; None where a run has none.
     Errors: as `differences`.
     """
-    differ, scored, equal, drift = differences(a, b), ~a.hashed, math.nan, math.nan
-    routed, answered = differ[:, scored], len(a.output) and len(b.output)
+    scored, equal, drift = ~a.hashed, math.nan, math.nan
+    routed, answered = differences(a, b)[:, scored], len(a.output) and len(b.output)
     if len(a.digest) and len(b.digest) and np.array_equal(a.logit_ids, b.logit_ids):
         equal = float((a.digest == b.digest).mean())
         drift = float(np.abs(a.logits - b.logits).max(initial=0.0))
@@ -171,24 +142,7 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
         "n_choices": routed.size,
         "n_differ": int(routed.sum()),
         "margin_differ": float(a.margin[:, scored][routed].max()) if routed.any() else math.nan,
-        "n_hash_differ": int(differ[:, a.hashed].sum()),
         "logits_equal": equal,
         "logit_drift": drift,
         "same_output": bool(np.array_equal(a.output, b.output)) if answered else None,
     }
-
-
-def across(a: Trace, b: Trace) -> pd.DataFrame:
-    """How another file of the model routes the same text: one row a layer that scores.
-
-    ``same_set``: share of equal sets. ``overlap``: share of the chosen experts that both chose. ``mass``:
-    share of the reference's gates on these.
-    """
-    import pandas as pd
-
-    scored, weights = ~a.hashed, a.weights.astype(float)
-    shared = (a.experts[:, :, :, None] == b.experts[:, :, None, :]).any(axis=3)
-    mass = (weights * shared).sum(axis=2) / np.maximum(weights.sum(axis=2), 1e-12)
-    shares = {"same_set": ~differences(a, b), "overlap": overlaps(a, b), "mass": mass}
-    columns = {name: share[:, scored].mean(axis=0) for name, share in shares.items()}
-    return pd.DataFrame({"layer": a.layers[scored], **columns})

@@ -16,12 +16,11 @@ from typing import Any
 import pandas as pd
 
 from dfqs_nb.routing.plan import IDENTICAL, Condition, Text
-from dfqs_nb.routing.trace import COMPARED, RoutingError, Trace, compare
-from dfqs_nb.stats import at_most, clopper_pearson, mean_interval
+from dfqs_nb.routing.trace import COMPARED, Trace, compare
+from dfqs_nb.stats import at_most, mean_interval
 
 ABOUT = ("condition", "kind", "against", "status", "load", "n_others", "text", "domain")
 STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "routing stable"
-EXTREME_TOKENS = 8192  # DFQS calls a context long from here on, and "extreme token pressure" is not below
 CONFIRMED, CONTRADICTED, NOT_TESTABLE = "confirmed", "contradicted", "not testable here"
 REPEATED = (
     "{n_differ:,} of {n_choices:,} choices differed under identical conditions, in {n_runs_differ} of "
@@ -50,10 +49,7 @@ class Verdict:
 
 
 def compared(
-    planned: Sequence[Condition],
-    traces: Mapping[str, Trace],
-    status: Mapping[str, str],
-    texts: Sequence[Text],
+    planned: Sequence[Condition], traces: Mapping[str, Trace], status: Mapping[str, str], texts: list[Text]
 ) -> pd.DataFrame:
     """One row a text of a run that has a reference: `ABOUT`, and the values of `compare` if it ran.
 
@@ -62,20 +58,16 @@ def compared(
     rows: list[dict[str, Any]] = []
     for each in (each for each in planned if each.against):
         about: dict[str, Any] = {"condition": each.name, "kind": each.kind, "against": each.against}
-        about |= {"status": status[each.name], "load": each.load, "n_others": max(0, len(each.arrivals) - 1)}
-        about["text"] = ""
-        try:
-            if each.name not in traces:
-                rows.append(about)
-            elif each.texts:
-                for place, number in enumerate(each.texts):
-                    named = {"text": texts[number].name, "domain": texts[number].domain}
-                    pair = traces[each.against].part(number), traces[each.name].part(place)
-                    rows.append(about | named | compare(*pair))
-            else:
-                rows.append(about | compare(traces[each.against], traces[each.name]))
-        except RoutingError as error:  # another model than the reference, not another quantization of it
-            rows.append(about | {"status": f"not comparable: {error.what}"})
+        about |= {"status": status[each.name], "load": each.name.split(", batch ")[0], "text": ""}
+        about["n_others"] = max(0, len(each.arrivals) - 1)
+        if each.name not in traces:
+            rows.append(about)
+            continue
+        a, b = traces[each.against], traces[each.name]
+        rows += [] if each.texts else [about | compare(a, b)]
+        for place, number in enumerate(each.texts):
+            named = {"text": texts[number].name, "domain": texts[number].domain}
+            rows.append(about | named | compare(a.part(number), b.part(place)))
     table = pd.DataFrame(rows, columns=[*ABOUT, *COMPARED])
     return table.astype({name: "Int64" for name in table if str(name).startswith("n_")})
 
@@ -229,39 +221,23 @@ def advice(ranked: pd.DataFrame) -> list[str]:
 # ---- the card's statements ----
 
 
-def claims(again: Verdict, ranked: pd.DataFrame, at: pd.Series) -> pd.DataFrame:
+def claims(again: Verdict, ranked: pd.DataFrame) -> pd.DataFrame:
     """The card's statements on routing: ``claim``, ``status`` and ``evidence``, in its order.
 
-    ``again``: the verdict on repetitions. ``ranked``: `sensitivities` to settings of the runtime. ``at``: the
-    tokens of all flips under these.
+    ``again``: the verdict on repetitions. ``ranked``: see `sensitivities`.
     """
     it, runtime = again.facts, ranked[ranked["n_choices"] > 0]
-    same = again.passed and it["logits_equal"] == 1.0 and it["same_output"]
-    known = it["n_runs_differ"] or it["n_runs"] and not it["failed_runs"]
-    answers = "equal" if it["same_output"] else "different"
-    seen = again.text
-    if it["n_runs"]:
-        seen += f" {it['logits_equal']:.2%} of tokens have equal logits; greedy answers are {answers}."
-    exact = (CONFIRMED if same else CONTRADICTED) if known else NOT_TESTABLE, seen
-    stable = pressure = NOT_TESTABLE, "no routed experts, or no change of settings was tried"
+    stable = NOT_TESTABLE, "no routed experts, or no change of settings was tried"
     if len(runtime):
         worst, least = runtime.iloc[0], 1 - float(runtime["rate"].iloc[0])
         seen = f"at least {least:.2%} of expert sets stay the same under each of {len(runtime)} changes of "
         seen += f"settings (least: {worst['condition']}; asked for {STABLE_SHARE:.0%})"
         stable = CONFIRMED if least >= STABLE_SHARE else CONTRADICTED, seen
-        pressure = _pressure(int(worst["n_tokens"]), int(runtime["n_layers"].sum()), at)
+    same = again.passed and it["logits_equal"] == 1.0 and it["same_output"]
+    known, seen = it["n_runs_differ"] or it["n_runs"] and not it["failed_runs"], again.text
+    if it["n_runs"]:
+        answers = "equal" if it["same_output"] else "different"
+        seen += f" {it['logits_equal']:.2%} of tokens have equal logits; greedy answers are {answers}."
+    exact = (CONFIRMED if same else CONTRADICTED) if known else NOT_TESTABLE, seen
     rows = [("routing stable", *stable), ("deterministic execution", *exact)]
-    rows.append(("routing variance grows under extreme token pressure", *pressure))
     return pd.DataFrame(rows, columns=["claim", "status", "evidence"])
-
-
-def _pressure(n_tokens: int, n_layers: int, at: pd.Series) -> tuple[str, str]:
-    """Flips in the last against the first quarter of the text, over the layers of all changes together."""
-    quarter = round(n_tokens / 4)
-    size, early, late = quarter * n_layers, int((at < quarter).sum()), int((at >= n_tokens - quarter).sum())
-    seen = f"{early:,} of {size:,} choices flip in the first quarter, {late:,} in the last, of "
-    seen += f"{n_tokens:,} tokens; extreme begins at {EXTREME_TOKENS:,} tokens"
-    if n_tokens < EXTREME_TOKENS:
-        return NOT_TESTABLE, seen
-    low, high = clopper_pearson(late, size)[0], clopper_pearson(early, size)[1]
-    return (CONFIRMED if low > high else CONTRADICTED), seen

@@ -150,11 +150,11 @@ def test_every_text_meets_every_load_and_seeds_repeat():
     mixed = [each for each in plan if "mixed" in each.name]
     assert any(arrival > 0 for each in mixed for arrival in each.arrivals)
     assert all(each.settings.n_ctx >= 88 * max(1, len(each.arrivals)) for each in plan)
-    assert mixed[0].load == "7 others, mixed, a cache each" != mixed[0].name
+    assert mixed[0].name == "7 others, mixed, a cache each, batch 1"
 
 
 def planned_for(n_texts=16):
-    return conditions(OpenSettings(n_ctx=512, n_threads=1), 384, 2, {"q8": "q8.gguf"}, n_texts)
+    return conditions(OpenSettings(n_ctx=512, n_threads=1), 384, 2, n_texts)
 
 
 def costing(load, prefill, decode):
