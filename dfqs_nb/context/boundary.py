@@ -67,9 +67,7 @@ class Counts:
     accuracy: np.ndarray = field(init=False)
     fit: np.ndarray = field(init=False)  # the accuracy that does not increase
     a_0: float = field(init=False)  # accuracy at the shortest length; NaN where nothing was asked
-    threshold: float = field(
-        init=False
-    )  # the accuracy at which `SHARE` of the ability above guessing is left
+    threshold: float = field(init=False)  # where `SHARE` of the ability above guessing is left
     n_texts: int = field(init=False)  # the fewest that were asked at a length
 
     def __post_init__(self) -> None:
@@ -203,9 +201,7 @@ class Boundary:
     high: int | None  # None: open
     right_censored: bool
     status: str  # measured, right_censored, floor (a_0 is at chance), or not measured
-    cause: (
-        str | None
-    )  # quality, n_ctx, oom, decode_error or nan_logits; budget: nothing was measured; or None
+    cause: str | None  # quality, n_ctx, oom, decode_error, nan_logits; budget: nothing measured; or None
     a_0: float
     threshold: float
     guess_rate: float
@@ -252,11 +248,7 @@ class Boundary:
 
 
 def octaves(shortest: int, longest: int) -> list[int]:
-    """Lengths ``shortest * 2^k`` up to ``longest``.
-
-    >>> octaves(256, 2000)
-    [256, 512, 1024]
-    """
+    """Lengths ``shortest * 2^k`` up to ``longest``."""
     return [shortest * 2**k for k in range(int(log2(longest / shortest)) + 1)] if longest >= shortest else []
 
 

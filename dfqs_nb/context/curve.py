@@ -6,10 +6,9 @@ changes nothing. Else, and for probes of a single key, every question is evaluat
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,21 @@ import pandas as pd
 
 from dfqs_nb.context.boundary import Boundary, Counts, search_lengths
 from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question, StandIn
-from dfqs_nb.context.plan import Meter, Plan, RuntimeFailure, crew, side_by_side
+from dfqs_nb.context.plan import CHECK_TOKENS, Meter, Plan, RuntimeFailure, crew, side_by_side
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.files import parse_json
 from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import DecodeError, Model, ReuseCheck, SavedState, check_reuse
-from dfqs_nb.stats import wilson
 
 JOURNAL, REUSE = "long_context_items.jsonl", "reuse"  # and the row of the check of reuse in it
-ITEM = {  # what an answer in it holds
+ITEM = {  # what an answer in it holds; ``another_key``: it is right for another key of the text
     **dict.fromkeys(("task", "question", "expected", "answer"), str),
-    **dict.fromkeys(("haystack", "length", "n_prompt", "n_needles", "n_evaluated"), int),
-    **dict.fromkeys(("depth", "seconds"), float),
+    **dict.fromkeys(("haystack", "length", "n_needles", "n_evaluated"), int),
     **dict.fromkeys(("planned", "correct", "another_key"), bool),
+    "depth": float,
 }
 CHECK = {"allowed": bool, "largest_difference": float, "n_evaluated": int}
-LEAST_CELL, USUAL_CELL = 10, 13  # questions in a cell of the depth figure
 
 
 class Asker:
@@ -57,22 +54,22 @@ class Asker:
         return len(body)
 
     def ask(self, question: Question) -> tuple[str, int]:
-        """The greedy answer, cut off when more tokens cannot make it right, or right for another key."""
-        tokens, raw = list(question.prompt), b""
+        """The greedy answer, and the number of tokens evaluated."""
+        tokens = list(question.prompt)
         if self._state:
             self.model.restore(self._state)
         else:
             self.model.clear()
             tokens = [*self._body, *tokens]
-        logits = self.model.evaluate(tokens)
-        for n_answer in range(question.max_tokens):
+        logits, raw, n_evaluated = self.model.evaluate(tokens), b"", len(tokens)
+        for n_left in reversed(range(question.max_tokens)):
             token = int(np.argmax(logits))
-            raw += b"" if self.model.ends(token) else self.model.token_bytes(token)
-            decided = question.is_decided(raw.decode("utf-8", "ignore"))
-            if self.model.ends(token) or decided or n_answer + 1 == question.max_tokens:
+            if self.model.ends(token):
                 break
-            logits = self.model.evaluate([token])
-        return raw.decode("utf-8", "replace").strip(), len(tokens) + n_answer
+            raw += self.model.token_bytes(token)
+            if n_left:
+                logits, n_evaluated = self.model.evaluate([token]), n_evaluated + 1
+        return raw.decode("utf-8", "replace").strip(), n_evaluated
 
 
 @dataclass
@@ -91,19 +88,13 @@ class Run:
         return item_frame(self.journal.rows())
 
     @property
-    def retrieval(self) -> pd.DataFrame:
-        """The answers that the curve is made of: those of the probe's first task."""
-        items = self.items
-        return items[items["task"] == self.plan.probe.tasks[0]]
-
-    @property
     def evaluated_tokens(self) -> int:
         """Tokens evaluated for the curve, the check of reuse included."""
         return sum(row["n_evaluated"] for row in self.journal.rows())
 
     def counts(self) -> Counts:
         """Counts of the curve's answers."""
-        return Counts.of(self.retrieval)
+        return Counts.of(self.items)
 
     def boundary(self) -> Boundary:
         """The smaller of the quality boundary and the first runtime failure."""
@@ -114,24 +105,35 @@ class Run:
         boundary = counts.boundary()
         return boundary if failure is None else boundary.capped(failure.length, failure.cause)
 
+    def ask(self, asker: Any, case: Case, questions: Sequence[Question], planned: bool, bar: Any) -> None:
+        """Ask some questions of a text, and keep the answers."""
+        text = f"{case.length}/{case.haystack}"
+        n_held = asker.hold(case.body) if questions else 0
+        if n_held and f"{text}/held" not in self.journal:
+            self.journal.add(f"{text}/held", n_evaluated=n_held)
+        for question in questions:
+            answer, n_evaluated = asker.ask(question)
+            row: dict[str, Any] = {"haystack": case.haystack, "length": case.length, "planned": planned}
+            row |= {"task": question.task, "question": question.name, "depth": round(question.depth, 4)}
+            row |= {"expected": question.expected, "answer": answer, "correct": question.is_right(answer)}
+            row |= {"another_key": question.is_another(answer), "n_evaluated": n_evaluated}
+            self.journal.add(f"{text}/{question.name}", **row, n_needles=len(case.questions))
+            bar.update()
+
     def hand_on(self, stage: Stage, conditions: dict[str, Any]) -> list[str]:
         """Write ``long_context.json`` with its seal, and return its summary lines.
 
         ``conditions``: of the open model.
         """
-        counts, boundary, tasks, plan = self.counts(), self.boundary(), task_table(self.items), self.plan
+        counts, boundary, plan, wrong = self.counts(), self.boundary(), self.plan, self.items
         curve, measured, lines = counts.curve(), boundary.status != "not measured", [boundary.sentence]
-        planned, first = curve[curve["planned"]], tasks[tasks["task"] == plan.probe.tasks[0]]
-        guess: dict[str, Any] = {name: int(first[name].sum()) for name in ("wrong", "another_key")}
+        planned, wrong = curve[curve["planned"]], wrong[~wrong["correct"].astype(bool)]
+        guess: dict[str, Any] = {"wrong": len(wrong), "another_key": int(wrong["another_key"].sum())}
         guess |= {"rate": counts.guess_rate, "keys": plan.probe.needles}
         if measured:
             of = f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}"
             guessed = f"{guess['another_key']} of {guess['wrong']} wrong answers are another key's"
             lines.append(f"{of}, guess rate {guess['rate']:.2f} ({guessed})")
-        if fall := counts.largest_fall():
-            what = f"the largest fall of an octave is {fall['fall']:.0%} of the short-context ability"
-            ends = f"from {fall['start']:,} to {fall['end']:,} tokens"
-            lines.append(f"{what}, {ends} (95 % interval {fall['low']:.0%} to {fall['high']:.0%})")
         stage.add(self.journal.path)
         reused = {"reuse": bool(self.reuse and self.reuse.allowed)}
         stage.finish(
@@ -145,21 +147,14 @@ class Run:
             refined=curve[~curve["planned"]].to_dict("records"),
             boundary=boundary.as_dict() if measured else None,
             not_measured="" if measured else "; ".join(plan.left_out) or boundary.sentence,
-            largest_fall=fall,
+            largest_fall=counts.largest_fall(),
             guess=guess,
-            tasks=tasks.to_dict("records"),
-            runtime_failure=asdict(self.failure) if self.failure else None,
-            budget_hit=self.budget_hit,
-            evaluated_tokens=self.evaluated_tokens,
         )
         return lines
 
 
 def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """The answers among a journal's rows, sorted by length, text, task and depth; columns: `ITEM`.
-
-    ``another_key``: the answer is right for another key of the text.
-    """
+    """The answers among a journal's rows, sorted by length, text, task and depth; columns: `ITEM`."""
     items = [row for row in rows if "question" in row]
     frame = pd.DataFrame(items).drop(columns="id") if items else pd.DataFrame(columns=list(ITEM))
     return frame.sort_values(["length", "haystack", "task", "depth"], ignore_index=True)
@@ -186,29 +181,12 @@ def read_answers(folder: str | Path) -> list[pd.DataFrame]:
     return [frame for frame in frames if len(frame)]
 
 
-def task_table(items: pd.DataFrame) -> pd.DataFrame:
-    """By task and length: ``correct``, ``n``, ``wrong``, ``accuracy`` with Wilson's ``low`` and ``high``.
-
-    And ``another_key``: wrong answers that are right for another key of the text.
-    """
-    correct = items["correct"].astype(bool)
-    counted = items.assign(correct=correct, n=1, wrong=~correct, another_key=items["another_key"] & ~correct)
-    table = counted.groupby(["task", "length"])[["correct", "n", "wrong", "another_key"]].sum().astype(int)
-    low, high = wilson(table["correct"], table["n"])
-    return table.assign(accuracy=table["correct"] / table["n"], low=low, high=high).reset_index()
-
-
-def depth_tiles(items: pd.DataFrame) -> pd.DataFrame:
-    """Right answers by length and depth: ``length``, ``depth``, ``depth_end``, ``correct``, ``n``.
-
-    Depth has up to five parts, fewer where there are few questions; cells of fewer than 10 are left out.
-    """
-    n_least = int(items.groupby("length").size().min()) if len(items) else 0
-    n_parts = max(1, min(N_STRATA, n_least // USUAL_CELL))
-    part = (items["depth"] * n_parts).astype(int).clip(0, n_parts - 1) / n_parts
-    groups = items.assign(depth=part).groupby(["length", "depth"])["correct"]
-    table = groups.agg(correct="sum", n="count").reset_index()
-    return table[table["n"] >= LEAST_CELL].assign(depth_end=lambda cells: cells["depth"] + 1 / n_parts)
+def depth_table(items: pd.DataFrame) -> pd.DataFrame:
+    """Right answers of all, such as ``9 of 12``: a row a fifth of the text by depth, a column a length."""
+    fifth = (items["depth"] * N_STRATA).astype(int).clip(0, N_STRATA - 1)
+    names = {k: f"{k / N_STRATA:.0%} to {(k + 1) / N_STRATA:.0%} deep" for k in range(N_STRATA)}
+    groups = items.assign(depth=fifth.map(names)).groupby(["depth", "length"])["correct"]
+    return groups.agg(lambda right: f"{right.sum()} of {len(right)}").unstack(fill_value="")
 
 
 def measure(
@@ -239,27 +217,27 @@ def measure(
         now, cost = length, replace(plan, reuse=allowed).text_seconds(length)
 
         def ask(asker: Asker | StandIn, number: int) -> bool:
-            case = haystacks.case(number, length, links=planned)
+            case = haystacks.case(number, length)
             missing = [q for q in case.questions if f"{length}/{number}/{q.name}" not in journal]
             if missing and not meter.holds(cost):
                 return False
             with meter.spend(cost * len(missing) / len(case.questions)):
                 bar.update(len(case.questions) - len(missing))
-                _ask(journal, asker, case, missing, planned, bar)
+                run.ask(asker, case, missing, planned, bar)
             return True
 
         run.budget_hit = not all(side_by_side(askers, ask, range(plan.n_texts(length))))
         done.add(length)
-        items = run.retrieval
+        items = run.items
         return None if run.budget_hit else Counts.of(items[items["length"].isin(done)])
 
     models = crew(model, alone) if isinstance(model, Model) else nullcontext()
-    total = plan.n_questions * sum(map(plan.n_texts, plan.grid))
+    total = plan.probe.needles * sum(map(plan.n_texts, plan.grid))
     with models as copies, tqdm(total=total, unit="question", desc="long context") as bar:
         try:
             if plan.n_haystacks:
                 if plan.reuse:
-                    run.reuse = _check_reuse(model, journal, haystacks.case(0, now), plan.n_checked)
+                    run.reuse = _check_reuse(model, journal, haystacks.case(0, now))
                 allowed = bool(run.reuse and run.reuse.allowed)
                 askers += [Asker(copy, allowed) for copy in copies] if copies else [model]
                 search_lengths(measured, plan.grid, plan.rounds)
@@ -271,36 +249,11 @@ def measure(
     return run
 
 
-def _check_reuse(model: Model, journal: Journal, case: Case, n_tokens: int) -> ReuseCheck:
+def _check_reuse(model: Model, journal: Journal, case: Case) -> ReuseCheck:
     """Whether asking from a saved state changes nothing for a question; the journal keeps what was seen."""
     if REUSE not in journal:
-        check = check_reuse(model, case.body[:n_tokens], [case.questions[0].prompt])
+        check = check_reuse(model, case.body[:CHECK_TOKENS], [case.questions[0].prompt])
         facts = {"largest_difference": check.largest_difference, "n_evaluated": check.evaluated_tokens}
         journal.add(REUSE, allowed=check.allowed, **facts)
     row = journal[REUSE]
     return ReuseCheck(row["allowed"], row["largest_difference"], row["n_evaluated"])
-
-
-def _ask(
-    journal: Journal,
-    asker: Asker | StandIn,
-    case: Case,
-    questions: Sequence[Question],
-    planned: bool,
-    bar: Any,
-) -> None:
-    """Ask some questions of a text, and keep the answers."""
-    text = f"{case.length}/{case.haystack}"
-    n_held = asker.hold(case.body) if questions else 0
-    if n_held and f"{text}/held" not in journal:
-        journal.add(f"{text}/held", n_evaluated=n_held)
-    for question in questions:
-        started = time.perf_counter()
-        answer, n_evaluated = asker.ask(question)
-        row: dict[str, Any] = {"haystack": case.haystack, "length": case.length, "planned": planned}
-        row |= {"task": question.task, "question": question.name, "depth": round(question.depth, 4)}
-        row |= {"expected": question.expected, "answer": answer, "correct": question.is_right(answer)}
-        row |= {"another_key": question.is_another(answer), "n_needles": case.n_needles}
-        row |= {"n_prompt": len(case.body + question.prompt), "n_evaluated": n_evaluated}
-        journal.add(f"{text}/{question.name}", **row, seconds=round(time.perf_counter() - started, 4))
-        bar.update()

@@ -26,10 +26,11 @@ from dfqs_nb.llama.model import MEMORY_SETTINGS, Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, own_context, threads_for
 from dfqs_nb.llama.timing import probe, random_tokens, seconds_of
 
-CURVE_SHARE = 0.6  # of the budget that the curve takes while notebook 05's other parts have a share
-ALONE_SHARE = 0.9  # that it takes at most; the rest is for tables, figures and files
-CHECK_TOKENS = 64  # of the text that the check of reuse reads, where only one text is asked about
-PROTOCOL = "fixed keys, fresh texts for each length"  # answers under another one are not comparable
+CURVE_SHARE = 0.75  # of the budget; the rest is for the other parts of notebook 05
+CHECK_TOKENS = 128  # of a text, on which the check of reuse is made
+PROTOCOL = (
+    "fixed keys and nothing else, fresh texts for each length"  # answers under another one are not comparable
+)
 PROBE_SHARE, MOST_SECONDS = 1 / 15, 30.0  # that a chunk of the probe takes: of the budget, and in all
 CHUNKS = (256, 32)  # tokens
 SPARE_TOKENS = 64  # of context, for the answer
@@ -146,11 +147,6 @@ class Plan:
     speed: PrefillSpeed | None = None  # which costs are made of; None, and costs NaN, for a stand-in
     left_out: tuple[str, ...] = ()  # what the budget took away
 
-    @property
-    def n_questions(self) -> int:
-        """Questions about a text of a planned length; the two-hop one is asked at these only."""
-        return self.probe.needles + bool(self.probe.link)
-
     def n_texts(self, length: int) -> int:
         """Texts asked about at a length: of several, twice as many at the shortest, which a_0 comes from."""
         return self.n_haystacks * (2 if length == self.grid[0] and self.n_haystacks > 1 else 1)
@@ -159,45 +155,35 @@ class Plan:
         """Seconds that a text of this length takes with its questions."""
         if self.speed is None:
             return nan
-        n, text = self.n_questions, self.speed.seconds(length)
+        n, text = self.probe.needles, self.speed.seconds(length)
         more = (n - 1) * self.question_tokens * (self.speed.base + self.speed.by_depth * length)
         return text + more if self.reuse else n * text
-
-    @property
-    def n_checked(self) -> int:
-        """Tokens of the text on which `measure` checks that reuse changes nothing."""
-        return self.grid[0] if self.n_haystacks > 1 else min(CHECK_TOKENS, self.grid[0])
 
     @property
     def seconds(self) -> float:
         """Seconds that the planned lengths take, with the check of reuse; NaN if the plan is not timed."""
         check = 0.0
-        if self.reuse and self.speed:
-            check = 2 * (self.speed.seconds(self.n_checked) + self.question_tokens * self.speed.base)
+        if self.reuse and self.speed and self.n_haystacks:
+            check = 2 * (self.speed.seconds(CHECK_TOKENS) + self.question_tokens * self.speed.base)
         return check + sum(self.n_texts(n) * self.text_seconds(n) for n in self.grid)
 
     def kept(self, stage: Stage, model_sha256: str, *, fresh: bool = False) -> Plan:
-        """The plan cut until its budget holds it, or as an earlier run of the stage cut it.
+        """The plan cut until its share of the budget holds it, or as an earlier run of the stage cut it.
 
-        First 6 and 4 texts a length, and lengths down to four; then the other parts of notebook 05 lose their
-        share; then 2 texts, the other lengths, one text; at last nothing is asked, and the command is named
-        that measures something.
+        First 6 and 4 texts a length, and lengths down to four; then 2 texts, the other lengths, one text; at
+        last nothing is asked, and the command is named that measures something.
         """
-        n, budget = len(self.grid), self.budget_seconds
-        cuts = [{"texts": 6}, {"texts": 4}, *({"lengths": k} for k in range(n - 1, 3, -1)), {"others": 0}]
-        cuts += [{"texts": 2}, *({"lengths": k} for k in range(min(n, 4), 0, -1)), {"texts": 1}, {"texts": 0}]
+        n, budget = len(self.grid), CURVE_SHARE * self.budget_seconds
+        cuts = [{"texts": 6}, {"texts": 4}, *({"lengths": k} for k in range(n - 1, 3, -1)), {"texts": 2}]
+        cuts += [*({"lengths": k} for k in range(min(n, 4), 0, -1)), {"texts": 1}, {"texts": 0}]
 
         def made(cut: dict[str, int]) -> Plan:
             return replace(self, n_haystacks=cut["texts"], grid=self.grid[: cut["lengths"]])
 
-        def cost(cut: dict[str, int]) -> float:
-            share = CURVE_SHARE if cut["others"] else ALONE_SHARE
-            return made(cut).seconds / share if cut["texts"] else 0.0
-
         def make() -> dict[str, Any]:
-            whole = {"texts": self.n_haystacks, "lengths": n, "others": 1}
-            fitted = fit(whole, cuts, cost, budget, {"texts": "texts a length"})
-            return {"cut": fitted.values, "left_out": [it for it in fitted.left_out if "others" not in it]}
+            whole, names = {"texts": self.n_haystacks, "lengths": n}, {"texts": "texts a length"}
+            fitted = fit(whole, cuts, lambda cut: made(cut).seconds, budget, names)
+            return {"cut": fitted.values, "left_out": fitted.left_out}
 
         conditions = {**self.conditions(), "model": model_sha256}
         note = stage.plan(conditions, make, fresh=fresh)
@@ -205,13 +191,12 @@ class Plan:
         plan, left_out = made(note["cut"]), note["left_out"]
         if not plan.n_haystacks:
             least, spent = replace(plan, n_haystacks=1).seconds, stage.budget_seconds - stage.seconds_left
-            minutes = ceil((least / ALONE_SHARE + spent) * 1.2 / 60)
+            minutes = ceil((least / CURVE_SHARE + spent) * 1.2 / 60)
             command = f"dfqs-nb run 05 07 --run {quoted(stage.folder.name)} -p budget_minutes={minutes}"
             what = f"not measured (the least takes {duration(least)}; `{command}`)"
             left_out = [f"the curve and the boundary: {what}"]
         stage.leave_out(left_out)
-        share = CURVE_SHARE if plan.seconds <= CURVE_SHARE * budget else ALONE_SHARE
-        return replace(plan, left_out=tuple(left_out), budget_seconds=share * budget)
+        return replace(plan, left_out=tuple(left_out), budget_seconds=budget)
 
     @property
     def cost_sentence(self) -> str:

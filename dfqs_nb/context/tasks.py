@@ -9,7 +9,7 @@ import random
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, pairwise
@@ -19,11 +19,9 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 from pydantic import BaseModel
 
-from dfqs_nb.context.boundary import SHARE
 from dfqs_nb.context.haystacks import Probe, around, sentences
 from dfqs_nb.context.plan import Meter, PrefillSpeed, crew, side_by_side
 from dfqs_nb.core.display import tqdm
-from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import generate
@@ -31,18 +29,16 @@ from dfqs_nb.llama.model import Model
 from dfqs_nb.stats import wilson
 
 NAME = "long-context-tasks"
-LETTERS = "bdfgklmnprstvz", "aeiou"
 ANSWER_RULE = "all lines where several words are expected"  # answers under another one are not comparable
-ROW = {"answer": str, "expected": list, "recall": float, "guess": float}  # a line of the journal
+ROW = {"answer": str, "expected": list, "right": bool, "guess": float}  # a line of the journal
 ANSWER_TOKENS = 16  # beside three times the tokens of what is expected
-Tokenize = Callable[[str], Sequence[int]]
 COMMON, RARE = 10, 2  # how often words of the list of common words come, in its smallest unit
 
 
 class Task(BaseModel):
     """A task's wording, and how many keys, values, hops and people it has."""
 
-    kind: Literal["keys", "chain", "common", "frequent", "people", "meaning"]
+    kind: Literal["keys", "chain", "common", "meaning"]
     like: str
     question: str
     answer: str
@@ -62,7 +58,6 @@ class Tasks(PromptSet):
     filler: str
     intro: str
     joint: str
-    trades: tuple[str, ...]
     sights: tuple[tuple[str, str], ...]
     words: tuple[str, ...]
     tasks: dict[str, Task]
@@ -88,17 +83,18 @@ class Text:
     guess: float = 0.0
     max_tokens: int = ANSWER_TOKENS
 
-    def recall(self, answer: str) -> float:
-        """The share of what is expected that an answer names, each as a whole word."""
+    def is_right(self, answer: str) -> bool:
+        """Whether an answer names all that is expected, each as a whole word."""
         whole = (rf"(?<!\w){re.escape(word)}(?!\w)" for word in self.expected)
-        return sum(bool(re.search(word, answer, re.IGNORECASE)) for word in whole) / len(self.expected)
+        return all(re.search(word, answer, re.IGNORECASE) for word in whole)
 
 
 class Writer:
-    """Writes the texts of all tasks for a model: ``tokenize`` gives token ids of a text."""
+    """Writes the texts of all tasks for a model: ``tokenize`` gives the token ids of a text."""
 
-    def __init__(self, tasks: Tasks, tokenize: Tokenize, around: tuple[str, str], bos: Sequence[int]) -> None:
-        self.tasks, self.probe = tasks, load_prompts(tasks.filler, Probe)
+    def __init__(self, tokenize: Any, around: tuple[str, str], bos: Sequence[int]) -> None:
+        self.tasks = load_prompts(NAME, Tasks)
+        self.probe = load_prompts(self.tasks.filler, Probe)
         self._tokenize, self._around, self._bos = tokenize, around, tuple(bos)
 
     def text(self, task: str, length: int, number: int) -> Text | None:
@@ -151,32 +147,6 @@ class Writer:
         draw.shuffle(listed)
         return Drawn(tuple(common), text=", ".join(listed))
 
-    def _frequent(self, task: Task, draw: random.Random, amount: int) -> Drawn:
-        """Made-up words whose frequency falls with their rank squared, as in RULER."""
-        words: list[str] = []
-        while len(words) < 40:
-            word = "".join(draw.choice(LETTERS[k % 2]) for k in range(6))
-            words += [word] if word not in words else []
-        weights = [1 / (rank + 1) ** 2 for rank in range(len(words))]
-        listed = words[:1] * 3 + words[1:2] * 2 + words[2:3] + draw.choices(words, weights, k=12 + amount)
-        if len({*listed}) <= task.asked:  # chance drew no other word
-            listed.append(words[task.asked])
-        ranked = Counter(listed).most_common()
-        while ranked[task.asked - 1][1] == ranked[task.asked][1]:  # no tie about which are the most frequent
-            listed.append(ranked[task.asked - 1][0])
-            ranked = Counter(listed).most_common()
-        draw.shuffle(listed)
-        return Drawn(tuple(word for word, _ in ranked[: task.asked]), text=" ".join(listed))
-
-    def _people(self, task: Task, draw: random.Random, amount: int) -> Drawn:
-        """Facts about many people; the question is about one of them."""
-        n, names, rows = 3 + amount, self.probe.slots["name"], []
-        for number in draw.sample(range(100, 100 + 10 * n), n):
-            row = {"name": draw.choice(names), "number": number, "house": draw.randrange(1, 1000)}
-            rows.append(row | {"trade": draw.choice(self.tasks.trades)})
-        asked, text = draw.choice(rows), " ".join(task.fact.format(**row) for row in rows)
-        return Drawn((str(asked["trade"]),), asked, text=text, guess=1 / len(self.tasks.trades))
-
     def _meaning(self, task: Task, draw: random.Random, _amount: int) -> Drawn:
         """The question names a town, the text only what stands there."""
         n, sights = task.people, draw.sample(self.tasks.sights, task.people)
@@ -193,108 +163,67 @@ class Writer:
             yield from filler[at : at + 1]
 
 
-@dataclass(frozen=True)
-class TaskRun:
-    """Answers to the tasks, and what did not fit, in a sentence.
-
-    ``items`` has a row a text: ``task``, ``length``, ``number``, ``expected``, ``answer``, ``recall`` (share
-    of what is expected), ``right`` (all of it), ``guess``.
-    """
-
-    items: pd.DataFrame = field(repr=False)
-    left_out: tuple[str, ...] = ()
-
-    def table(self) -> pd.DataFrame:
-        """By task and length: ``n``, ``right``, ``recall``, ``guess``, ``accuracy``, ``low``, ``high``."""
-        columns = ["task", "length", "right", "recall", "guess"]  # also where there are no answers
-        groups = self.items.reindex(columns=columns).groupby(columns[:2], sort=False)
-        table = groups.agg(n=("right", "size"), right=("right", "sum"), recall=("recall", "mean"))
-        low, high = wilson(table["right"], table["n"])
-        table = table.assign(guess=groups["guess"].mean(), accuracy=table["right"] / table["n"])
-        return table.assign(low=low, high=high).reset_index()
-
-    def effective(self) -> pd.DataFrame:
-        """A row a task: ``base`` accuracy, ``guess``, ``effective`` tokens and ``censored``.
-
-        ``effective`` is the longest length up to which 85 % of the base above guessing is left (NoLiMa's
-        rule), and 0 where the base is not above guessing; ``censored``: no length fell below.
-        """
-        rows = []
-        for task, part in self.table().groupby("task", sort=False):
-            first = part.iloc[0]
-            least = first["guess"] + SHARE * (first["accuracy"] - first["guess"])
-            held = (part["accuracy"] >= least).cummin()
-            able = bool(first["low"] > first["guess"])
-            effective = int(part.loc[held, "length"].max()) if able else 0
-            rows.append((task, first["accuracy"], first["guess"], effective, able and bool(held.all())))
-        return pd.DataFrame(rows, columns=["task", "base", "guess", "effective", "censored"])
-
-
 def measure_tasks(
     model: Model,
     folder: str | Path,
     lengths: Sequence[int],
     speed: PrefillSpeed,
     *,
-    tasks: Sequence[str] = (),
     n_texts: int = 12,
     budget_seconds: float = float("inf"),
     model_id: str = "",
     fresh: bool = False,
-) -> TaskRun:
-    """Ask every task at every length, short lengths first; resumes after a kill.
+) -> tuple[pd.DataFrame, list[str]]:
+    """Ask every task at every length, short lengths first: the table of `rates`, and what was left out.
 
-    A task without a right answer at the shortest length is not asked at longer ones. No text is begun that is
-    not expected to end in the budget, at this speed. ``long_context_tasks.jsonl`` in ``folder`` keeps the
-    answers. ``lengths``: tokens of text, question and answer. ``tasks``: names; none: all.
+    Resumes after a kill: ``long_context_tasks.jsonl`` in ``folder`` keeps the answers. A task without a right
+    answer at the shortest length is not asked at longer ones. No text is begun that is not expected to end in
+    the budget, at this speed. ``lengths``: tokens of text, question and answer, ascending.
 
-    Raises `PromptError` where there is no such task, and `DecodeError` where llama.cpp fails.
+    Raises `DecodeError` where llama.cpp fails.
     """
-    wording = load_prompts(NAME, Tasks)
-    writer = Writer(wording, model.tokenize, around(model), [model.bos] if model.bos >= 0 else [])
-    if unknown := [name for name in tasks if name not in wording.tasks]:
-        raise PromptError(f"there is no task {unknown[0]!r}", hint=f"there are: {', '.join(wording.tasks)}")
-    # a name or length given twice would count its answers twice
-    chosen, lengths = list(dict.fromkeys(tasks)) or list(wording.tasks), sorted({*lengths})
-    conditions: dict[str, Any] = {**model.conditions(), **wording.identity(), "model": model_id}
+    writer = Writer(model.tokenize, around(model), model.with_bos([]))
+    names = list(writer.tasks.tasks)
+    conditions: dict[str, Any] = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
     conditions |= {"filler": writer.probe.identity(), "answer": ANSWER_RULE}
     path, whole = Path(folder) / "long_context_tasks.jsonl", partial(holds, fields=ROW)
     journal, meter = Journal(path, conditions, fresh=fresh, whole=whole), Meter(budget_seconds)
 
-    rows, n_missing, going = list[dict[str, Any]](), 0, chosen
-
-    def ask(copy: Model, turn: dict[str, Any]) -> None:
-        cost = planned_seconds(speed, [turn["length"]], 1, 1)
-        if _key(turn) in journal or not meter.holds(cost) or (text := writer.text(**turn)) is None:
+    def ask(copy: Model, turn: tuple[str, int, int]) -> None:
+        key, cost = "/".join(map(str, turn)), speed.seconds(turn[1]) + ANSWER_TOKENS * speed.decode
+        if key in journal or not meter.holds(cost) or (text := writer.text(*turn)) is None:
             return
         with meter.spend(cost):
             answer = greedy(copy, text)
-        recall = text.recall(answer)
-        journal.add(_key(turn), answer=answer, expected=text.expected, recall=recall, guess=text.guess)
+        right = text.is_right(answer)
+        journal.add(key, answer=answer, expected=text.expected, right=right, guess=text.guess)
 
+    rows, n_missing, going = list[dict[str, Any]](), 0, names
     with crew(model) as models:
         for length in tqdm(lengths, desc="lengths", leave=False):
             # in turn, so that a short budget leaves every task of a length some texts
-            turns = [{"task": task, "length": length, "number": k} for k in range(n_texts) for task in going]
+            turns = [(task, length, number) for number in range(n_texts) for task in going]
             side_by_side(models, ask, turns)
-            done = [{**turn, **journal[_key(turn)]} for turn in turns if _key(turn) in journal]
-            rows += [row | {"right": row["recall"] == 1} for row in done]
-            n_missing += len(turns) - len(done)
+            for task, _, number in turns:
+                if (key := f"{task}/{length}/{number}") in journal:
+                    rows.append({"task": task, "length": length, **journal[key]})
+                else:
+                    n_missing += 1
             if length == lengths[0]:
-                wrong = Counter(row["task"] for row in done if row["recall"] < 1)
-                going = [task for task in chosen if wrong[task] < n_texts]
-    rows.sort(key=lambda row: (chosen.index(row["task"]), row["length"], row["number"]))
+                wrong = Counter(row["task"] for row in rows if not row["right"])
+                going = [task for task in going if wrong[task] < n_texts]
     missing = [f"{n_missing} texts of the table of tasks"] if n_missing else []
-    return TaskRun(pd.DataFrame(rows), tuple(missing if rows else ["the table of tasks: not measured"]))
+    table = rates(pd.DataFrame(rows, columns=["task", "length", *ROW]), names)
+    return table, missing if rows else ["the table of tasks: not measured"]
 
 
-def _key(turn: Mapping[str, Any]) -> str:
-    return "/".join(map(str, turn.values()))
-
-
-def planned_seconds(speed: PrefillSpeed, lengths: Sequence[int], n_tasks: int, n_texts: int) -> float:
-    """What `measure_tasks` will take at this speed."""
-    return n_tasks * n_texts * sum(speed.seconds(n) + ANSWER_TOKENS * speed.decode for n in lengths)
+def rates(items: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
+    """By task and length: ``n``, ``right``, ``guess``, ``accuracy``, and Wilson's ``low`` and ``high``."""
+    items = items.assign(task=pd.Categorical(items["task"], tasks), right=items["right"].astype(bool))
+    groups = items.groupby(["task", "length"], observed=True)
+    table = groups.agg(n=("right", "size"), right=("right", "sum"), guess=("guess", "mean"))
+    low, high = wilson(table["right"], table["n"])
+    return table.assign(accuracy=table["right"] / table["n"], low=low, high=high).reset_index()
 
 
 def greedy(model: Model, text: Text) -> str:

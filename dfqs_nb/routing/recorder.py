@@ -115,7 +115,7 @@ class Recorder(Watch):
         if self._raw_bytes:
             self._reduce()
         layers, n = sorted(self._layers), self._expected
-        columns = {"experts": np.zeros((n, 0, 0), np.uint16), "margin": np.zeros((n, 0), np.float32)}
+        columns: dict[str, Any] = {"experts": np.zeros((n, 0, 0), "u2"), "margin": np.zeros((n, 0), "f4")}
         columns |= {name: np.concatenate(pieces) for name, pieces in self._columns.items()}
         highest = int(columns["experts"].max(initial=0))
         return {
@@ -379,10 +379,10 @@ class Together:
                 if end >= n and answered < n_output and not self.recorded.model.ends(best[slot]):
                     lines[slot].append(best[slot])
         place = np.concatenate(places)
-        order = np.lexsort((place[:, 1], place[:, 0]))
-        order = order[place[order, 1] < n]  # answers are not part of the trace
+        kept = np.lexsort((place[:, 1], place[:, 0]))
+        kept = kept[place[kept, 1] < n]  # answers are not part of the trace
         output = np.full((len(lines), n_output), -1, np.int32)
         for slot, line in enumerate(lines):
             output[slot, : len(line) - n] = line[n:]
-        trace = self.recorded.trace([0] * len(place)).rows(order)
+        trace = self.recorded.trace([0] * len(place)).rows(kept)
         return replace(trace, tokens=np.array(texts, np.int32).ravel(), output=output)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import typer
 from typer import Argument, Option
 
-from dfqs_nb.core.budget import duration
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_json, write_table
@@ -20,17 +19,6 @@ from dfqs_nb.workbook import cli, file_commands  # noqa: F401 (its commands are 
 from dfqs_nb.workbook.cli import MEASURE, Context, Fresh, Gguf, Run, Threads, app, say, say_table
 
 COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output"
-
-
-def numbers(text: str, kind: Any = int) -> list[Any]:
-    """Numbers with commas between them, of an option."""
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of numbers: write 1,2,4") from None
-
-
-fractions = partial(numbers, kind=float)
 
 
 def stage_dir(run: str, model: str, stage: str = "") -> Path:
@@ -62,7 +50,6 @@ def routing(
     model: str = Argument(..., help="A name of `dfqs-nb models`, or a file."),
     run: str = Option("routing", help="The folder under outputs/ for traces and tables."),
     tokens: int = Option(384, help="Length of the text."),
-    other: str = Option("", metavar="MODEL", help="Another quantization to compare with."),
     texts: str = Option("", metavar="FOLDER", help="Your texts, in a subfolder for each domain."),
     budget_minutes: float = Option(0.0, min=0, help="Runs are shortened or left out to fit. 0: no limit."),
     fresh: Fresh = False,
@@ -77,7 +64,7 @@ def routing(
 
     check_in_process(model, "routing")
     path, folder = registry.resolve(model)[0], run_dir(run)
-    options: dict[str, Any] = {"n_tokens": tokens, "other": other, "texts": texts, "fresh": fresh}
+    options: dict[str, Any] = {"n_tokens": tokens, "texts": texts, "fresh": fresh}
     experiment = run_experiment(path, folder / "routing", budget_minutes=budget_minutes, **options)
     say_table(experiment.sensitivities[COLUMNS.split()], ".3g")
     rows = experiment.rows.drop_duplicates("condition")
@@ -218,74 +205,3 @@ def deploy(
     )
     say(*(f"- {note}" for note in recipe.notes), "", *recipe.commands)
     say(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")
-
-
-@app.command(rich_help_panel=MEASURE)
-def tasks(
-    model: Gguf,
-    task: list[str] = Option([], metavar="NAME", help="Only these tasks. Default: all."),
-    lengths: Any = Option("512,1024,2048,4096", parser=numbers, metavar="N,...", help="Tokens."),
-    texts: int = Option(12, min=1, help="Texts of each task at each length."),
-    budget_minutes: cli.Budget = 30.0,
-    run: Run = "",
-    threads: Threads = 0,
-    fresh: Fresh = False,
-) -> None:
-    """Ask long-context tasks in the manner of RULER and NoLiMa.
-
-    Resumes after a kill. Example: `dfqs-nb tasks model.gguf --lengths 1024,4096 --task "several keys"`
-    """
-    from dfqs_nb.context.plan import measure_prefill
-    from dfqs_nb.context.tasks import NAME, Tasks, measure_tasks, planned_seconds
-    from dfqs_nb.core.prompts import load_prompts
-
-    if min(lengths) < 1:
-        raise DfqsError(f"--lengths has {min(lengths)}", hint="give lengths of 1 or more")
-    with open_model(model, max(lengths), threads) as opened:
-        speed = measure_prefill(opened, max(lengths), 60 * budget_minutes)
-        n_tasks = len({*(task or load_prompts(NAME, Tasks).tasks)})
-        planned = duration(planned_seconds(speed, lengths, n_tasks, texts))
-        say(f"{n_tasks} tasks, {texts} texts a length: about {planned}, at most {budget_minutes:g} min")
-        folder = stage_dir(run, model, "long_context")
-        options: dict[str, Any] = {"tasks": task, "n_texts": texts, "fresh": fresh}
-        options |= {"budget_seconds": 60 * budget_minutes, "model_id": identity(opened)}
-        result = measure_tasks(opened, folder, lengths, speed, **options)
-    _tell(result, folder / "tasks.csv", model)
-    say_table(result.effective(), ".2f")
-
-
-@app.command(rich_help_panel=MEASURE)
-def loops(
-    model: Gguf,
-    temperature: Any = Option("0,1", parser=fractions, metavar="X,...", help="0: greedy."),
-    cache_type: str = Option("f16,q8_0", help="Types of keys and values, with commas."),
-    answers: int = Option(12, min=1, max=24, help="Answers under each condition."),
-    tokens: int = Option(512, min=64, help="Tokens of a long answer."),
-    budget_minutes: cli.Budget = 30.0,
-    run: Run = "",
-    threads: Threads = 0,
-    fresh: Fresh = False,
-) -> None:
-    """Say how many long answers fall into a repeat.
-
-    Resumes after a kill. Example: `dfqs-nb loops model.gguf --temperature 0,0.6 --cache-type f16,q4_0`
-    """
-    from dfqs_nb.context.loops import measure_loops
-    from dfqs_nb.llama import OpenSettings
-
-    settings = OpenSettings.of(model, n_ctx=tokens + 512, n_threads=threads)
-    options: dict[str, Any] = {"temperatures": temperature, "fresh": fresh}
-    options |= {"cache_types": cache_type.split(","), "n_answers": answers, "n_tokens": tokens}
-    options["budget_seconds"] = 60 * budget_minutes
-    folder = stage_dir(run, model, "long_context")
-    _tell(measure_loops(model, folder, settings, **options), folder / "loops.csv", model)
-
-
-def _tell(result: Any, path: Path, model: str) -> None:
-    """Print a result's table and what was left out, and write its items."""
-    if not len(result.items):
-        what = f"nothing was asked: {'; '.join(result.left_out)}"
-        raise DfqsError(what, where=model, hint="raise --budget-minutes")
-    say_table(result.table(), ".2f")
-    say(*(f"left out: {what}" for what in result.left_out))
-    say(f"wrote {tilde(write_table(path, result.items, index=False))}")

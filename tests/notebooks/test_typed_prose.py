@@ -52,7 +52,6 @@ ALONE = {
         METHOD: ["It scores all experts", "The same in sentences", "- **Free**", "This matters only"]
         + ["- **Fix for equal logits**", "Recording itself slightly"]
         + ["- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
-        + ["The heat map has"],
     },
     "05": {
         METHOD: ["The context must hold", "Every text hides the", "So the plan costs about", "The curve may take"]

@@ -116,9 +116,7 @@ def test_the_number_of_keys_is_the_same_at_every_length(many_keys):
     text = [w for w in "The code of the".split()]
     for number, length in itertools.product(range(10), LENGTHS):
         case = many_keys.case(number, length)
-        retrieve = [q for q in case.questions if q.task == "retrieve"]
-        assert case.n_needles == len(retrieve) == len({q.name for q in retrieve}) == 6
-        assert sum(q.task == "two hops" for q in case.questions) == 1
+        assert len(case.questions) == len({q.name for q in case.questions}) == 6
         assert max(len(case.body) + len(q.prompt) for q in case.questions) <= length
         start = words(" ".join(text))
         found = sum(case.body[i : i + 4] == tuple(start) for i in range(len(case.body)))
@@ -126,7 +124,7 @@ def test_the_number_of_keys_is_the_same_at_every_length(many_keys):
 
 
 def test_depths_are_spread_over_the_whole_text(many_keys):
-    depths = [q.depth for t in range(40) for q in many_keys.case(t, 1024, links=False).questions]
+    depths = [q.depth for t in range(40) for q in many_keys.case(t, 1024).questions]
     counts = np.histogram(depths, 10, (0, 1))[0]
     assert counts.sum() == 240 and counts.min() >= 14, counts
     assert min(depths) < 0.03 and max(depths) > 0.93
@@ -149,16 +147,6 @@ def test_texts_are_fresh_for_each_length_and_the_same_for_every_tokenizer(many_k
     ]
 
 
-def test_two_hops_lead_to_the_code_through_the_text(many_keys):
-    questions = many_keys.case(2, 512).questions
-    (link,) = [q for q in questions if q.task == "two hops"]
-    codes = {q.name: q.expected for q in questions if q.task == "retrieve"}
-    assert codes[link.name.removesuffix("/guard")] == link.expected
-    for word in words(link.name.removesuffix("/guard")):
-        assert word not in link.prompt, "the question does not name the key"
-    assert set(link.others) == set(codes.values()) - {link.expected}
-
-
 @pytest.mark.parametrize("shortest", [32, 100, 120])
 def test_a_length_that_cannot_hold_the_keys_is_refused(shortest):
     with pytest.raises(PromptError, match="cannot hold the keys.*use lengths from"):
@@ -169,20 +157,17 @@ def test_a_length_that_cannot_hold_the_keys_is_refused(shortest):
 
 
 @pytest.mark.parametrize(
-    ("whole", "text", "right", "another", "decided"),
+    ("text", "right", "another"),
     [
-        (False, "1234", True, False, True),
-        (False, "1234 and more", True, False, True),
-        (False, "12", False, False, False),
-        (False, "98", False, False, False),
-        (False, "9876.", False, True, True),
-        (False, "13", False, False, True),
-        (True, "1234", True, False, False),
-        (True, "1234 or", False, False, True),
-        (True, "12", False, False, False),
+        ("1234", True, False),
+        ("1234 and more", True, False),
+        ("12", False, False),
+        ("98", False, False),
+        ("9876.", False, True),
+        ("13", False, False),
     ],
 )
-def test_an_answer_is_right_or_anothers_and_known_as_early_as_can_be(whole, text, right, another, decided):
-    question = Question("k", "retrieve", 0.5, (), "1234", ("9876",), whole)
+def test_an_answer_is_right_or_anothers(text, right, another):
+    question = Question("k", "retrieve", 0.5, (), "1234", ("9876", "5555"))
     assert question.is_right(text) == right and question.is_another(text) == another
-    assert question.is_decided(text) == decided
+    assert not Question("k", "retrieve", 0.5, (), "1234").is_another(text)

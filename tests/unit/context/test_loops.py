@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from report_builder import append_damaged
 
 from dfqs_nb.context import loops
-from dfqs_nb.context.loops import LEAST_TIMES, LEAST_TOKENS, Loop, LoopRun, first_loop, measure_loops
-from dfqs_nb.core.errors import DfqsError, ModelError
+from dfqs_nb.context.loops import LEAST_TIMES, LEAST_TOKENS, Loop, first_loop
+from dfqs_nb.context.plan import PrefillSpeed
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.stats import wilson
 
@@ -68,38 +70,25 @@ def test_a_loop_is_what_a_slow_search_finds():
 
 
 def test_the_rate_counts_answers_that_reach_the_limit():
-    nan = float("nan")
-    rows = [("f16", 0.0, False, 10.0)] * 3 + [("f16", 0.0, False, nan), ("f16", 0.0, True, 5.0)]
-    rows += [("q8_0", 0.0, True, nan)]
-    items = pd.DataFrame(rows, columns=["cache", "temperature", "ended", "start"]).assign(
-        period=2.0, length=80.0
+    rows = [(0.0, True, True)] * 3 + [(0.0, True, False), (0.0, False, True), (1.0, False, False)]
+    table = loops.rates(pd.DataFrame(rows, columns=["temperature", "long", "looped"])).set_index(
+        "temperature"
     )
-    table = LoopRun(items).table().set_index("cache")
-    assert table.loc["f16", ["asked", "long", "looped", "rate", "start"]].tolist() == [5, 4, 3, 0.75, 10]
-    assert tuple(table.loc["f16", ["low", "high"]]) == tuple(float(edge) for edge in wilson(3, 4))
-    assert np.isnan(table.loc["q8_0", "rate"]) and table.loc["q8_0", "long"] == 0
+    assert table.loc[0.0, ["asked", "long", "looped", "rate"]].tolist() == [5, 4, 3, 0.75]
+    assert tuple(table.loc[0.0, ["low", "high"]]) == tuple(float(edge) for edge in wilson(3, 4))
+    assert np.isnan(table.loc[1.0, "rate"]) and table.loc[1.0, "long"] == 0
 
 
 def test_a_second_run_asks_nothing_and_a_budget_leaves_out(tmp_path, monkeypatch):
-    few = {"n_answers": 2, "n_tokens": 80, "cache_types": ("f16", "q8_0")}
-    none = measure_loops(MODEL, tmp_path, OPEN, **few, budget_seconds=0)
-    assert not len(none.items) and none.left_out[1] == "4 of 4 answers with a q8_0 cache"
-    assert not len(none.table()) and "rate" in none.table()
-    first = measure_loops(MODEL, tmp_path, OPEN, **few)
-    assert first.table()["asked"].tolist() == [2, 2, 2, 2] and first.items["n_tokens"].max() <= 80
-    append_damaged(tmp_path / "long_generation.jsonl")
-    monkeypatch.setattr(loops, "chat", lambda *_: pytest.fail("asked again"))
-    again = measure_loops(MODEL, tmp_path, OPEN, **few)
-    pd.testing.assert_frame_equal(first.items, again.items)
-    with pytest.raises(ModelError, match="type_k is 'x'"):
-        measure_loops(tmp_path / "none.gguf", tmp_path, OPEN, cache_types=["f16", "x"])  # before it is opened
-    twice = measure_loops(
-        MODEL, tmp_path, OPEN, **few | {"cache_types": ["f16"] * 2}, temperatures=[0.0, 0.0]
-    )
-    assert twice.table()["asked"].tolist() == [2], "no answer counts twice"
-
-
-@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
-def test_a_temperature_that_is_none_is_refused_before_a_model_is_opened(tmp_path, temperature):
-    with pytest.raises(DfqsError, match="the temperature"):
-        measure_loops(tmp_path / "none.gguf", tmp_path, OPEN, temperatures=[0.0, temperature])
+    few, speed = {"n_answers": 2, "n_tokens": 80}, PrefillSpeed(0.0, 0.0, 0.01)
+    with open_model(MODEL, OPEN, trial=False) as model:
+        none, missing = loops.measure_loops(model, tmp_path, speed, **few, budget_seconds=0)
+        assert not len(none) and missing == ["4 of 4 long answers"] and "rate" in none
+        first, missing = loops.measure_loops(model, tmp_path, speed, **few)
+        assert first["asked"].tolist() == [2, 2] and not missing
+        lines = [json.loads(line) for line in (tmp_path / loops.JOURNAL).read_text().splitlines()]
+        assert max(len(line["tokens"]) for line in lines) <= 80
+        append_damaged(tmp_path / loops.JOURNAL)
+        monkeypatch.setattr(loops, "chat", lambda *_: pytest.fail("asked again"))
+        again, _ = loops.measure_loops(model, tmp_path, speed, **few)
+    pd.testing.assert_frame_equal(first, again)

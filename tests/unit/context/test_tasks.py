@@ -7,27 +7,29 @@ import re
 from collections import Counter
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from report_builder import append_damaged
 
-from dfqs_nb.context import figures, tasks
+from dfqs_nb.context import tasks
 from dfqs_nb.context.plan import PrefillSpeed
-from dfqs_nb.context.tasks import TaskRun, Text, Writer
-from dfqs_nb.core.errors import PromptError
+from dfqs_nb.context.tasks import Text, Writer
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.core.prompts import load_prompts
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.stats import wilson
 
 SET = load_prompts(tasks.NAME, tasks.Tasks)
 
 FREE = PrefillSpeed(0.0, 0.0)
+NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 
 
 @pytest.fixture(scope="module")
 def writer() -> Writer:
     """Words are tokens, so that tokens can be read."""
-    return Writer(SET, lambda text: text.split(" "), ("<user>", "</user>\n"), ())
+    return Writer(lambda text: text.split(" "), ("<user>", "</user>\n"), ())
 
 
 def body(writer: Writer, task: str, length: int = 400, number: int = 0) -> tuple[Text, str]:
@@ -65,8 +67,8 @@ def test_keys_and_values_as_ruler_has_them(writer, name, n_keys, n_values, n_exp
     assert min(depths) < 0.25 and max(depths) > 0.75, "facts lie over the whole text"
 
 
-@pytest.mark.parametrize("hops", [2, 4])
-def test_a_chain_leads_from_its_number_to_every_expected_thing(writer, hops):
+def test_a_chain_leads_from_its_number_to_every_expected_thing(writer):
+    hops = 4
     text, haystack = body(writer, f"variables, {hops} hops")
     start = re.findall(r"The ([a-z ]+) has the number (\d+)\.", haystack)
     links = re.findall(r"The ([a-z ]+) has the same number as the ([a-z ]+)\.", haystack)
@@ -143,15 +145,12 @@ def test_needles_distractors_depths_and_tokens_are_those_of_rulers_rules(writer,
     assert ks_2samp(ours, theirs).pvalue > 0.01
 
 
-def test_common_and_frequent_words_are_the_most_frequent(writer):
-    for name, split in (("common words", ", "), ("frequent words", " ")):
-        for length, number in [(300, 0), (1500, 0), *((200, number) for number in range(30))]:
-            if writer.text(name, length, number) is None:
-                continue  # common words need more
-            text, haystack = body(writer, name, length, number)
-            counts = Counter(haystack.strip().split(split)).most_common()
-            assert {word for word, _ in counts[:3]} == set(text.expected)
-            assert counts[2][1] > counts[3][1], "without a tie"
+def test_common_words_are_the_most_frequent(writer):
+    for length, number in ((300, 0), (1500, 0), (600, 1)):
+        text, haystack = body(writer, "common words", length, number)
+        counts = Counter(haystack.strip().split(", ")).most_common()
+        assert {word for word, _ in counts[:3]} == set(text.expected)
+        assert counts[2][1] > counts[3][1], "without a tie"
 
 
 def test_the_question_without_shared_words_shares_none(writer):
@@ -162,78 +161,60 @@ def test_the_question_without_shared_words_shares_none(writer):
     assert f"{text.expected[0]} lives right next to {sight}." in haystack
 
 
-def test_one_of_many_people_is_asked_for(writer):
-    text, haystack = body(writer, "questions on a text")
-    name = re.search(r"What does (\w+ Number \d+) work as", " ".join(map(str, text.tokens)))
-    assert name and re.search(rf"{name[1]} lives in house \d+ and works as a {text.expected[0]}\.", haystack)
-    assert haystack.count(" lives in house ") > 10
-
-
 def test_an_answer_counts_by_whole_words():
     text = Text("t", (1,), ("12", "34"))
-    assert (text.recall("12 and 34."), text.recall("34, 125"), text.recall("")) == (1.0, 0.5, 0.0)
+    assert text.is_right("12 and 34.") and not text.is_right("34, 125") and not text.is_right("")
 
 
-def test_effective_length_ends_at_the_first_fall_and_chance_is_none():
-    import pandas as pd
-
-    rows = [
-        {"task": task, "length": length, "right": k < right, "recall": float(k < right), "guess": guess}
-        for task, guess, by_length in (
-            ("dips", 0.0, {256: 10, 512: 5, 1024: 10}),
-            ("holds", 0.0, {256: 10, 512: 9, 1024: 9}),
-            ("chance", 0.25, {256: 3, 512: 3, 1024: 3}),
-        )
-        for length, right in by_length.items()
-        for k in range(10)
+def test_answers_are_counted_by_task_and_length():
+    rows = [("b", 512, k < 9, 0.0) for k in range(10)] + [("a", 256, k < 3, 0.25) for k in range(10)]
+    table = tasks.rates(pd.DataFrame(rows, columns=["task", "length", "right", "guess"]), ["b", "a"])
+    assert table[["task", "length", "n", "right", "guess"]].values.tolist() == [
+        ["b", 512, 10, 9, 0.0],
+        ["a", 256, 10, 3, 0.25],
     ]
-    table = TaskRun(pd.DataFrame(rows)).effective().set_index("task")
-    assert table["effective"].to_dict() == {"dips": 256, "holds": 1024, "chance": 0}
-    assert table["censored"].to_dict() == {"dips": False, "holds": True, "chance": False}
-    title = figures.tasks_by_length(TaskRun(pd.DataFrame(rows))).get_title(loc="left")
-    assert title == "2 of 3 tasks beat guessing at 256 tokens; 1 holds to 1,024"
-
-
-def test_a_run_without_answers_has_empty_tables():
-    import pandas as pd
-
-    for run in (TaskRun(pd.DataFrame()), TaskRun(pd.DataFrame({"task": [], "length": []}))):
-        assert not len(run.table()) and {"accuracy", "low", "high"} <= set(run.table())
-        assert not len(run.effective()) and "effective" in run.effective()
-        assert figures.tasks_by_length(run) == "No figure of tasks: none was asked."
+    assert tuple(table.loc[0, ["low", "high"]]) == tuple(float(edge) for edge in wilson(9, 10))
 
 
 def test_a_list_counts_where_several_words_are_expected(monkeypatch):
     said = SimpleNamespace(text=":\n\n1. 12\n2. 34")
     monkeypatch.setattr(tasks, "generate", lambda *_: said)
     both = Text("t", (1,), ("12", "34"))
-    assert both.recall(tasks.greedy(None, both)) == 1
+    assert both.is_right(tasks.greedy(None, both))
     assert tasks.greedy(None, Text("t", (1,), ("34",))) == "1. 12", "a single word is named first"
 
 
+def only(monkeypatch, *names: str) -> None:
+    """Ask these tasks alone."""
+    few = SET.model_copy(update={"tasks": {name: SET.tasks[name] for name in names}})
+    load = tasks.load_prompts
+    monkeypatch.setattr(
+        tasks, "load_prompts", lambda name, kind: few if name == tasks.NAME else load(name, kind)
+    )
+
+
 def test_a_task_that_fails_at_the_shortest_length_is_not_asked_again(tmp_path, monkeypatch):
-    path = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
-    chosen = ["single needle", "several keys"]
-    monkeypatch.setattr(tasks, "greedy", lambda _, text: text.expected[0] if text.task == chosen[0] else "")
-    with open_model(path, OpenSettings(n_ctx=1024, n_threads=1)) as model:
-        run = tasks.measure_tasks(model, tmp_path, [256, 512], FREE, tasks=chosen, n_texts=2)
-    assert run.table()["length"].tolist() == [256, 512, 256]
-    assert not run.left_out, "no budget took it away"
+    only(monkeypatch, "single needle", "several keys")
+    monkeypatch.setattr(
+        tasks, "greedy", lambda _, text: text.expected[0] if text.task == "single needle" else ""
+    )
+    with open_model(NANO, OpenSettings(n_ctx=1024, n_threads=1)) as model:
+        table, missing = tasks.measure_tasks(model, tmp_path, [256, 512], FREE, n_texts=2)
+    assert table["length"].tolist() == [256, 512, 256]
+    assert not missing, "no budget took it away"
 
 
 def test_a_model_is_asked_and_a_second_run_asks_nothing(tmp_path, monkeypatch):
-    chosen = ["single needle", "common words"]
-    path = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
-    with open_model(path, OpenSettings(n_ctx=512, n_threads=1)) as model:
-        first = tasks.measure_tasks(model, tmp_path, [512, 60], FREE, tasks=chosen, n_texts=2)
-        assert len(first.items) == 4 and first.table()["n"].tolist() == [2, 2]
-        assert first.left_out == ("4 texts of the table of tasks",), "60 tokens hold neither task"
+    only(monkeypatch, "single needle", "common words")
+    with open_model(NANO, OpenSettings(n_ctx=512, n_threads=1)) as model:
+        first, missing = tasks.measure_tasks(model, tmp_path, [60, 512], FREE, n_texts=2)
+        assert first["n"].tolist() == [2, 2]
+        assert missing == ["4 texts of the table of tasks"], "60 tokens hold neither task"
         append_damaged(tmp_path / "long_context_tasks.jsonl")
         monkeypatch.setattr(tasks, "greedy", lambda *_: pytest.fail("asked again"))
-        again = tasks.measure_tasks(model, tmp_path, [512, 512], FREE, tasks=chosen * 2, n_texts=2)
-        assert again.table()["n"].tolist() == [2, 2], "no answer counts twice"
-        assert again.items["answer"].tolist() == first.items["answer"].tolist()
-        none = tasks.measure_tasks(model, tmp_path, [256], FREE, tasks=chosen, n_texts=2, budget_seconds=-1)
-        assert not len(none.items) and none.left_out == ("the table of tasks: not measured",)
-        with pytest.raises(PromptError, match="there is no task 'x'"):
-            tasks.measure_tasks(model, tmp_path, [256], FREE, tasks=["x"])
+        again, _ = tasks.measure_tasks(model, tmp_path, [512], FREE, n_texts=2)
+        pd.testing.assert_frame_equal(first, again)
+        none, missing = tasks.measure_tasks(model, tmp_path, [256], FREE, n_texts=2, budget_seconds=-1)
+    assert (
+        not len(none) and missing == ["the table of tasks: not measured"] and {"accuracy", "low"} <= set(none)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -85,3 +86,10 @@ def test_a_profile_is_read_back_for_its_model_only(tmp_path):
             read_profile(path, headers)
     with pytest.raises(DfqsError, match="not a routing profile"):
         read_profile(tmp_path / "nothing.json", headers)
+
+
+def test_a_trace_has_the_arrays_of_the_documentation(tmp_path):
+    text = (data_dir().parent / "docs" / "routing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?) \|", text.split("## Arrays")[1].split("##")[0], re.M)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert set(np.load(planted().save(tmp_path / "t.npz"))) == documented

@@ -64,45 +64,11 @@ def test_a_model_that_is_not_there_leaves_no_folder(tmp_path, capsys):
     assert "nosuch.gguf" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
-def test_tasks_name_what_the_budget_left_out(tmp_path, capsys):
-    asked = ["tasks", MODEL, "--task", "single needle", "--lengths", "256,512", "--texts", "1", "--run", "x"]
-    assert main(asked) == 0
-    assert len(pd.read_csv(tmp_path / "x" / "long_context" / "tasks.csv")) == 2
-    assert main([*asked, "--budget-minutes", "0", "--fresh"]) == 1
-    assert (
-        "nothing was asked: the table of tasks: not measured; raise --budget-minutes"
-        in capsys.readouterr().err
-    )
-
-
-def test_loops_are_counted_by_temperature_and_cache_type(tmp_path, capsys):
-    asked = [
-        "loops",
-        MODEL,
-        "--answers",
-        "1",
-        "--tokens",
-        "64",
-        "--temperature",
-        "0,0.5",
-        "--cache-type",
-        "f16",
-    ]
-    assert main([*asked, "--run", "x"]) == 0
-    assert "looped" in capsys.readouterr().out
-    assert len(pd.read_csv(tmp_path / "x" / "long_context" / "loops.csv")) == 2
-    assert main([*asked, "--temperature", "warm"]) == 2
-    assert "'--temperature': 'warm' is no list of numbers" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["fidelity", MODEL, MODEL], "line 1"),
         (["fidelity", MODEL, "missing.jsonl"], "dfqs-nb record MODEL -o record.jsonl"),
-        (["score", MODEL, "--set", "nano-code-choices"], "has no 4 answers"),
-        (["tasks", MODEL, "--task", "x", "--lengths", "256"], "there is no task 'x'"),
-        (["record", MODEL, "-o", "r.jsonl", "--prompts", "missing.jsonl"], "cannot be read"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(capsys, arguments, message):

@@ -58,8 +58,6 @@ SHORTER = {
     "routing": ["--tokens", "64"],
     "record": ["--tokens", "4", "--n-ctx", "1024"],
     "fidelity": ["--n-ctx", "1024"],
-    "loops": ["--answers", "1", "--tokens", "64"],
-    "tasks": ["--texts", "1", "--lengths", "512"],
 }
 CHOICES = """{"set": "mine", "kind": "choice"}
 {"id": "1", "prompt": "Tom is tall. Ann is small. Who is tall?", "choices": ["Tom", "Ann"], "gold": 0}
@@ -223,7 +221,7 @@ def files_of_a_command(words: list[str], place: Path, run: Callable[[list[str]],
         shutil.copy(data_dir() / "prompts" / "nano_reasoning.jsonl", place / words[-1])
     elif "fidelity" in words:
         run(["dfqs-nb", "record", "model.gguf", "-o", words[-1], *SHORTER["record"]])
-    if words[1] in ("fidelity", "loops", "tasks") and words[2] != "model.gguf":
+    if words[1] == "fidelity" and words[2] != "model.gguf":
         shutil.copy(place / "model.gguf", place / words[2])
 
 
