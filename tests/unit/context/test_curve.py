@@ -82,7 +82,7 @@ def test_a_saved_state_gives_what_the_same_calls_give_and_a_wrong_one_does_not(f
 
 def test_a_model_that_does_not_restore_exactly_is_asked_afresh(nano, tmp_path, monkeypatch):
     plan = make_plan(nano, "nano", 256, n_haystacks=1)
-    monkeypatch.setattr(curves, "TOLERANCE", -1.0)
+    monkeypatch.setattr("dfqs_nb.llama.model.TOLERANCE", -1.0)
     run = measure(nano, plan, tmp_path)
     assert plan.reuse and not run.reuse.allowed
     assert (run.items["n_evaluated"] > 200).all(), "each question with its text"
@@ -92,7 +92,7 @@ def test_a_text_whose_state_is_not_reused_costs_as_much_as_all_its_questions(nan
     """About 420 s from a saved state, and 1,900 s afresh: that is not begun in 1,000 s."""
     plan = dataclasses.replace(make_plan(nano, "nano", 256, n_haystacks=1), speed=PrefillSpeed(1.0, 0))
     assert plan.seconds < 1000
-    monkeypatch.setattr(curves, "TOLERANCE", -1.0)
+    monkeypatch.setattr("dfqs_nb.llama.model.TOLERANCE", -1.0)
     run = measure(nano, dataclasses.replace(plan, budget_seconds=1000), tmp_path)
     assert run.budget_hit and run.items.empty and run.boundary().cause == "budget"
 
