@@ -19,7 +19,6 @@ MEMORY_BYTES = 256 << 20  # that each thread reads: more than the processor's ca
 PIECE_BYTES = 2 << 20  # read at once
 DISK_SECONDS = 1.0  # that a measurement of the disk takes
 MIN_PIECES = 64  # that a file must hold
-LONG_PIECE = 32 << 20  # read at once, a piece is read in order
 SMALL_READ_AHEAD = 128 << 10
 WINDOW_BYTES = 128 << 10  # what one advice reads at least
 
@@ -77,17 +76,16 @@ class Disk:
 
     device: str  # its name in /dev; empty where there is none (a network file system)
     read_ahead_bytes: int | None  # that the kernel adds to a miss; None: not known
-    in_order: float | None  # bytes a second
-    pieces: float | None  # the same in pieces of an expert's size from random places
+    pieces: float | None  # bytes a second, in pieces of an expert's size from random places
 
     @classmethod
     def under(cls, path: str | Path, piece_bytes: int) -> Disk:
-        """Look, and measure for about two seconds."""
+        """Look, and measure for about a second."""
         with Path(path).open("rb") as file:
             folder = block_folder(file.fileno())
         read_ahead = int((folder / "queue/read_ahead_kb").read_text()) << 10 if folder else None
-        speeds = disk_bandwidth(path, LONG_PIECE), disk_bandwidth(path, piece_bytes, MIN_PIECES)
-        return cls(folder.name if folder else "", read_ahead, *speeds)
+        speed = disk_bandwidth(path, piece_bytes, MIN_PIECES)
+        return cls(folder.name if folder else "", read_ahead, speed)
 
     @property
     def command(self) -> str:

@@ -43,27 +43,19 @@ def too_many_experts(folder: str | Path) -> Path:
 
 
 def collection(folder: str | Path) -> list[Path]:
-    """A file of each kind that people take for a model: sound, glued, cut off, and no model at all."""
+    """Files that people take for a model: a sound shard, glued shards, a part, and no model at all."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
-    first, second = reference_shards().headers
-    body, rest = first.path.read_bytes(), second.path.read_bytes()
-    at = len(second.raw) - 8  # the offset of its last tensor, the last number of the tensor table
-    (offset,) = struct.unpack_from("<Q", rest, at)
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
+    first, second = reference_shards().paths
+    body, pointer = first.read_bytes(), "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
     contents = {
-        first.path.name: body,
+        first.name: body,
         "cut-off.gguf": body[: len(body) // 2],
-        "cut-in-header.gguf": body[: first.data_offset // 2],
-        "trailing.gguf": rest + b"\x00" * 100,
-        "overlap.gguf": rest[:at] + struct.pack("<Q", offset - 64) + rest[at + 8 :],
+        "trailing.gguf": second.read_bytes() + b"\x00" * 100,
         "empty.gguf": b"",
         "lfs-pointer.gguf": pointer.format("b4e1" * 16, len(body)).encode(),
         "error-page.gguf": b"<!DOCTYPE html><html><head><title>404 Not Found</title></head></html>",
-        "whole.gguf.part1of2": rest[:1_000_000],
-        "whole.gguf.part2of2": rest[1_000_000:],
     }
-    for name, content in {**contents, second.path.name: rest}.items():
+    for name, content in {**contents, second.name: second.read_bytes()}.items():
         (folder / name).write_bytes(content)
-    sound, *others = (folder / name for name in contents)
-    return [sound, glue(folder), *others]
+    return [*(folder / name for name in contents), glue(folder)]

@@ -288,9 +288,9 @@ def _advice(placed: Any, speeds: dict[str, float], outlook: Any) -> list[str]:
     if bound:
         stated = ", ".join(f"{name} {value / 1e9:.3g} GB/s" for name, value in speeds.items())
         lines.append(f"at most {bound:.2f} tokens/s by reading weights alone ({stated})")
-    elif kinds := dict.fromkeys(name.split()[0] for name in unknown):
-        options = " and ".join(f"--{name.lower()}-gbs" for name in kinds)
-        lines.append(f"no bound on speed: {', '.join(kinds)} not measured; give {options}, in GB/s")
+    elif unknown:
+        options = " and ".join(f"--{name.lower()}-gbs" for name in unknown)
+        lines.append(f"no bound on speed: {', '.join(unknown)} not measured; give {options}, in GB/s")
     if not placed.works:
         lines.append("memory does not hold the cache and the compute buffer: lower --context")
     elif placed.disk_token_bytes:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 from gguf_fixtures import real_size_header
+from published import FLASH
 
 from conftest import REFERENCE
 from dfqs_nb.gguf import facts as header_facts
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import FLASH, active_bytes
+from dfqs_nb.gguf.memory import active_bytes
 from dfqs_nb.gguf.shards import open_shards
 
 Q8_0 = 34 / 32

@@ -255,13 +255,13 @@ def test_the_forecast_agrees_with_the_placement(moe, share):
     headers, model = open_shards(moe).headers, placement.Model(open_shards(moe).as_one)
     memory = round(share * sum(model.experts)) + sum(model.dense[:-1])
     placed = placement.place(model, 256, memory + model.dense[-1] + sum(model.caches(256)))
-    expected = forecast(headers, memory, Disk("vda", 0, None, None))
+    expected = forecast(headers, memory, Disk("vda", 0, None))
     reads = [expected.rows[f"a token reads, {how}"] for how in ("with help", "without")]
     assert expected.helped == pytest.approx(placed.disk_token_bytes, abs=1) and len(set(reads)) == 1
     assert expected.rows["experts that stay in memory"] == f"{min(1, share):.0%}"
     parts = [part for layer in Layout.of(headers).experts.values() for part in layer]
     piece = sum(part.slice_bytes for part in parts) // len(parts)
-    larger = forecast(headers, memory, Disk("vda", piece, None, None))
+    larger = forecast(headers, memory, Disk("vda", piece, None))
     assert larger.helped == expected.helped
     without = size(min(3 * expected.helped, sum(model.experts)))
     assert larger.rows["a token reads, without"] == without, "a window before and behind each slice"
@@ -287,7 +287,7 @@ def test_every_tensor_of_experts_has_its_place_biases_too(arch, tmp_path):
 
 def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
     layout = Layout.of(open_shards(moe).headers)
-    expected = forecast(open_shards(moe).headers, layout.dense_bytes - 1000, Disk("", None, None, None))
+    expected = forecast(open_shards(moe).headers, layout.dense_bytes - 1000, Disk("", None, None))
     assert expected.rows["experts that stay in memory"] == "0%"
     assert expected.helped == layout.token_bytes + 1000
     assert expected.rows["the disk"] == "no block device, read-ahead not known"
@@ -308,7 +308,7 @@ def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
     ],
 )
 def test_what_bounds_a_token_is_named_with_its_remedy(helped, seconds, read_bytes, words):
-    expected = Forecast(helped, Disk("vda", 8 << 20, 2e9, 1e9), {})
+    expected = Forecast(helped, Disk("vda", 8 << 20, 1e9), {})
     assert words in bound(expected, seconds, read_bytes)
 
 

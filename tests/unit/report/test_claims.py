@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gguf_fixtures
 import pytest
+from published import FLASH, card_compute
 from sealed_run import run_of
 
 from dfqs_nb.core.paths import REPOSITORY
@@ -479,20 +480,20 @@ def sizes() -> dict[str, float]:
         "two_files": 2 * nbytes,
         "consuming": methods_table(nbytes, 0, {})["extra disk (bytes)"]["merge --consume, repair --in-place"],
         "native": record["native_bytes"],
-        "weights": memory.FLASH.weights,
-        "token": memory.FLASH.total,
-        "experts": memory.FLASH.routed_total,
+        "weights": FLASH.weights,
+        "token": FLASH.total,
+        "experts": FLASH.routed_total,
         "fewest": fewest,
-        "rest": nbytes - memory.FLASH.routed_total,
+        "rest": nbytes - FLASH.routed_total,
         "most_rest": nbytes - fewest,
         "layers_35": fewest * 34 / shape.arch("block_count"),
-        "layers_43": memory.FLASH.routed_total,
+        "layers_43": FLASH.routed_total,
         "gpu_least": logs["least"],
         "gpu_most": logs["most"],
         "gpu_kv": memory.kv_cache_bytes(shape, logs["context"]).total,
         "card_8192": card["all"]["8192"],
         "card_plain": card["all_without_flash"]["8192"],
-        "card_experts": memory.card_compute(shape, logs["context"], "experts_in_memory"),
+        "card_experts": card_compute(shape, logs["context"], "experts_in_memory"),
     }
     for n_ctx in CONTEXTS:
         kv, compute = memory.kv_cache_bytes(shape, n_ctx).total, spec["published_compute"][str(n_ctx)]
@@ -503,7 +504,7 @@ def sizes() -> dict[str, float]:
             f"least_{n_ctx}": nbytes + kv,
             f"need_{n_ctx}": nbytes + kv + compute["plain"],
             f"flash_{n_ctx}": nbytes + kv + compute["flash"],
-            f"on_card_{n_ctx}": card["weights"] + kv + memory.card_compute(shape, n_ctx),
+            f"on_card_{n_ctx}": card["weights"] + kv + card_compute(shape, n_ctx),
         }
     return known
 
@@ -514,7 +515,7 @@ def bound(nbytes: float, bytes_per_sec: float) -> float:
     The rest lies behind two channels of DDR5-5600 (JEDEC: 89.6 GB/s). An RTX 3090 reads 936 GB/s and an H100
     SXM 3,350 GB/s (NVIDIA's data sheets); 22 of 24 and 76 of 80 GB hold weights.
     """
-    weights = memory.FLASH
+    weights = FLASH
     share = (nbytes - weights.dense) / (weights.weights - weights.dense)
     there = weights.dense + weights.routed * min(share, 1)
     return 1 / (there / bytes_per_sec + (weights.total - there) / 89.6e9)
@@ -524,7 +525,7 @@ def test_each_figure_of_the_public_record_follows_from_what_was_published():
     known, record, card = sizes(), spec_table("claims")["published"], memory.published()["card_compute"]
     shards, shape = registered()["deepseek-v4-flash-iq1_s-xl"], memory.published_shape()
     others = record["parameters"] - record["routed_parameters"]
-    bounds = {"cpu": bound(memory.FLASH.weights, 89.6e9), "h100": bound(76e9, 3350e9)}
+    bounds = {"cpu": bound(FLASH.weights, 89.6e9), "h100": bound(76e9, 3350e9)}
     bounds |= {"3090": bound(22e9, 936e9), "2x3090": bound(44e9, 936e9)}
     at_least, at_most = (
         known[rest] + known[log] for rest, log in (("rest", "gpu_least"), ("most_rest", "gpu_most"))
