@@ -33,13 +33,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
-def proxy_fault(error: BaseException) -> tuple[str, str]:
-    """What is wrong with the proxy that the environment names, and the next step."""
-    if isinstance(error, ImportError):
-        return "a SOCKS proxy needs the package socksio", "pip install socksio, or unset ALL_PROXY"
-    return f"no proxy's address ({error})", "check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
-
-
 class HeaderError(DfqsError):
     """The bytes of a GGUF header are not what the format allows."""
 

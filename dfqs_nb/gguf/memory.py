@@ -218,10 +218,3 @@ def published_shape() -> GGUFHeader:
     fields = {f"deepseek4.{key}": value for key, value in content["keys"].items()}
     fields["general.architecture"] = "deepseek4"
     return GGUFHeader(Path(content["name"]), 0, 3, 32, fields, (), 0, 0, b"")
-
-
-def flash_cache_table(lengths: Sequence[int]) -> pd.DataFrame:
-    """The cache of DeepSeek-V4-Flash at f16, in bytes, beside the value on its card (NaN: not stated)."""
-    shape, card = published_shape(), published()["card"]["kv_cache_gigabytes"]
-    table = (cache_table(shape, lengths) * 2**20).set_axis(["swa_window", "swa_full"], axis=1)
-    return table.assign(card=[1e9 * card.get(str(n), float("nan")) for n in lengths]).reset_index()

@@ -18,7 +18,7 @@ import httpx2
 from pydantic import SecretStr
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from dfqs_nb.core.errors import DfqsError, proxy_fault
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.model import ContextFullError
 
 Answer = TypeVar("Answer")
@@ -84,8 +84,8 @@ class Wire:
         try:
             return httpx2.Client(headers=headers, trust_env=not own)
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
-            what, hint = proxy_fault(error)
-            raise EndpointError(what, where=self.url, hint=hint) from None
+            hint = "check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY (SOCKS needs the package socksio)"
+            raise EndpointError(f"no proxy can be used ({error})", where=self.url, hint=hint) from None
 
     def hide(self, text: str) -> str:
         r"""A text from outside: without the key, halves of characters joined or replaced.

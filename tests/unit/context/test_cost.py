@@ -22,7 +22,7 @@ from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import flash_cache_table, kv_cache_bytes, published_shape
+from dfqs_nb.gguf.memory import cache_table, kv_cache_bytes, published_shape
 from dfqs_nb.llama.build import dry_run
 from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
@@ -60,16 +60,15 @@ def test_the_model_memory_and_budget_bound_the_context(tmp_path):
 
 def test_flash_cache_is_the_published_table():
     """llama.cpp#25468 logged 904 MiB at 131,072; the others follow from src/llama-kv-cache-dsv4.cpp."""
-    table = flash_cache_table([8192, 32768, 131072, 1048576]).set_index("n_ctx")
+    table = cache_table(published_shape(), [8192, 32768, 131072, 1048576]) * MIB
     expected = pd.DataFrame(
         {
-            "swa_window": [101 * MIB, 259 * MIB, 904 * MIB, 6.76 * GIB],
-            "swa_full": [413 * MIB, 1.57 * GIB, 6.2 * GIB, 49.7 * GIB],
+            "swa_full=False": [101 * MIB, 259 * MIB, 904 * MIB, 6.76 * GIB],
+            "swa_full=True": [413 * MIB, 1.57 * GIB, 6.2 * GIB, 49.7 * GIB],
         },
         index=table.index,
     )
-    assert np.allclose(table[["swa_window", "swa_full"]], expected, rtol=0.005)
-    assert table["card"].dropna().tolist() == [2.4e9, 12e9]
+    assert np.allclose(table, expected, rtol=0.005)
 
 
 def test_published_shape_agrees_with_a_header_of_the_real_size(tmp_path):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import numpy as np
-import pytest
 
-from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.routing.profile import experts_needed, read_profile, reads_by_domain, write_profile
+from dfqs_nb.routing.profile import experts_needed, reads_by_domain
 from dfqs_nb.routing.trace import Trace
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -58,34 +54,6 @@ def test_the_busiest_experts_are_counted_until_they_have_the_share():
         n = table.loc["law", f"{share:.0%}"]
         assert busiest[n - 1] >= share and (n == 1 or busiest[n - 2] < share)
     assert table.loc["law", "50%"] < table.loc["code", "50%"], "law has an expert of its own"
-
-
-def test_a_written_profile_says_how_often_a_token_reads_each_expert(tmp_path):
-    stored = json.loads(write_profile(tmp_path / "p.json", planted()).read_text())
-    assert list(stored["reads"]) == ["3", "4"] and len(stored["reads"]["3"]) == EXPERTS
-    assert sum(stored["reads"]["3"]) == pytest.approx(2, abs=1e-4) and stored["tokens"] == 12 * N
-
-
-def test_a_profile_is_read_back_for_its_model_only(tmp_path):
-    headers = open_shards(NANO).headers
-    path, own = tmp_path / "p.json", {str(layer): [2 / 16] * 16 for layer in range(4)}
-    stored = {"format": 2, "model": "DFQS-Nano", "texts": 16, "tokens": 1280, "reads": own}
-    path.write_text(json.dumps(stored))
-    reads, about = read_profile(path, headers)
-    assert reads[3] == [2 / 16] * 16 and about == "1,280 tokens of 16 texts, recorded on DFQS-Nano"
-    for changed, says in (
-        ({"reads": {"9": own["0"]}}, "a profile of another model .DFQS-Nano"),
-        ({"reads": {"0": [0.1]}}, "a profile of another model .DFQS-Nano"),
-        ({"format": 1}, "not a routing profile .* write it: dfqs-nb routing MODEL"),
-        ({"reads": {"0": [-1.0]}}, "not a routing profile"),
-        ({"reads": {"0": [0.0, 1e308]}}, "reads.0.1: .* less than or equal to 1"),
-        ({"reads": {"0": ["inf"]}}, "reads.0.0: .* less than or equal to 1"),
-    ):
-        path.write_text(json.dumps(stored | changed))
-        with pytest.raises(DfqsError, match=says):
-            read_profile(path, headers)
-    with pytest.raises(DfqsError, match="not a routing profile"):
-        read_profile(tmp_path / "nothing.json", headers)
 
 
 def test_a_trace_has_the_arrays_of_the_documentation(tmp_path):
