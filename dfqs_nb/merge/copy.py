@@ -1,6 +1,6 @@
 """Copy bytes from source files into one new file: streamed, hashed, read back from the disk, and resumable.
 
-A plan says which bytes go where. They pass in windows of 12 MiB: a window is read from the sources, written,
+A plan says which bytes go where. They pass in windows of 8 MiB: a window is read from the sources, written,
 read back from the disk and compared, while other threads compute the SHA-256 and read the next one. The bytes
 grow in ``.X.part`` beside the output ``X``, which gets its name at the very end.
 
@@ -34,10 +34,8 @@ from dfqs_nb.merge.plan import Plan
 
 MAX_WINDOW_BYTES = 256 << 20
 TORN_SECONDS = 60  # how long after the last line a punched hole may still have changed a file's time
-WINDOW_BYTES = 12 << 20  # in a consuming copy at most two windows are on the disk twice
-N_BUFFERS = 3  # one is filled, one hashed, one written
-FAILING = "power was lost, or the disk or the memory is failing"
-LOST = "the journal that belongs to them was lost: download the sources again"
+WINDOW_BYTES = 8 << 20  # in a consuming copy at most two windows are on the disk twice
+N_BUFFERS = 5  # one is filled, one hashed, two written
 Event = dict[str, Any]  # a line of the journal
 
 
@@ -48,42 +46,42 @@ class NameTaken(OutputError):
 class Run:
     """One pass over all windows of a plan; ``stack`` closes its files, and ``ours`` gets their names."""
 
-    read_back = True  # a benchmark measures what it costs
-
     def __init__(self, plan: Plan, output: Path, consume: bool, stack: ExitStack, ours: list[Path]) -> None:
-        def opened(path: Path) -> IO[bytes]:
-            file = stack.enter_context(disk.open_own(path))
-            ours.append(path)
-            return file
-
         place, self.plan, self.failed = disk.journal_path(output), plan, False
+        own = stack.enter_context(disk.open_own(disk.part_path(output)))
+        disk.lock_part(own, output)
         if not consume and (earlier := read_journal(output)):
             if windows(earlier):
                 raise in_the_way(place)
             place.unlink()  # of a consuming copy that was killed before its first window
+        ours.append(disk.part_path(output))
         self.sources = [
             SourceFile(path, stack.enter_context(disk.open_locked(path, alone=consume)), identity)
             for path, identity in zip(plan.sources, plan.identities, strict=True)
         ]
-        self.journal = Journal(opened(place), plan, self.sources) if consume else None
+        self.journal = None
+        if consume:
+            file = stack.enter_context(disk.open_own(place))
+            ours.append(place)
+            self.journal = Journal(file, plan, self.sources)
         self.window = self.journal.window if self.journal else WINDOW_BYTES
-        self.part = Part(opened(disk.part_path(output)))
+        self.part = Part(own)
         for source in self.sources:
             source.check()
         fsync_dir(output.parent)
 
     def copy(self) -> tuple[str, dict[str, str], tuple[Identity, ...]]:
-        """Copy every window, in order; one is hashed and written while the next is read.
+        """Copy every window; some are hashed and written while the next is read.
 
         Returns SHA-256, XXH64 by tensor, and what the sources were.
         """
         plan, sha256 = self.plan, hashlib.sha256()
-        digests = {copy.name: xxhash.xxh64() for copy in plan.copies if plan.by_tensor}
-        buffers = [memoryview(mmap.mmap(-1, self.window)) for _ in range(N_BUFFERS)]  # they begin on a page
+        digests = {copy.name: xxhash.xxh64() for copy in plan.copies}
+        buffers = [disk.buffer(self.window) for _ in range(N_BUFFERS)]
         jobs: list[list[Future[None]]] = [[] for _ in buffers]  # that still need a buffer's bytes
         with (
             ThreadPoolExecutor(1) as hasher,
-            ThreadPoolExecutor(1) as writer,
+            ThreadPoolExecutor(1 if self.journal else 2) as writer,
             tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="merge") as bar,
         ):
             for number, start in enumerate(range(0, plan.nbytes, self.window)):
@@ -94,7 +92,7 @@ class Run:
                 copied = self._load(view, start)
                 keep = writer.submit(self._keep, view, start, copied)
                 jobs[turn] = [hasher.submit(sha256.update, view), keep]
-                for run, low, high in plan.within(start, len(view)) if digests else ():
+                for run, low, high in plan.within(start, len(view)):
                     at = run.target_offset - start
                     digests[run.name].update(view[at + low : at + high])
                 bar.update(len(view))
@@ -108,18 +106,17 @@ class Run:
         """Fill a window; true: from the part file, because its sources were given back."""
         end, runs = start + len(view), list(self.plan.within(start, len(view)))
         if self.journal is not None and not all(
-            self.sources[run.source].stores(run.source_offset + low, run.source_offset + high)
+            disk.stores(self.sources[run.source].handle, run.source_offset + low, run.source_offset + high)
             for run, low, high in runs
         ):
-            what, hint = f"the sources have holes where bytes {start:,} to {end:,} come from", LOST
-            if end in self.journal.windows:
-                if self.part.read(view, start) == len(view):
-                    if xxhash.xxh3_64_hexdigest(view) == self.journal.windows[end]:
-                        return True
-                    what, hint = f"bytes {start:,} to {end:,} changed since they were written", FAILING
-                else:
-                    what = f"is {end - self.part.size:,} bytes shorter than its journal says"
-                    hint = "it was cut or removed meanwhile: put it back, if you can, and run this again"
+            whole = self.part.read(view, start) == len(view)
+            if whole and xxhash.xxh3_64_hexdigest(view) == self.journal.windows.get(end):
+                return True
+            what = (
+                f"the sources have holes where bytes {start:,} to {end:,} come from, and the file that has "
+            )
+            what += "them, or its journal, was changed or lost meanwhile"
+            hint = "put both back, if you can, and run this again; or download the sources again"
             raise IntegrityError(what, where=self.part.path, hint=hint)
         view[: max(len(self.plan.header) - start, 0)] = self.plan.header[start:end]
         for run, low, high in runs:
@@ -133,40 +130,44 @@ class Run:
     def _keep(self, view: memoryview, start: int, copied: bool) -> None:
         """Write a window, prove it, record it, and only then release what it was made from.
 
-        Windows come in order. After a failure none is written any more, so nothing more is released.
+        Windows that have a journal come in order. After a failure none is written any more, so nothing more
+        is released.
         """
+        journal, end = self.journal, start + len(view)
+        if journal is None:
+            if not self.part.has(view, start):
+                self._write(view, start)
+            return
         if self.failed:
             return
         self.failed = True  # until this window is through
-        end, journal = start + len(view), self.journal
-        copied = copied or (journal is None and self.part.has(view, start))
         if not copied:
-            digest = xxhash.xxh3_64_hexdigest(view)
-            self.part.write(view, start)
-            back = view
-            if self.read_back:
-                back = self.part.from_disk(start, len(view), flush=journal is not None)
-            if xxhash.xxh3_64_hexdigest(back) != digest:
-                what = f"bytes {start:,} to {end:,} came back from the disk changed"
-                raise IntegrityError(what, where=self.part.path, hint=FAILING)
-            if journal is not None:
-                journal.add({"end": end, "xxh3": digest}, durable=True)
-        if journal is not None:
-            earlier = copied and end <= journal.released
-            for run, low, high in self.plan.within(start, len(view)):
-                if low < high:
-                    gap = run.padding if high == run.nbytes else 0
-                    first, last = run.source_offset + low, run.source_offset + high
-                    self.sources[run.source].release(first, last, gap, earlier)
-            if not earlier:
-                journal.add({"released": end})
+            journal.add({"end": end, "xxh3": self._write(view, start)}, durable=True)
+        earlier = copied and end <= journal.released
+        for run, low, high in self.plan.within(start, len(view)):
+            if low < high:
+                gap = run.padding if high == run.nbytes else 0
+                first, last = run.source_offset + low, run.source_offset + high
+                self.sources[run.source].release(first, last, gap, earlier)
+        if not earlier:
+            journal.add({"released": end})
         self.failed = False
+
+    def _write(self, view: memoryview, start: int) -> str:
+        """Write a window, compare it with what the disk gives back, and return its hash."""
+        digest = xxhash.xxh3_64_hexdigest(view)
+        self.part.write(view, start)
+        back = self.part.from_disk(start, len(view), flush=self.journal is not None)
+        if xxhash.xxh3_64_hexdigest(back) != digest:
+            what = f"bytes {start:,} to {start + len(view):,} came back from the disk changed"
+            raise IntegrityError(what, where=self.part.path, hint="the disk or the memory is failing")
+        return digest
 
     def check_sources(self) -> None:
         """Raise `IntegrityError` if a source was changed, or replaced, while it was read."""
         for source in self.sources:
             source.check()
-            if not (source.path.exists() and os.path.samestat(source.path.stat(), os.fstat(source.handle))):
+            if not disk.is_at(source.handle, source.path.resolve()):  # it may be a link
                 raise disk.changed(source.path)
 
     def give_name(self, output: Path, replace: bool) -> None:
@@ -205,12 +206,11 @@ class Journal:
         identities = [source.identity for source in sources]
         new: Event = {"plan": plan.fingerprint, "window": WINDOW_BYTES, "sources": identities}
         head = lines[0] if lines else new
-        window, recorded = head.get("window"), head.get("sources")
+        window, recorded = head.get("window"), head.get("sources", ())
         if type(window) is not int or not 0 < window <= MAX_WINDOW_BYTES or window % mmap.PAGESIZE:
             raise in_the_way(Path(file.name))
-        if not isinstance(recorded, list) or len(recorded) != len(sources):
-            raise in_the_way(Path(file.name))
-        if head.get("plan") != plan.fingerprint:
+        whole = isinstance(recorded, list) and len(recorded) == len(sources)
+        if not whole or head.get("plan") != plan.fingerprint:
             raise in_the_way(Path(file.name))
         self.window: int = window
         # up to where in the target the earlier run gave the source bytes back

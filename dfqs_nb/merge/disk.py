@@ -12,9 +12,10 @@ import mmap
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,16 +24,8 @@ from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceErr
 KEEP_SIZE, PUNCH_HOLE = 0x01, 0x02
 AT_FDCWD, NO_REPLACE = -100, 1
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre, CIFS or NFS without lock support
+LIBC = ctypes.CDLL(None, use_errno=True)  # two of its functions Python does not offer; macOS lacks them
 Identity = dict[str, int | str]  # of a file: its name, nbytes and mtime_ns
-
-
-@cache
-def _libc(name: str) -> Callable[..., int] | None:
-    """A function of the C library that Python does not offer; None where it is missing (macOS)."""
-    try:
-        return getattr(ctypes.CDLL(None, use_errno=True), name)  # type: ignore[no-any-return]
-    except AttributeError:
-        return None
 
 
 def punch(handle: int, start: int, end: int) -> int:
@@ -45,8 +38,7 @@ def punch(handle: int, start: int, end: int) -> int:
     first, last = -(-start // block) * block, end // block * block
     if last <= first:
         return start
-    fallocate = _libc("fallocate64")
-    if fallocate is None:
+    if (fallocate := getattr(LIBC, "fallocate64", None)) is None:
         raise OSError(errno.EOPNOTSUPP, "this system cannot punch holes")
     if fallocate(handle, PUNCH_HOLE | KEEP_SIZE, ctypes.c_int64(first), ctypes.c_int64(last - first)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -75,6 +67,12 @@ def next_hole(handle: int, start: int) -> int | None:
     return at if at < size else None
 
 
+def stores(handle: int, start: int, end: int) -> bool:
+    """Whether every byte between two offsets is stored."""
+    hole = next_hole(handle, start)
+    return hole is None or hole >= end
+
+
 def next_data(handle: int, start: int) -> int:
     """Where the first stored byte at or after ``start`` is; the file's size when none is."""
     try:
@@ -83,17 +81,14 @@ def next_data(handle: int, start: int) -> int:
         return os.fstat(handle).st_size
 
 
-def missing_bytes(path: str | Path) -> tuple[int, int]:
-    """How many bytes of a file were never stored (they read as zeros), and where the first of them is.
-
-    It asks the file system only, so it takes the same time at any size. ``(0, size)`` for a whole file.
-    """
+def missing_bytes(path: str | Path) -> int:
+    """How many bytes of a file were never stored and read as zeros; it asks the file system only."""
+    missing, end = 0, 0
     with Path(path).open("rb", buffering=0) as file:
-        missing, first, end = 0, os.fstat(file.fileno()).st_size, 0
         while (at := next_hole(file.fileno(), end)) is not None:
             end = next_data(file.fileno(), at)
-            missing, first = missing + end - at, min(first, at)
-        return missing, first
+            missing += end - at
+    return missing
 
 
 @contextmanager
@@ -103,15 +98,11 @@ def readable_errors(output: Path, nbytes: int, left: str) -> Iterator[None]:
         yield
     except OSError as error:
         kind: type[DfqsError] = OutputError
-        what, hint, where = "cannot be written", "choose a folder you may write", output
+        what, where = "cannot be written", error.filename or output
+        hint = f"choose a folder that you may write, on a disk that takes a file of {nbytes:,} bytes"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             kind, what = SpaceError, f"the disk filled up while {nbytes:,} bytes were written"
             hint = "free some space, or write to another disk"
-        elif error.errno == errno.EFBIG:
-            what = f"the file system allows no file of {nbytes:,} bytes"
-            hint = "write to another file system (FAT32 ends at 4 GiB), or raise `ulimit -f`"
-        else:
-            where = error.filename or output
         raise kind(f"{what} ({error.strerror}); {left}", where=where, hint=hint) from error
 
 
@@ -126,8 +117,8 @@ def part_path(output: Path, ending: str = "part") -> Path:
     return output.with_name(f".{output.name}.{ending}")
 
 
-# where a consuming copy records what it has proven, and whose lock shows that the output is being written
-journal_path, lock_path = (partial(part_path, ending=ending) for ending in ("journal", "lock"))
+# where a consuming copy records what it has proven
+journal_path = partial(part_path, ending="journal")
 
 
 def _opened(path: Path, flags: int, mode: str = "r+b") -> IO[bytes]:
@@ -157,14 +148,29 @@ def open_own(path: Path, *, create: bool = True) -> IO[bytes]:
 def open_locked(path: Path, *, alone: bool) -> IO[bytes]:
     """Open a source and lock it until it is closed: alone, to give its bytes back, or beside other readers.
 
-    Where the file system has no locks, only the check of its times guards it (see `SourceFile`).
-    `OutputError`: another process reads or consumes it.
+    `OutputError`: another process reads or consumes it; or, ``alone``, its file system has no locks.
     """
     file = _opened(path, os.O_RDWR | os.O_NOFOLLOW) if alone else _opened(path, os.O_RDONLY, "rb")
-    if _locked(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH) is False:
-        file.close()
-        raise OutputError("another process is merging this file", where=path, hint="wait for it to end")
-    return file
+    free = _locked(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    if free or (free is None and not alone):
+        return file
+    file.close()
+    if free is None:
+        raise OutputError("its file system has no locks", where=path, hint="merge without --consume")
+    raise OutputError("another process is merging this file", where=path, hint="wait for it to end")
+
+
+def lock_part(file: IO[bytes], output: Path) -> None:
+    """Lock the part file of ``output`` until it is closed; `OutputError`: another process writes it."""
+    path = Path(file.name)
+    if _locked(file, fcntl.LOCK_EX) is False or not is_at(file.fileno(), path):
+        hint = "wait for it, or choose another name"
+        raise OutputError("another process is writing it", where=output, hint=hint)
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether an open file still has this name."""
+    return path.exists() and os.path.samestat(path.lstat(), os.fstat(handle))
 
 
 def _locked(file: IO[bytes], how: int) -> bool | None:
@@ -182,7 +188,7 @@ def _locked(file: IO[bytes], how: int) -> bool | None:
 
 def rename_new(path: Path, target: Path) -> None:
     """Rename a file to a name that nothing has; `FileExistsError` where something took it."""
-    if rename := _libc("renameat2"):
+    if rename := getattr(LIBC, "renameat2", None):
         if rename(AT_FDCWD, os.fsencode(path), AT_FDCWD, os.fsencode(target), NO_REPLACE) == 0:
             return
         number = ctypes.get_errno()
@@ -193,26 +199,12 @@ def rename_new(path: Path, target: Path) -> None:
     path.rename(target)
 
 
-@contextmanager
-def only_writer(output: Path) -> Iterator[None]:
-    """Be the only process that writes ``output``; `OutputError` where another one does."""
-    from filelock import FileLock, SoftFileLock, Timeout
-
-    path = lock_path(output)
-    with tempfile.TemporaryFile(dir=output.parent) as file:
-        locks = _locked(file, fcntl.LOCK_EX)
-    lock = FileLock(path, timeout=0) if locks else SoftFileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        hint = f"wait for it, or choose another name; if there is none, remove {path.name}"
-        raise OutputError("another process is writing it", where=output, hint=hint) from None
-    try:
-        yield
-    finally:
-        if locks:
-            path.unlink(missing_ok=True)  # while it is held: filelock leaves the file behind
-        lock.release()
+def buffer(nbytes: int) -> memoryview:
+    """Memory that begins on a page, as direct writes need it; of huge pages, which make them cheaper."""
+    memory = mmap.mmap(-1, nbytes)
+    with suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # Linux, where it is allowed
+    return memoryview(memory)
 
 
 class SourceFile:
@@ -253,11 +245,6 @@ class SourceFile:
                 raise IntegrityError(f"ended inside tensor {name!r}", where=self.path, hint=hint)
             view, offset = view[n:], offset + n
 
-    def stores(self, start: int, end: int) -> bool:
-        """Whether every byte between two offsets is stored."""
-        hole = next_hole(self.handle, start)
-        return hole is None or hole >= end
-
     def release(self, start: int, end: int, gap: int, earlier: bool) -> None:
         """Give these bytes back, whole blocks at a time, and keep the file's time.
 
@@ -288,7 +275,7 @@ class Part:
         self.path, self.handle = Path(file.name), file.fileno()
         self.size = os.fstat(self.handle).st_size
         self.direct = self._past_cache(True)
-        self.spare = memoryview(b"")
+        self.spare = threading.local()
         self.mtime_ns = 0
 
     def _past_cache(self, wanted: bool) -> bool:
@@ -303,10 +290,11 @@ class Part:
         """Call until the view is done; return the bytes done."""
         done = 0
         while done < len(view):
+            direct = self.direct  # another thread may change it meanwhile
             try:
                 n = call(self.handle, view[done:], offset + done)
             except OSError as error:  # EINVAL: direct calls need whole blocks
-                if error.errno != errno.EINVAL or not self.direct:
+                if error.errno != errno.EINVAL or not direct:
                     raise
                 self.direct = self._past_cache(False)
                 continue
@@ -329,13 +317,15 @@ class Part:
             getattr(os, "fdatasync", os.fsync)(self.handle)  # macOS has no fdatasync
             if not self.direct and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self.handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
-        if len(self.spare) < nbytes:
-            self.spare = memoryview(mmap.mmap(-1, nbytes))
-        return self.spare[: self.read(self.spare[:nbytes], offset)]
+        back: memoryview | None = getattr(self.spare, "buffer", None)
+        if back is None or len(back) < nbytes:
+            back = self.spare.buffer = buffer(nbytes)
+        return back[: self.read(back[:nbytes], offset)]
 
     def has(self, view: memoryview, offset: int) -> bool:
         """Whether an earlier run wrote these bytes. Every one is compared: a hash can be made to fit."""
-        if offset + len(view) > self.size:
+        end = offset + len(view)
+        if end > self.size or not stores(self.handle, offset, end):
             return False
         return bytes(self.from_disk(offset, len(view), flush=False)) == bytes(view)
 
@@ -347,6 +337,6 @@ class Part:
 
     def check(self, nbytes: int) -> None:
         """Raise `IntegrityError` unless the file of this name is the one that was written, and unchanged."""
-        now, there = os.fstat(self.handle), self.path.lstat()
-        if not os.path.samestat(now, there) or (now.st_size, now.st_mtime_ns) != (nbytes, self.mtime_ns):
+        now = os.fstat(self.handle)
+        if not is_at(self.handle, self.path) or (now.st_size, now.st_mtime_ns) != (nbytes, self.mtime_ns):
             raise IntegrityError("changed while it was checked", where=self.path, hint="see who writes to it")

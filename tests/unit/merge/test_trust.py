@@ -29,7 +29,7 @@ from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken
 from dfqs_nb.merge import copy, disk
 from dfqs_nb.merge.copy import Journal, read_journal, windows
-from dfqs_nb.merge.disk import journal_path, lock_path, part_path
+from dfqs_nb.merge.disk import journal_path, part_path
 from dfqs_nb.merge.merge import earlier_result
 from dfqs_nb.merge.plan import Plan
 from dfqs_nb.merge.verify import manifest_path, read_manifest
@@ -304,7 +304,7 @@ def test_sources_with_holes_and_a_lost_journal_are_not_copied_as_zeros(
 
 
 @pytest.mark.parametrize("consume", [False, pytest.param(True, marks=needs_holes)])
-@pytest.mark.parametrize("place", [part_path, journal_path, lock_path])
+@pytest.mark.parametrize("place", [part_path, journal_path])
 @pytest.mark.parametrize("kind", ["symlink", "dangling", "hard link", "pipe", "folder"])
 def test_what_lies_at_a_working_file_s_place_is_not_followed(
     kind: str, place: Callable[[Path], Path], consume: bool, pair: list[Path], tmp_path: Path
@@ -353,12 +353,10 @@ def test_a_file_that_takes_the_name_meanwhile_is_kept(
     assert merged(pair[0], output, consume=consume) == MERGED == sha256(output)
 
 
-@pytest.mark.parametrize("missing", [(), ("renameat2",)])
-def test_a_rename_replaces_nothing(
-    missing: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = disk._libc
-    monkeypatch.setattr(disk, "_libc", lambda name: None if name in missing else real(name))
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_rename_replaces_nothing(missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing:
+        monkeypatch.setattr(disk, "LIBC", object())
     first, second, third = (tmp_path / name for name in "abc")
     first.write_bytes(b"1")
     second.write_bytes(b"2")
@@ -428,8 +426,8 @@ def test_a_source_that_is_changed_on_the_way_is_noticed(
 @pytest.mark.parametrize("consume", [False, pytest.param(True, marks=needs_holes)])
 @pytest.mark.parametrize(
     "name",
-    [os.fsdecode(b"mod\xe8le.gguf"), "x" * 237 + ".gguf", "é" * 120 + ".gguf", "folder", "pipe"],
-    ids=["latin-1", "long", "long in bytes", "folder", "pipe"],
+    ["x" * 237 + ".gguf", "é" * 120 + ".gguf", "folder", "pipe"],
+    ids=["long", "long in bytes", "folder", "pipe"],
 )
 def test_a_name_that_cannot_be_is_refused_before_the_first_byte(
     name: str, consume: bool, pair: list[Path], tmp_path: Path
@@ -443,7 +441,9 @@ def test_a_name_that_cannot_be_is_refused_before_the_first_byte(
     assert (tmp_path / "folder").is_dir() and (tmp_path / "pipe").is_fifo()
 
 
-@pytest.mark.parametrize("name", ["x" * 236, "é" * 118, "line\nbreak.gguf", "-o"])
+@pytest.mark.parametrize(
+    "name", ["x" * 236, "é" * 118, "line\nbreak.gguf", "-o", os.fsdecode(b"mod\xe8le.gguf")]
+)
 def test_a_name_that_can_be_is_taken(name: str, tmp_path: Path) -> None:
     assert merged(SHARDS[0], tmp_path / name) == MERGED == sha256(tmp_path / name)
     assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.manifest.json"}
@@ -473,32 +473,11 @@ def test_a_file_system_without_locks(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    output = tmp_path / "out.gguf"
-    with disk.only_writer(output), pytest.raises(OutputError, match="another process"):
-        merged(pair[0], output)
-    assert merged(pair[0], output) == MERGED
-    assert not lock_path(output).exists()
+    assert merged(pair[0], tmp_path / "out.gguf") == MERGED
     if disk.can_punch(tmp_path):
-        assert merged(pair[0], tmp_path / "second.gguf", consume=True) == MERGED
-
-
-def test_a_lock_of_a_killed_process_is_taken_over_without_flock(tmp_path: Path) -> None:
-    """The marker that stands in for a lock stays behind; its process does not."""
-    script = (
-        "import errno, fcntl, os, sys\n"
-        "from pathlib import Path\n"
-        "def flock(*_): raise OSError(errno.ENOLCK, 'no locks')\n"
-        "fcntl.flock = flock\n"
-        "from dfqs_nb import merge\n"
-        "from dfqs_nb.merge import copy\n"
-        "if sys.argv[3] == 'die': copy.Part.write = lambda *_: os.kill(os.getpid(), 9)\n"
-        "print(merge.merge_model(sys.argv[1], sys.argv[2]).sha256)\n"
-    )
-    words = [sys.executable, "-c", script, str(SHARDS[0]), str(tmp_path / "out.gguf")]
-    first = subprocess.run([*words, "die"], capture_output=True, text=True, cwd=REPOSITORY, check=False)
-    assert first.returncode == -signal.SIGKILL and lock_path(tmp_path / "out.gguf").exists()
-    second = subprocess.run([*words, "live"], capture_output=True, text=True, cwd=REPOSITORY, check=False)
-    assert second.stdout.strip() == MERGED, second.stderr
+        with pytest.raises(OutputError, match="has no locks; merge without --consume"):
+            merged(pair[0], tmp_path / "second.gguf", consume=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"shards", "out.gguf", "out.gguf.manifest.json"}
 
 
 def test_a_file_that_is_too_large_is_not_a_full_disk(tmp_path: Path) -> None:
@@ -518,15 +497,17 @@ def test_a_file_that_is_too_large_is_not_a_full_disk(tmp_path: Path) -> None:
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=REPOSITORY, check=False, preexec_fn=limit
     )
-    assert done.returncode == 1 and "no file of 5,752,960 bytes" in done.stderr, done.stderr
-    assert "ulimit -f" in done.stderr and "filled up" not in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 1 and "File too large" in done.stderr, done.stderr
+    assert "a file of 5,752,960 bytes" in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("call", ["can_punch", "only_writer"])
+@pytest.mark.parametrize("call", ["can_punch", "open_own"])
 def test_a_full_disk_before_the_first_byte_is_no_traceback(
     call: str, pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, create: bool = True) -> None:
+        if not create:
+            raise FileNotFoundError
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(disk, call, full)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from llama_cpp_tools import Unavailable, tool
 
-from dfqs_nb.core.errors import IntegrityError, LayoutError, ShardError
+from dfqs_nb.core.errors import IntegrityError, LayoutError
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import models as registry
@@ -105,21 +105,6 @@ def test_damaged_tensor_is_named(model):
         verify(model, sha256=MERGED_SHA256)
 
 
-def test_what_is_compared_may_be_byte_parts_and_what_is_no_shard_gets_its_own_form(model):
-    whole = model.read_bytes()
-    parts = [model.with_name(f"cut.gguf.part{number}of2") for number in (1, 2)]
-    for part, piece in zip(parts, (whole[:2_000_000], whole[2_000_000:]), strict=True):
-        part.write_bytes(piece)
-    assert "the SHA-256 of its byte parts joined" in verify(model, against=parts[1]).compared
-    flip(parts[1], 1_000_000)
-    with pytest.raises(IntegrityError, match="the SHA-256 of its byte parts joined is"):
-        verify(model, against=[str(part) for part in parts])
-    with pytest.raises(ShardError, match=f"`dfqs-nb verify .*model.gguf --sha256 {MERGED_SHA256}`"):
-        verify(model, against=MERGED_SHA256)
-    with pytest.raises(ShardError, match="model.gguf.manifest.json beside the model is used by itself"):
-        verify(model, against=manifest_path(model))
-
-
 def test_two_damaged_tensors_are_named(model):
     damage(model, "token_embd.weight")
     damage(model, "output_norm.weight")
@@ -213,44 +198,6 @@ def test_hash_once_reads_across_every_piece(model, monkeypatch):
     assert hash_file(model, [read_header(model)]) == (MERGED_SHA256, recorded())
 
 
-# ---- what lies in the tensors ----
-
-
-@pytest.mark.parametrize("shipped", ["IQ1_S-XL", "Q8_0"])
-def test_data_of_the_shipped_models_is_sound(shipped, tmp_path):
-    shard = shard_path(data_dir() / f"reference/DFQS-Nano-{shipped}", 1, 2)
-    path = merge_model(shard, tmp_path / "m.gguf").path
-    assert verify(path, data=True).diagnosis.sound
-
-
-@pytest.mark.parametrize(("start", "nbytes"), [(3_000_001, 1 << 20), (1_000_000, 100_000)])
-def test_zeroed_stretches_are_found_without_a_manifest(start, nbytes, model):
-    manifest_path(model).unlink()
-    with model.open("r+b") as file:
-        file.seek(start)
-        file.write(bytes(nbytes))
-    assert verify(model).compared == ()
-    with pytest.raises(IntegrityError, match="long runs of zeros.*blk"):
-        verify(model, data=True)
-
-
-@pytest.mark.parametrize("scale", [b"\x00\x7c", b"\x01\x7e", b"\x00\xfc"], ids=["inf", "nan", "-inf"])
-@pytest.mark.parametrize("kind", ["IQ1_S", "Q2_K", "Q8_0", "F32"])
-def test_scales_that_are_not_numbers_are_found(scale, kind, model):
-    """The offset of a block's 16-bit scale, from ggml's own structures."""
-    header = read_header(model)
-    tensor = next(t for t in header.tensors if t.type == kind)
-    at = {"IQ1_S": 0, "Q2_K": 80, "Q8_0": 0, "F32": 2}[kind]
-    manifest_path(model).unlink()
-    with model.open("r+b") as file:
-        file.seek(header.data_offset + tensor.offset + at)
-        file.write(b"\x80\x7f" if kind == "F32" else scale)
-    with pytest.raises(
-        IntegrityError, match=f"1 tensors hold values that are not finite numbers: {tensor.name}"
-    ):
-        verify(model, data=True)
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -278,15 +225,5 @@ def test_a_manifest_of_junk_is_said_so(text, model, tmp_path):
 def test_a_manifest_with_values_of_another_type_is_said_so(change, model):
     kept = json.loads(manifest_path(model).read_text())
     manifest_path(model).write_text(json.dumps({**kept, **change}))
-    with pytest.raises(IntegrityError, match="is not what it should be"):
+    with pytest.raises(IntegrityError, match="cannot be read as a manifest"):
         verify(model)
-
-
-def test_joined_files_have_a_manifest_of_their_tensors(model, tmp_path):
-    body = model.read_bytes()
-    for cut in (3_000_000, 9_000):  # in the data; in the header
-        parts = [tmp_path / f"p{cut}.gguf.part{n}of2" for n in (1, 2)]
-        parts[0].write_bytes(body[:cut])
-        parts[1].write_bytes(body[cut:])
-        joined = merge_model(parts[0], tmp_path / f"{cut}.gguf")
-        assert joined.tensors == recorded() and verify(joined.path).compared

@@ -17,7 +17,7 @@ from dfqs_nb.gguf import memory
 from dfqs_nb.gguf.broken import with_field
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.models import registered
-from dfqs_nb.merge import methods_table
+from dfqs_nb.merge.merge import CONSUME_EXTRA_BYTES
 from dfqs_nb.report import claims
 from dfqs_nb.report.claims import check_claims, facts, relation
 from dfqs_nb.report.envelope import CONTEXTS
@@ -478,7 +478,7 @@ def sizes() -> dict[str, float]:
     known = {
         "file": nbytes,
         "two_files": 2 * nbytes,
-        "consuming": methods_table(nbytes, 0, {})["extra disk (bytes)"]["merge --consume, repair --in-place"],
+        "consuming": CONSUME_EXTRA_BYTES,
         "native": record["native_bytes"],
         "weights": FLASH.weights,
         "token": FLASH.total,
