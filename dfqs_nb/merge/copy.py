@@ -1,6 +1,6 @@
 """Copy bytes from source files into one new file: streamed, hashed, read back from the disk, and resumable.
 
-A plan says which bytes go where. They pass in windows of 8 MiB: a window is read from the sources, written,
+A plan says which bytes go where. They pass in windows of 12 MiB: a window is read from the sources, written,
 read back from the disk and compared, while other threads compute the SHA-256 and read the next one. The bytes
 grow in ``.X.part`` beside the output ``X``, which gets its name at the very end.
 
@@ -34,8 +34,8 @@ from dfqs_nb.merge.plan import Plan
 
 MAX_WINDOW_BYTES = 256 << 20
 TORN_SECONDS = 60  # how long after the last line a punched hole may still have changed a file's time
-WINDOW_BYTES = 8 << 20  # in a consuming copy at most two windows are on the disk twice
-N_BUFFERS = 5  # one is filled, one hashed, two written
+WINDOW_BYTES = 12 << 20  # in a consuming copy at most two windows are on the disk twice
+N_BUFFERS = 4  # one is filled, one hashed, two written
 Event = dict[str, Any]  # a line of the journal
 
 
