@@ -47,25 +47,27 @@ class Run:
     """One pass over all windows of a plan; ``stack`` closes its files, and ``ours`` gets their names."""
 
     def __init__(self, plan: Plan, output: Path, consume: bool, stack: ExitStack, ours: list[Path]) -> None:
-        place, self.plan, self.failed = disk.journal_path(output), plan, False
-        own = stack.enter_context(disk.open_own(disk.part_path(output)))
+        part, place = disk.part_path(output), disk.journal_path(output)
+        self.plan, self.failed, self.journal = plan, False, None
+        own = stack.enter_context(disk.open_own(part))
         disk.lock_part(own, output)
+        self.part = Part(own)
+        if not self.part.size:
+            ours.append(part)  # it is new; any other may hold what the sources lack
         if not consume and (earlier := read_journal(output)):
             if windows(earlier):
                 raise in_the_way(place)
             place.unlink()  # of a consuming copy that was killed before its first window
-        ours.append(disk.part_path(output))
         self.sources = [
             SourceFile(path, stack.enter_context(disk.open_locked(path, alone=consume)), identity)
             for path, identity in zip(plan.sources, plan.identities, strict=True)
         ]
-        self.journal = None
         if consume:
             file = stack.enter_context(disk.open_own(place))
             ours.append(place)
             self.journal = Journal(file, plan, self.sources)
+        ours.append(part)
         self.window = self.journal.window if self.journal else WINDOW_BYTES
-        self.part = Part(own)
         for source in self.sources:
             source.check()
         fsync_dir(output.parent)

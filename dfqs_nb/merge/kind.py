@@ -122,8 +122,7 @@ def opening(path: Path) -> tuple[bytes, int]:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise HeaderError(f"is {what}, not a model", where=path, hint="name a file")
+            raise HeaderError("is a folder, or no regular file", where=path, hint="name a file")
         with path.open("rb", buffering=0) as file:
             return file.read(OPENING_BYTES), status.st_size
     except OSError as error:

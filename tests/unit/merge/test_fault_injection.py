@@ -321,6 +321,17 @@ def test_unfinished_consuming_merge_is_safe_from_other_calls(tmp_path, whole):
     case.check_end(case.run())
 
 
+@consuming_actions
+def test_resume_while_a_source_is_read_loses_nothing(action, tmp_path, whole):
+    """The call fails before it reads the journal: the part file is the only place of some bytes."""
+    case = half_done(action, tmp_path / "f")
+    with disk.open_locked(case.sources[-1], alone=False):
+        with pytest.raises(OutputError, match="another process is merging this file"):
+            case.run()
+        case.check_nothing_lost(whole)
+    case.check_end(case.run())
+
+
 def test_unfinished_plain_merge_gives_way(tmp_path, small):
     case = half_done("merge", tmp_path / "f")
     shards = [shard_path(data_dir() / "reference/DFQS-Nano-Q8_0", n, 2) for n in (1, 2)]

@@ -471,7 +471,7 @@ def test_what_is_no_file_is_said_so(tmp_path: Path) -> None:
         diagnose(tmp_path / "missing.gguf")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.gguf")
-        with pytest.raises(HeaderError, match="not a regular file"):
+        with pytest.raises(HeaderError, match="no regular file"):
             diagnose(tmp_path / "pipe.gguf")
 
 
