@@ -93,7 +93,7 @@ def test_it_answers_as_this_process_does(server, model):
     assert (reply.text, reply.finish_reason) == (ours.text, "eos")
     code = "def add(a, b):\n"
     for stop in ((), ("\n",)):
-        ours = llama_generate.complete(model, code, 24, stop=stop)
+        ours = llama_generate.generate(model, model.with_bos(model.tokenize(code)), 24, stop=stop)
         assert connected.complete(code, 24, stop=stop).text == ours.text
 
 
