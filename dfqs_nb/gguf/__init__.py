@@ -1,8 +1,4 @@
-"""GGUF files: their headers, the facts in them, shards that belong together, and names of models.
-
->>> model_header(models.resolve("dfqs-nano-f16")[0]).architecture
-'deepseek4'
-"""
+"""GGUF files: their headers, the facts in them, shards that belong together, and names of models."""
 
 from dfqs_nb.gguf import broken, facts, memory, models, placement, shards
 from dfqs_nb.gguf.facts import model_header

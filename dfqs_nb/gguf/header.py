@@ -46,7 +46,6 @@ _U64 = struct.Struct("<Q")
 class Field:
     """A metadata field, not decoded; its places are bytes of the header."""
 
-    name: str
     type: str  # of its value or items
     count: int | None  # of items; None: no array
     record: tuple[int, int]  # start and end of all of it
@@ -320,7 +319,7 @@ def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
             cursor.position += values * least
         else:
             cursor.skip_strings(values, what)
-        fields[name] = Field(name, VALUE_TYPES[kind], n, (start, cursor.position), value_start)
+        fields[name] = Field(VALUE_TYPES[kind], n, (start, cursor.position), value_start)
     return fields
 
 

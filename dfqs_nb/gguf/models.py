@@ -95,11 +95,10 @@ def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path,
         return (path,)
     if path.is_dir():
         raise RegistryError("is a folder", where=tilde(path), hint="give the path of a file in it")
-    hint = f"known: {', '.join(known)}; or give a path or {FORM}"
-    if "/" in given or "\\" in given or given.lower().endswith(".gguf"):
-        raise RegistryError("no such file", where=given, hint=f"check the path; {hint}")
-    hint = did_you_mean(given.lower(), known, 0.4) + hint
-    raise RegistryError(f"no model is called {given!r}", hint=hint)
+    close = did_you_mean(given.lower(), known, 0.4)
+    what = "no such file" if "/" in given or given.lower().endswith(".gguf") else "no such model"
+    hint = f"{close}known: {', '.join(known)}; or give a path or {FORM}"
+    raise RegistryError(what, where=given, hint=hint)
 
 
 def shown(address: str) -> str:
@@ -128,11 +127,7 @@ def _files_of(model: Model, local_files_only: bool) -> tuple[Path, ...]:
                 raise
             return download([located(address) for address in addresses])
     folder = data_dir() / PurePosixPath(model.source).relative_to("data")
-    paths = tuple(folder / file.name for file in model.files)
-    if missing := [path for path in paths if not path.is_file()]:
-        hint = f"it belongs to the repository: `git checkout -- {model.source}`"
-        raise RegistryError("missing", where=tilde(missing[0]), hint=hint)
-    return paths
+    return tuple(folder / file.name for file in model.files)
 
 
 def check_files(paths: Sequence[Path], model: Model) -> tuple[str, ...]:

@@ -236,10 +236,7 @@ def machines_table(
     speeds: Mapping[str, float] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """The same model on several machines, a row each; with ``speeds`` also ``at most tokens/s``.
-
-    ``machines``: memory, then each card, like ``64GB + 24GB + 24GB``. ``options``: of `place`.
-    """
+    """A row a machine (memory, then each card: ``64GB + 24GB``); with ``speeds`` also tokens a second."""
     import pandas as pd
 
     rows = {}
@@ -264,11 +261,6 @@ class Experts(NamedTuple):
     start: int
     slice_bytes: int
     n: int
-
-    @property
-    def end(self) -> int:
-        """The first byte after the last expert."""
-        return self.start + self.slice_bytes * self.n
 
 
 @dataclass(frozen=True)

@@ -145,15 +145,23 @@ def headers_of(file: str | Path) -> Iterator[tuple[Path, dict[Path, str]]]:
         path = Path(folder, _located(address)[1])
 
         def copy(other: Path) -> None:
+            with other.open("wb") as sparse:
+                remote = RemoteFile(places[other], LEAST_BYTES, sparse)
+                with suppress(HeaderError):  # whoever reads the copy meets the same bytes, and reports it
+                    for _ in headers_inside(other, remote):
+                        pass  # each is fetched as it is read
+                sparse.truncate(remote.size)
+
+        def copy_sibling(other: Path) -> None:
             try:
-                _copy(places[other], other)
+                copy(other)
             except RegistryError:  # the shards' cross-check names one that is missing
                 other.unlink()
 
-        _copy(address, path)
-        with suppress(HeaderError):  # whoever reads the copy reports it
+        copy(path)
+        with suppress(HeaderError):
             if "split.no" in read_header(path):
-                list(pool.map(copy, places.keys() - {path}))
+                list(pool.map(copy_sibling, places.keys() - {path}))
         yield path, places
 
 
@@ -177,16 +185,6 @@ def _located(address: str) -> tuple[str, str, bool]:
         what = "no address of a file that a disk can hold"
         raise RegistryError(what, where=models.shown(address), hint="check the address")
     return url, name, on_hub
-
-
-def _copy(address: str, path: Path) -> None:
-    """Make a sparse copy of a file's headers."""
-    with path.open("wb") as copy:
-        remote = RemoteFile(address, LEAST_BYTES, copy)
-        with suppress(HeaderError):  # whoever reads the copy meets the same bytes, and reports the error
-            for _ in headers_inside(path, remote):
-                pass  # each is fetched as it is read
-        copy.truncate(remote.size)
 
 
 class RemoteFile:

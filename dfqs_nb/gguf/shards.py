@@ -13,16 +13,13 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import ShardError
 from dfqs_nb.core.files import CHUNK_BYTES
 from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, read_header
 from dfqs_nb.gguf.types import TENSOR_TYPES
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?i:gguf)", re.DOTALL)
 MAX_SHARDS = 65_535  # split.count is a u16
@@ -208,16 +205,3 @@ def tensor_hashes(
                     digests[tensor.name].update(piece)
                     bar.update(len(piece))
     return {name: digest.hexdigest() for name, digest in digests.items()}
-
-
-def shard_table(shards: ShardSet) -> pd.DataFrame:
-    """One row a shard, index ``shard`` (from 1)."""
-    import pandas as pd
-
-    columns = ["file", "tensors", "first_tensor", "header_bytes", "data_bytes", "file_bytes"]
-    rows = list[tuple[Any, ...]]()
-    for it in shards.headers:
-        first = it.tensors[0].name if it.tensors else ""
-        sizes = it.data_offset - it.start, it.data_nbytes, it.file_size
-        rows.append((it.path.name, len(it.tensors), first, *sizes))
-    return pd.DataFrame(rows, pd.RangeIndex(1, len(rows) + 1, name="shard"), columns)

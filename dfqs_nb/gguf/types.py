@@ -1,8 +1,4 @@
-"""The types of GGUF: of metadata values, and of tensors.
-
->>> TENSOR_TYPES[19]
-('IQ1_S', 256, 50)
-"""
+"""The types of GGUF: of metadata values, and of tensors."""
 
 # Types of metadata values in the order of their codes, with the struct format of a number.
 FORMATS = dict(UINT8="B", INT8="b", UINT16="H", INT16="h", UINT32="I", INT32="i", FLOAT32="f", BOOL="?")

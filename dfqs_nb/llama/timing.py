@@ -189,7 +189,7 @@ def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None
     """
     layout = Layout.of(headers)
     parts = [part for layer in layout.experts.values() for part in layer]
-    total, token = sum(part.end - part.start for part in parts), layout.token_bytes
+    total, token = sum(part.slice_bytes * part.n for part in parts), layout.token_bytes
     piece = sum(part.slice_bytes for part in parts) // len(parts) if parts else 1 << 20
     disk = disk or Disk.under(headers[0].path, piece)
     room, ahead = memory_bytes - layout.dense_bytes, disk.read_ahead_bytes

@@ -209,7 +209,10 @@ def no_windows(help_: paging.Paging) -> None:
         for span, _, offset, _, number, *_ in rows:
             first, (low, high) = int(offset, 16), (int(word, 16) for word in span.split("-"))
             for part in parts if number == inode else ():
-                begin, end = max(low, low + part.start - first), min(high, low + part.end - first)
+                begin, end = (
+                    max(low, low + part.start - first),
+                    min(high, low + part.start + part.slice_bytes * part.n - first),
+                )
                 begin, end = -(-begin // 4096) * 4096, end // 4096 * 4096
                 if part.file == file and begin < end:
                     LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 1)

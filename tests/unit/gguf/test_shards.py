@@ -8,7 +8,7 @@ from gguf_fixtures import split_like_llama
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.shards import find_shards, open_shards, shard_path, shard_table
+from dfqs_nb.gguf.shards import find_shards, open_shards, shard_path
 
 REFERENCE = data_dir() / "reference"
 IQ1 = [shard_path(REFERENCE / "DFQS-Nano-IQ1_S-XL", n, 2) for n in (1, 2)]
@@ -47,13 +47,6 @@ def test_sets_of_other_sizes(tmp_path, merged_reference, n_shards):
 def test_a_single_file_is_a_set_of_one(merged_reference):
     assert find_shards(merged_reference) == (merged_reference,)
     assert len(open_shards(merged_reference).tensors) == 126
-
-
-def test_table_adds_up():
-    table = shard_table(open_shards(IQ1[0]))
-    assert list(table["file"]) == [path.name for path in IQ1]
-    assert (table["header_bytes"] + table["data_bytes"] == table["file_bytes"]).all()
-    assert list(table["file_bytes"]) == [path.stat().st_size for path in IQ1]
 
 
 def refused(paths, *words: str, error: type[DfqsError] = ShardError, **options) -> None:

@@ -120,9 +120,11 @@ def test_a_batch_that_needs_most_experts_is_left_to_the_kernel(moe, monkeypatch)
         first, last = model.paging.layout.experts.values()
         advised.clear()  # dense weights
         model.evaluate(TOKENS[:20])  # the last layer routes only the last token
-        assert advised and all(any(part.start <= at < part.end for part in last) for at in advised)
+        assert advised and all(
+            any(0 <= at - part.start < part.slice_bytes * part.n for part in last) for at in advised
+        )
         model.evaluate(TOKENS[:1])
-        assert any(part.start <= at < part.end for part in first for at in advised)
+        assert any(0 <= at - part.start < part.slice_bytes * part.n for part in first for at in advised)
 
 
 @linux_only
@@ -271,7 +273,7 @@ def test_places_count_from_the_start_of_the_file(tmp_path):
     path, first = glue(tmp_path), open_shards(NANO).headers[0]
     layout = Layout.of([first, read_header(path, first.end_offset)])
     places = [place for layer in layout.experts.values() for place in layer if place.file == 1]
-    assert 0 < max(place.end for place in places) <= path.stat().st_size
+    assert 0 < max(place.start + place.slice_bytes * place.n for place in places) <= path.stat().st_size
 
 
 @pytest.mark.parametrize("arch", ["gpt-oss", "granitemoe"])
@@ -282,7 +284,7 @@ def test_every_tensor_of_experts_has_its_place_biases_too(arch, tmp_path):
     assert sorted(place.start for place in places) == sorted(
         shards.headers[0].data_offset + tensor.offset for tensor in theirs
     )
-    assert sum(place.end - place.start for place in places) == sum(placement.Model(shards.as_one).experts)
+    assert sum(place.slice_bytes * place.n for place in places) == sum(placement.Model(shards.as_one).experts)
 
 
 def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
