@@ -44,13 +44,14 @@ def model():
 @pytest.fixture
 def evaluated(model, monkeypatch):
     """How many tokens each call of llama.cpp evaluates."""
-    counts, decode = list[int](), type(model)._decode_batch
+    counts, batches = list[int](), type(model)._batches
 
     def counted(self, tokens, **options):
-        counts.append(len(tokens))
-        decode(self, tokens, **options)
+        for n in batches(self, tokens, **options):
+            counts.append(n)
+            yield n
 
-    monkeypatch.setattr(type(model), "_decode_batch", counted)
+    monkeypatch.setattr(type(model), "_batches", counted)
     return counts
 
 
