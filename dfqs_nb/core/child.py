@@ -229,13 +229,12 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 def _error(failed: dict[str, Any], log: list[str]) -> DfqsError:
     """The child's error: of the class with that name, else a DfqsError."""
-    cls = next((cls for cls in _subclasses(DfqsError) if cls.__name__ == failed["kind"]), DfqsError)
+    kinds: list[type[DfqsError]] = [DfqsError]
+    for kind in kinds:  # it grows by those below each
+        kinds += kind.__subclasses__()
+    cls = next((kind for kind in kinds if kind.__name__ == failed["kind"]), DfqsError)
     _add_log(error := cls(failed["what"], where=failed["where"], hint=failed["hint"]), log)
     return error
-
-
-def _subclasses(cls: type[DfqsError]) -> list[type[DfqsError]]:
-    return [cls, *(below for sub in cls.__subclasses__() for below in _subclasses(sub))]
 
 
 def _add_log(error: DfqsError, log: list[str]) -> None:

@@ -9,17 +9,23 @@ import os
 import re
 import shlex
 import textwrap
+import threading
+import time
 import unicodedata
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import HTML
 
 
+LARGE_BYTES = 1 << 30
+BEAT_SECONDS = 1.0
 REPORTED = "{desc} {n_fmt}/{total_fmt}{postfix}"
 
 
@@ -45,6 +51,56 @@ def tqdm(*arguments: Any, **options: Any) -> Any:
         return tqdm.std.tqdm(*arguments, **{"leave": False, **options})
     options |= {"disable": True} if os.environ.get("TQDM_DISABLE") else {}
     return tqdm.auto.tqdm(*arguments, **{"leave": False, **options})
+
+
+class Activity:
+    """What this process (with ``own``) and its children do: bytes read from the disk, memory, cores."""
+
+    def __init__(self, *, own: bool = False) -> None:
+        self.own, self.seen, self.total, self.at = own, dict[int, tuple[int, float]](), 0, time.monotonic()
+
+    def text(self) -> str:
+        """The work since the last call, and all bytes read; of a process that just began, its memory."""
+        this, before, reads, seconds, resident = psutil.Process(), self.seen, 0, 0.0, 0
+        self.seen = {}
+        for process in [this] * self.own + this.children(recursive=True):
+            with suppress(psutil.Error):
+                read = process.io_counters().read_bytes if hasattr(process, "io_counters") else 0
+                used = sum(process.cpu_times()[:2])
+                self.seen[process.pid] = read, used
+                then = before.get(process.pid, (read, used))
+                reads, seconds = reads + read - then[0], seconds + used - then[1]
+                resident += process.memory_info().rss
+        now, self.total = time.monotonic(), self.total + reads
+        elapsed, self.at = max(now - self.at, 1e-3), now
+        facts = [f"{size(self.total)} read from the disk, {size(reads / elapsed)}/s"] if self.total else []
+        facts += [f"{size(resident)} in memory"]
+        facts += [f"{seconds / elapsed:.1f} cores"] if self.seen.keys() & before.keys() else []
+        return ", ".join(facts)
+
+
+@contextmanager
+def heartbeat(what: str, n_bytes: int) -> Iterator[None]:
+    """A bar for the bytes that this process and its children read while a file of over 1 GiB is loaded."""
+    if n_bytes < LARGE_BYTES:
+        yield
+        return
+    done, activity = threading.Event(), Activity(own=True)
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=what, leave=False) as bar:
+
+        def watch() -> None:
+            while not done.wait(BEAT_SECONDS):
+                bar.set_postfix_str(activity.text(), refresh=False)
+                bar.n = min(activity.total, n_bytes)
+                bar.refresh()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
 def size(n_bytes: float) -> str:

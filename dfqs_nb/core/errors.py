@@ -23,14 +23,8 @@ class DfqsError(Exception):
             if where is None
             else re.sub(r"(`dfqs-nb \w+) FILE", lambda it: f"{it[1]} {quoted(where)}", hint)
         )
-        what, hint = _cut(what), _cut(hint)
-        text = f"{_cut(str(where))}: {what}" if where is not None else what
-        super().__init__(f"{text}; {hint}" if hint else text)
-
-
-def _cut(text: str) -> str:
-    """A text from a file may have any length; a message may not."""
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+        text = what[:LONGEST] if where is None else f"{str(where)[:LONGEST]}: {what[:LONGEST]}"
+        super().__init__(f"{text}; {hint[:LONGEST]}" if hint else text)
 
 
 class HeaderError(DfqsError):

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfqs_nb.core import child
+from dfqs_nb.core.display import heartbeat
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import sha256_of
-from dfqs_nb.core.progress import heartbeat
 from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate

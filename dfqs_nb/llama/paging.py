@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from dfqs_nb.core.bandwidth import advise_read, window_bytes
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.core.machine import available_memory
+from dfqs_nb.core.machine import advise_read, available_memory, window_bytes
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.llama.graph import Router, Watch, ggml_function

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
-from dfqs_nb.core.bandwidth import Disk
 from dfqs_nb.core.budget import duration, fit
 from dfqs_nb.core.display import quoted, size, tqdm
-from dfqs_nb.core.machine import available_memory, watched_load
+from dfqs_nb.core.machine import Disk, available_memory, watched_load
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards

@@ -12,10 +12,9 @@ from typer import Argument, Option
 
 from dfqs_nb import ladder
 from dfqs_nb import merge as merging
-from dfqs_nb.core.bandwidth import memory_bandwidth
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
-from dfqs_nb.core.machine import available_memory
+from dfqs_nb.core.machine import available_memory, memory_bandwidth
 from dfqs_nb.gguf import facts, memory, models, placement, remote
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import check_set, open_shards

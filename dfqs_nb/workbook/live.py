@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dfqs_nb.core.budget import duration
-from dfqs_nb.core.display import plain
-from dfqs_nb.core.progress import Activity
+from dfqs_nb.core.display import Activity, plain
 
 ENGINE = "dfqs-live"  # its name in papermill
 BAR = 10  # characters

@@ -37,8 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import specimen
 
-from dfqs_nb.core.bandwidth import block_folder, disk_bandwidth
-from dfqs_nb.core.machine import available_memory
+from dfqs_nb.core.machine import available_memory, block_folder, disk_bandwidth
 from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama import paging

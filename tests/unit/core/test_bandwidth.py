@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dfqs_nb.core.bandwidth import PIECE_BYTES, Disk, block_folder, disk_bandwidth, memory_bandwidth
+from dfqs_nb.core.machine import PIECE_BYTES, Disk, block_folder, disk_bandwidth, memory_bandwidth
 
 
 def test_memory_bandwidth_is_that_of_memory():

@@ -7,16 +7,16 @@ import subprocess
 import sys
 import time
 
-from dfqs_nb.core import display, progress
+from dfqs_nb.core import display
 from dfqs_nb.core.paths import REPOSITORY
 
 BAR = """
 import sys, time
-from dfqs_nb.core import progress
-progress.BEAT_SECONDS = 0.05
-with progress.heartbeat("loading small.gguf", 1000):
+from dfqs_nb.core import display
+display.BEAT_SECONDS = 0.05
+with display.heartbeat("loading small.gguf", 1000):
     time.sleep(0.2)
-with progress.heartbeat("loading large.gguf", progress.LARGE_BYTES):
+with display.heartbeat("loading large.gguf", display.LARGE_BYTES):
     time.sleep(0.5)
 """
 
@@ -33,7 +33,7 @@ def test_a_large_file_gets_a_bar_that_moves_and_a_small_one_none():
 
 
 def test_activity_counts_this_process_where_it_is_asked_to():
-    own = progress.Activity(own=True)
+    own = display.Activity(own=True)
     assert "cores" not in own.text(), "nothing was measured yet"
     end = time.process_time() + 0.2
     while time.process_time() < end:

@@ -19,10 +19,9 @@ import specimen
 from moe_models import VOCAB, write_model
 
 from dfqs_nb.core import machine
-from dfqs_nb.core.bandwidth import Disk
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.core.machine import Memory
+from dfqs_nb.core.machine import Disk, Memory
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.broken import glue
