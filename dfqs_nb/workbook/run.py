@@ -136,10 +136,10 @@ def run_workbook(
     budget_minutes = given.pop("budget_minutes", budget_minutes)
     if not budget_minutes >= 1:
         raise DfqsError(f"the budget is {budget_minutes:g} minutes", hint="give a run 1 minute or more")
-    folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
-    _note_command(folder, given, tier, budget_minutes)
-    tier = tier or tiers.tier_of(given.get("model"), run)
+    asked, tier = tier, tier or tiers.tier_of(given.get("model"), run)
     settings = {name: value for name, value in tiers.settings_of(tier).items() if name not in given}
+    folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
+    _note_command(folder, given, asked, budget_minutes)
     n_notebooks = counted(len(paths), "notebooks")
     tell(f"run {run}: {tier} tier, {n_notebooks}, at most about {budget_minutes:g} minutes")
     if settings:

@@ -83,21 +83,19 @@ def _row(
     line: int, texts: dict[str, str], base: Path, types: dict[str, str], notebooks: Sequence[Path]
 ) -> Row:
     """A row; its model is a name, an address, or an absolute path. Another file is another model."""
-    model, known, stats = texts.pop("model"), registry.registered(), []
+    model, known, stat = texts.pop("model"), registry.registered(), None
     if model not in known and not (model.startswith("hf://") and registry.parse_address(model)):
         path = (base / Path(model).expanduser()).absolute()  # links stay: a shard's name is the link's
-        files = [path.with_name(name) for name in registry.siblings(path.name)]
-        if missing := [file.name for file in files if not model or not is_file(file)]:
-            what = f"no model {model!r}: {', '.join(missing)} not beside the table, and no registered name"
-            raise DfqsError(
-                what if model else "the cell model is empty", hint=f"registered: {', '.join(known)}"
-            )
-        model, stats = str(path), [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        if not model or not is_file(path):
+            what = f"no model {model!r} beside the table, and no registered name"
+            raise DfqsError(what if model else "the cell model is empty", hint=f"known: {', '.join(known)}")
+        model, stat = str(path), path.stat()
     run = texts.pop("run", "") or workbook.default_run_name(model)
     if Path(run).name != run or run.startswith("."):
         raise DfqsError(f"{run!r} is not a run name", hint="use one plain folder name")
     values = workbook.parse_parameters({name: text for name, text in texts.items() if text}, types)
-    made: dict[str, Any] = {"model": model, "files": stats, "run": run, "parameters": values}
+    made: dict[str, Any] = {"model": model, "file": stat and (stat.st_size, stat.st_mtime_ns), "run": run}
+    made["parameters"] = values
     made |= {"notebooks": [notebook.stem for notebook in notebooks], "version": __version__}
     return Row(line, model, run, values, conditions_hash(made))
 
