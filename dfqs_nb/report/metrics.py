@@ -135,7 +135,6 @@ def _curve(stage: Mapping[str, Any], name: str) -> Detail:
     detail = {
         "lengths": [row["length"] for row in planned],
         "points": sorted(planned + stage.get("refined", []), key=lambda row: row["length"]),
-        "tasks": stage.get("tasks", []),
     }
     if boundary := stage.get("boundary"):
         detail |= {"n": sum(row["n"] for row in planned), "n_keys": stage.get("guess", {}).get("keys")}

@@ -180,13 +180,12 @@ def _pairs(facts: Mapping[str, Any], name: str) -> pd.DataFrame:
 
 
 def retrieval(curve: Mapping[str, Any]) -> pd.DataFrame:
-    """Retrieval by task and length: every task that was asked, or the points of the curve."""
+    """Retrieval by length: the points of the curve, and those that were added for the boundary."""
     shown = []
-    for row in curve.get("tasks") or curve.get("points") or []:
+    for row in curve.get("points") or []:
         accuracy, interval = f"{row['accuracy']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"
-        shown.append((row.get("task", "the curve's task"), row["length"], row["n"], accuracy, interval))
-    columns = ["task", "context (tokens)", "n", "right answers", "95 % interval"]
-    return pd.DataFrame(shown, columns=columns)
+        shown.append((row["length"], row["n"], accuracy, interval))
+    return pd.DataFrame(shown, columns=["context (tokens)", "n", "right answers", "95 % interval"])
 
 
 def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
