@@ -18,7 +18,7 @@ from dfqs_nb.core.budget import duration, fit
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.machine import available_memory, usable_cores
-from dfqs_nb.core.stage import Stage
+from dfqs_nb.core.stage import Stage, read_stage
 from dfqs_nb.gguf.memory import estimate
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.check import plan_memory
@@ -288,7 +288,7 @@ def settings_for(
     own, affordable = own_context(path), inf
     if not longest:
         with suppress(StageError):  # this notebook may run alone
-            rows = stage.read("generate").get("speed") or []
+            rows = read_stage(stage.folder, "generate").get("speed") or []
             speeds = [row["median"] for row in rows if row.get("phase") == "prefill"]
             affordable = max(LEAST_CONTEXT, stage.seconds_left * max(speeds, default=inf))
     most = longest or min(own or NO_LIMIT, affordable)

@@ -75,18 +75,15 @@ def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> subproces
 
 
 class Worker(AbstractContextManager["Worker"]):
-    """A child ``python -m module`` that does one job after another, so that its libraries load once.
+    """A child ``python -m module`` that does one job after another; after a death, a new child.
 
-    After a death the next job starts a new child. Close the worker, or use it in a ``with`` block. ``log``:
-    an open file that keeps the child's standard error.
+    Close it, or use it in a ``with`` block. ``log``: an open file that keeps the child's standard error.
     """
 
     def __init__(self, module: str, *, log: IO[bytes] | None = None) -> None:
         self.module = module
         self._process: subprocess.Popen[bytes] | None = None
-        self._own_log: IO[bytes] | None = None
         self._log = log or tempfile.TemporaryFile()  # noqa: SIM115 (it goes with this object)
-        self._own_log = None if log else self._log
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
@@ -99,8 +96,6 @@ class Worker(AbstractContextManager["Worker"]):
 
     def __del__(self) -> None:
         self.close()
-        if self._own_log:
-            self._own_log.close()
 
     def run(
         self,

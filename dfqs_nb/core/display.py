@@ -152,13 +152,7 @@ CODE = re.compile(r"`([\w ./=:,+-]+)`")  # a command or a name in backticks, whi
 
 
 def markdown(text: object) -> str:
-    r"""Text from outside as Markdown that shows it literally: no heading, image, link or HTML.
-
-    Commands in backticks stay code.
-
-    >>> print(markdown("# a ![i](http://x) <b> ~ `make run`"))
-    \# a ![i\](http&#58;//x) &lt;b> ~ `make run`
-    """
+    """Text from outside as Markdown that shows it literally, but for commands in backticks."""
     line = one_line(text)
     if "`" in CODE.sub("", line):  # a backtick without its partner would swallow what follows
         return _escaped(line)
@@ -207,11 +201,7 @@ LABELS = entries(_LABELS)
 
 
 def label(name: object) -> str:
-    """A column's name for people, with its unit.
-
-    >>> label("kld"), label("n_missing"), label("perplexity_low"), label("IQ1_S-XL")
-    ('KL divergence (nats)', 'missing', 'perplexity from', 'IQ1_S-XL')
-    """
+    """A column's name for people, with its unit."""
     text = str(name)
     if text in LABELS or not re.fullmatch(r"[a-z]+(_[a-z][a-z0-9]*)+", text):
         return LABELS.get(text, text)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,26 +137,18 @@ def canonical_sha256(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def sha256_of_file(path: str | Path, on_chunk: Callable[[bytes], object] = lambda chunk: None) -> str:
-    """SHA-256 of a file's bytes, in hex; ``on_chunk`` receives each piece of them, in order."""
-    return sha256_of_files([path], on_chunk)
-
-
-def sha256_of_files(
-    paths: Iterable[str | Path], on_chunk: Callable[[bytes], object] = lambda chunk: None
-) -> str:
-    """SHA-256, in hex, of the bytes of several files one after another, as of a model's shards.
+def sha256_of_file(*paths: str | Path, on_chunk: Callable[[bytes], object] = lambda chunk: None) -> str:
+    """SHA-256, in hex, of the bytes of a file, or of several one after another, as of a model's shards.
 
     A thread hashes each piece while this one reads the next piece and calls ``on_chunk`` with it.
     """
-    digest = hashlib.sha256()
-    hashing: Future[None] | None = None
+    digest, hashing = hashlib.sha256(), Future[None]()
+    hashing.set_result(None)
     with ThreadPoolExecutor(1) as beside:
         for path in paths:
             with Path(path).open("rb", buffering=0) as file:
                 while chunk := file.read(CHUNK_BYTES):
-                    if hashing is not None:
-                        hashing.result()
+                    hashing.result()
                     hashing = beside.submit(digest.update, chunk)
                     on_chunk(chunk)
     return digest.hexdigest()
@@ -166,4 +158,4 @@ def sha256_of(*paths: str | Path) -> str:
     """SHA-256 of one large file, or of several one after another, in hex, under a progress bar."""
     total = sum(Path(path).stat().st_size for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, desc="sha256") as bar:
-        return sha256_of_files(paths, lambda chunk: bar.update(len(chunk)))
+        return sha256_of_file(*paths, on_chunk=lambda chunk: bar.update(len(chunk)))

@@ -43,9 +43,7 @@ class Journal:
     """Rows of a JSONL file that were made under the same conditions, by their id.
 
     `add` returns after its row is on the disk. A last line that a kill cut short is removed. Rows of other
-    conditions, and damaged rows, stay in the file and are ignored: their items are measured again.
-
-    ``whole`` checks that a row, without its id, has the fields that its writer gave it.
+    conditions, and damaged rows (``whole`` checks their fields), are ignored: their items are measured again.
     """
 
     def __init__(

@@ -41,10 +41,7 @@ class Memory:
 
 
 def available_memory() -> Memory:
-    """Memory that this process can still take: psutil's number, or the control group's if it is smaller.
-
-    File cache that the kernel can drop counts as available in both.
-    """
+    """Memory that this process can take, with file cache that can be dropped: psutil's, or its group's."""
     facts = psutil.virtual_memory()
     groups = filter(None, map(_cgroup_memory, _own_groups(CGROUP, OWN_GROUPS)))
     machine = Memory(facts.total, facts.available, "psutil")
@@ -121,9 +118,6 @@ def describe() -> dict[str, str | int]:
         "usable cores": usable_cores(),
         "memory (GiB)": f"{memory.total_bytes / 2**30:.1f}, {memory.available_bytes / 2**30:.1f} free",
     }
-
-
-# ---- how fast memory and disk are read ----
 
 
 def memory_bandwidth(n_threads: int = 0) -> float:

@@ -37,22 +37,19 @@ class PromptSet(BaseModel):
 def load_prompts(name: str, kind: type[AnySet]) -> AnySet:
     """A frozen set by its name; ``kind``: `PromptSet`, or a class derived from it that names the fields."""
     folder = data_dir() / "prompts"
+
+    def read(name: str) -> bytes:
+        return (folder / f"{name.replace('-', '_')}.json").read_bytes()
+
     try:
-        content, digest = _content(name)
-        return kind(**content, sha256=digest)
+        content: dict[str, Any] = json.loads(raw := read(name))
+        if "of" in content:
+            whole = read(content["of"])
+            raw, content = raw + hashlib.sha256(whole).hexdigest().encode(), json.loads(whole) | content
+        return kind(**content, sha256=hashlib.sha256(raw).hexdigest())
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem.replace("_", "-") for file in folder.glob("*.json")))
         raise PromptError(f"no prompt set is called {name!r}", hint=f"there are: {known or 'none'}") from None
     except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
         what, hint = f"not the prompt set {name} ({one_line(error)})", "restore it with git"
         raise PromptError(what, where=tilde(folder), hint=hint) from error
-
-
-def _content(name: str) -> tuple[dict[str, Any], str]:
-    """A set's fields, with those of the set that it is ``of``, and their hash."""
-    raw = (data_dir() / "prompts" / f"{name.replace('-', '_')}.json").read_bytes()
-    content: dict[str, Any] = json.loads(raw)
-    if "of" in content:
-        whole, digest = _content(content["of"])
-        raw, content = raw + digest.encode(), whole | content
-    return content, hashlib.sha256(raw).hexdigest()

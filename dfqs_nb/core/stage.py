@@ -117,14 +117,6 @@ class Stage:
         close(ax.figure.canvas.figure)
         return Image(path.read_bytes())
 
-    def json(self, name: str, value: Any) -> Path:
-        """Write a value as ``<name>.json`` and seal it."""
-        return write_json(self.path(f"{name}.json"), value)
-
-    def read(self, stage: str) -> dict[str, Any]:
-        """What an earlier stage handed on; errors as `read_stage`."""
-        return read_stage(self.folder, stage)
-
     def positive(self, **counts: float) -> None:
         """Reject parameters below 1, with a StageError, before anything is loaded."""
         for name, value in counts.items():
@@ -134,7 +126,7 @@ class Stage:
     @property
     def model(self) -> dict[str, Any]:
         """The model that notebook 01 handed on: ``name``, ``path``, ``nbytes`` and ``sha256``."""
-        model: dict[str, Any] = self.read("merge")["model"]
+        model: dict[str, Any] = read_stage(self.folder, "merge")["model"]
         return model
 
     def finish(self, *, conditions: Mapping[str, Any], summary: list[str], **facts: Any) -> Path:

@@ -152,7 +152,6 @@ def identity(header: GGUFHeader) -> dict[str, Any]:
         "licence": header.text("general.license") or "not stated",
         "file size (bytes)": header.file_size,
         "GGUF version": header.version,
-        "metadata fields": len(header),
         "tensors": len(header.tensors),
         "parameters": count.total,
         "active parameters a token": count.active,

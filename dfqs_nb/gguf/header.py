@@ -32,9 +32,7 @@ GET_AGAIN = "get the file from its source again"
 OTHER_TOOL = "the file was converted by another tool or an older one: convert it again"
 WRITTEN_WRONGLY = "the file was written wrongly, or by a fork of llama.cpp with other type numbers"
 CUT_OFF = "the download was cut off (download it again), or it is a part of a file: `dfqs-nb inspect FILE`"
-FORK = (
-    "a fork (ik_llama.cpp, bitnet.cpp), an old or a newer llama.cpp made it: run it there, or quantize again"
-)
+FORK = "a fork (ik_llama.cpp, bitnet.cpp), an old or a newer llama.cpp made it: run it there, or requantize"
 OTHER_ORDER = "convert it with gguf-py's gguf-convert-endian"
 OTHER_VERSION = "convert the original model again with a current llama.cpp"
 NO_GGUF = "`dfqs-nb inspect FILE` says what it is"
@@ -142,11 +140,6 @@ class GGUFHeader(Mapping[str, Any]):
     def end_offset(self) -> int:
         """Where the file ends, as llama.cpp pads it, if it holds only this model."""
         return self.start + padded(self.data_end - self.start, self.alignment)
-
-    @property
-    def data_nbytes(self) -> int:
-        """Bytes of the data section by the tensor table, with padding."""
-        return self.end_offset - self.data_offset
 
     def next_start(self, file: Any) -> int | None:
         """The byte where another header follows (with or without padding), as in glued shards, or None."""

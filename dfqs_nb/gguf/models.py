@@ -80,11 +80,9 @@ def registered() -> dict[str, Model]:
 def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path, ...]:
     """The local paths of a model's files, shards in order; missing files are downloaded.
 
-    ``model``: a registered name; a local file (also one shard); or a file of the hub, where one shard stands
-    for all, as ``hf://owner/repo/path/file.gguf[@revision]`` or the address of its page.
-    ``local_files_only``: take only what is in the hub's cache, as with ``HF_HUB_OFFLINE``. `RegistryError`:
-    nothing has that name, or the hub does not give the files. `SpaceError`, `OutputError`: no room in the
-    cache, or no right.
+    ``model``: a registered name; a local file (also one shard); or a file of the hub (``hf://`` or its page),
+    where one shard stands for all. ``local_files_only``: only what is in the hub's cache. `RegistryError`:
+    nothing has that name, or the hub does not give it. `SpaceError`, `OutputError`: no room, or no right.
     """
     path, given, known = Path(model).expanduser(), str(model), registered()
     if ADDRESS.match(given):
@@ -170,10 +168,7 @@ def parse_address(address: str) -> HubFile:
 
 
 def download(addresses: Sequence[str], local_files_only: bool = False) -> tuple[Path, ...]:
-    """Local paths of files of the hub in its cache, fetched if they are not there; errors as `resolve`.
-
-    The paths are the cache's links. Never resolve them: their targets have other names.
-    """
+    """Paths of files of the hub in its cache: links, whose targets have other names; errors as `resolve`."""
     import httpx2
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_CACHE

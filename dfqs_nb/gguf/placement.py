@@ -29,7 +29,6 @@ HASH_TABLE = "ffn_gate_tid2eid"  # of a layer that routes by token id
 # Of each card, for its driver (--fit leaves 1 GiB) and compute buffer: of DeepSeek-V4-Flash an H100 planned
 # 0.9 GB at 131,072 tokens, and 2.1 GB at 1,048,576.
 SPARE_BYTES = 2 << 30
-ALL_LAYERS = 99
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", re.I)
 RAM = "RAM"
 
@@ -194,7 +193,7 @@ def _flags(count: int, counts: Sequence[int], in_ram: Sequence[int]) -> tuple[st
     """The arguments for ``counts`` of ``count`` layers on each card, and routed experts in memory."""
     if not (n_gpu := sum(counts)):
         return ("-ngl", "0")
-    flags = ["-ngl", str(max(ALL_LAYERS, n_gpu) if n_gpu == count else n_gpu)]
+    flags = ["-ngl", str(max(99, n_gpu) if n_gpu == count else n_gpu)]
     if len(counts) > 1:
         flags += ["-ts", ",".join(map(str, counts))]
     if list(in_ram) == list(range(count - n_gpu, count - n_gpu + len(in_ram))):  # of the first layers there

@@ -110,7 +110,7 @@ def _refused(what: str, where: Path, hint: str = "take all shards from one model
 def open_shards(model: str | Path | Sequence[str | Path]) -> ShardSet:
     """Find (from one path) or take (from several, in any order) the shards of a model, and check them.
 
-    No tensor data is read. `HeaderError`, `LayoutError`: a file is not a sound GGUF. `ShardError`: what is
+    `HeaderError`, `LayoutError`: a file is not a sound GGUF. `ShardError`: what is
     wrong with the set, which shard, and the next step.
     """
     paths = find_shards(model) if isinstance(model, (str, Path)) else tuple(map(Path, model))

@@ -20,7 +20,7 @@ import pandas as pd
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import sha256_of_files, whole_path
+from dfqs_nb.core.files import sha256_of_file, whole_path
 from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.gguf.facts import class_of
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
@@ -241,7 +241,7 @@ def collect(
     `TextError` or `PromptError`: there is no such text, or it is too short.
     """
     text, path = load_text(text, "calibration") if isinstance(text, str) else text, Path(path)
-    known: dict[str, Any] = {"source": sha256_of_files(open_shards(source).paths), "text": asdict(text)}
+    known: dict[str, Any] = {"source": sha256_of_file(*open_shards(source).paths), "text": asdict(text)}
     known |= {"tokens": chunk_tokens, "chunks": n_chunks, "runtime": llama_version()}
     dataset = f"{text.name} {conditions_hash(known)}"
     if path.exists() and not fresh:

@@ -164,7 +164,7 @@ def quantize(
         what, hint = f"needs {needed:,} bytes and {free:,} are free", "take another disk"
         raise SpaceError(what, where=output.parent, hint=f"free {needed - free:,} bytes, or {hint}")
     job = planned.job | {"n_threads": n_threads or machine.usable_cores()}
-    job["keys"]["dfqs.source_sha256"] = source_sha256 or files.sha256_of_files(shards.paths)
+    job["keys"]["dfqs.source_sha256"] = source_sha256 or files.sha256_of_file(*shards.paths)
     n_tensors, name = len(planned.tensors), planned.recipe.name
     bar = display.tqdm(total=n_tensors, desc=name, unit="tensor", disable=not progress)
     with files.whole_path(output) as part, bar:

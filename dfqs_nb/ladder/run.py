@@ -23,7 +23,7 @@ from dfqs_nb.core import child
 from dfqs_nb.core.budget import Fitted, fit
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import canonical_sha256, sha256_of_file, sha256_of_files
+from dfqs_nb.core.files import canonical_sha256, sha256_of_file
 from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.machine import available_memory, usable_cores
 from dfqs_nb.gguf.facts import bits_per_weight, types_by_bytes
@@ -198,7 +198,7 @@ class _Climber(ExitStack):
         super().__init__()
         self.shards, self.folder, self.settings, self.matrix = shards, folder, settings, matrix
         self.fresh, self.notes, self._own = fresh, list[str](), threading.local()
-        self.source = shards.paths[0], sha256_of_files(shards.paths)
+        self.source = shards.paths[0], sha256_of_file(*shards.paths)
         self.top = next(iter(types_by_bytes(shards.as_one.tensors)))  # checked with the first rung
         held_out = divergence.load_text(settings.text)
         self.conditions = {

@@ -205,7 +205,7 @@ def hash_file(path: Path, headers: Sequence[GGUFHeader]) -> tuple[str, dict[str,
 
     with tqdm(total=size, unit="B", unit_scale=True, desc="hash") as bar:
         try:
-            sha256 = sha256_of_file(path, update)
+            sha256 = sha256_of_file(path, on_chunk=update)
         except OSError as error:
             hint = "the disk may be failing: copy or download the file again"
             raise IntegrityError(f"cannot be read ({error.strerror})", where=path, hint=hint) from error

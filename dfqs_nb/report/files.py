@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb.core.display import plain
-from dfqs_nb.core.files import is_file, sha256_of_file, write_text
+from dfqs_nb.core.files import is_file, sha256_of_file, write_json, write_text
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import Stage, read_stage
 from dfqs_nb.report import reading
@@ -26,7 +26,7 @@ def write_report(stage: Stage | str | Path, report: Mapping[str, Any]) -> list[P
     """
     stage = stage if isinstance(stage, Stage) else Stage(Path(stage), SEALED)
     reading.check_report(report, stage.folder / FILE)
-    written = [stage.json("report", report)]
+    written = [write_json(stage.path("report.json"), report)]
     for name, text in {**texts(report, stage.folder), "model-index.yml": hub_form(report)}.items():
         if text:
             written.append(write_text(stage.path(name), text))

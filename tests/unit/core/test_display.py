@@ -21,6 +21,11 @@ def test_sizes_and_cells_are_short():
     assert counted(4, "texts a length") == "4 texts a length"
 
 
+def test_columns_have_names_for_people_with_units():
+    names = [display.label(name) for name in ("kld", "n_missing", "perplexity_low", "IQ1_S-XL")]
+    assert names == ["KL divergence (nats)", "missing", "perplexity from", "IQ1_S-XL"]
+
+
 def test_what_steers_a_terminal_is_taken_out():
     assert display.plain("a\x1b[31mred\x07") == "a\ufffd[31mred\ufffd"
 

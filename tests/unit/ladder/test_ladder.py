@@ -17,6 +17,7 @@ from dfqs_nb import ladder
 from dfqs_nb.core import Stage, child
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.core.stage import read_stage
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder import figures, run, tables
 from dfqs_nb.ladder.run import Ladder, Rung, Settings
@@ -178,7 +179,7 @@ def test_the_stage_hands_on_its_summary(climbed, tested, tmp_path, monkeypatch):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
     stage = Stage("r", "ladder")
     lines = tables.hand_on(stage, climbed, tested)
-    content = stage.read("ladder")
+    content = read_stage(stage.folder, "ladder")
     assert content["summary"] == lines
     assert any("FP16/FP8 -> Q4-Q6 (Q8_0 at" in line and "KL divergence (n = 3)" in line for line in lines)
     assert any("interval unknown" in line and "n = 93 tokens in 3 chunks" in line for line in lines)
