@@ -239,11 +239,11 @@ def test_it_is_on_where_the_file_exceeds_memory_and_off_elsewhere(moe, monkeypat
 
 
 def test_a_group_of_this_process_limits_its_memory(tmp_path):
-    own, listed = tmp_path / "memory" / "a" / "b", tmp_path / "cgroup"
+    own, listed = tmp_path / "a" / "b", tmp_path / "cgroup"
     own.mkdir(parents=True)
-    listed.write_text("4:memory:/a/b\n0::/c\n")
-    (own.parent / "memory.limit_in_bytes").write_text(str(2 << 30))
-    (own.parent / "memory.usage_in_bytes").write_text(str(1 << 30))
+    listed.write_text("0::/a/b\n")
+    (own.parent / "memory.max").write_text(str(2 << 30))
+    (own.parent / "memory.current").write_text(str(1 << 30))
     groups = [machine._cgroup_memory(place) for place in machine._own_groups(tmp_path, listed)]
     assert [group.available_bytes for group in groups if group] == [1 << 30]
 
