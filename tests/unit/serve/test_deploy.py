@@ -406,7 +406,7 @@ def test_an_apple_chip_s_gpu_has_a_share_of_the_memory(machine, available, free,
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(machines, "available_memory", lambda: Memory(48 << 30, available << 30, "test"))
-    monkeypatch.setattr(machines.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi
     assert sum(machines.gpu_memories()) == free << 30
 
 
