@@ -101,24 +101,18 @@ class Record:
 
 def write_record(
     model: Model, questions: ItemSet, path: str | Path, *, n_tokens: int = 64, sha256: str = ""
-) -> Head:
+) -> None:
     """Record how the original answers each question, in its own chat template. The same call resumes.
 
     ``n_tokens``: the most of each answer. ``sha256``: of the model.
     """
     path, around = Path(path), questions.instruction if questions.mode == "chat" else ""
-    conditions = model.conditions()
-    head = Head(
-        source=model.path.name,
-        source_sha256=sha256,
-        n_vocab=model.n_vocab,
-        runtime=conditions["runtime"],
-        licence=questions.licence,
-        date=date.today().isoformat(),
-    )
-    prompts = {item.id: item.asked(around) for item in questions.items}
-    key = head.model_dump(exclude={"date"}) | {"conditions": conditions, "tokens": n_tokens}
-    kept = journal.Journal(path.with_name(f".{path.name}.journal"), key | {"prompts": prompts})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    conditions, prompts = model.conditions(), {item.id: item.asked(around) for item in questions.items}
+    about: dict[str, Any] = {"source": model.path.name, "source_sha256": sha256}
+    about |= {"licence": questions.licence, "runtime": conditions["runtime"]}
+    key = {**about, "record": FORMAT, "conditions": conditions, "tokens": n_tokens, "prompts": prompts}
+    kept = journal.Journal(path.with_name(f".{path.name}.journal"), key)
     for name, prompt in display.tqdm(prompts.items(), desc="prompts", leave=False):
         if name not in kept:
             ids = chat_prompt(model, prompt)
@@ -129,11 +123,11 @@ def write_record(
     if not rows:
         hint = "give another question set with --prompts"
         raise RecordError("every answer ended at once", where=model.path, hint=hint)
+    head = Head(**about, n_vocab=model.n_vocab, date=date.today().isoformat())
     with files.whole_file(path) as file:
         for row in [head.model_dump(), *rows]:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     kept.path.unlink(missing_ok=True)
-    return head
 
 
 def continuation(model: Model, prompt: list[int], n_tokens: int) -> list[list[tuple[int, float]]]:

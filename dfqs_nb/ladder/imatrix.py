@@ -34,7 +34,6 @@ from dfqs_nb.llama.settings import OpenSettings, llama_version, threads_for
 CHUNK_TOKENS = 512  # llama-imatrix's default
 LEAST_ROWS = 16  # llama-imatrix passes over smaller products of dense weights
 SUMS, COUNTS = ".in_sum2", ".counts"
-COLLECT = "collect one with llama-imatrix, or in notebook 08"
 
 
 class ImatrixError(DfqsError):
@@ -130,7 +129,8 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     check_layout(header)
 
     def broken(what: str) -> ImatrixError:
-        return ImatrixError(f"not an importance matrix ({what})", where=path, hint=COLLECT)
+        hint = "collect one with llama-imatrix, or with --calibrate"
+        return ImatrixError(f"not an importance matrix ({what})", where=path, hint=hint)
 
     if header.get("general.type") != "imatrix":
         raise broken(f"a GGUF of type {header.get('general.type', header.architecture or 'unknown')}")

@@ -37,7 +37,7 @@ def questions():
 
 @pytest.fixture(scope="module")
 def record(original, questions, tmp_path_factory):
-    path = tmp_path_factory.mktemp("record") / "record.jsonl"
+    path = tmp_path_factory.mktemp("record") / "new" / "record.jsonl"
     fidelity.write_record(original, questions, path, n_tokens=12, sha256="f" * 64)
     return path
 
