@@ -222,7 +222,7 @@ def plan(
         outlook = None
         if placed.disk_token_bytes and not (far or known.glued or cards):
             room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
-            outlook = forecast(known.headers, room)
+            outlook = forecast(known.headers, room - shape.dense[-1])  # the embedding lies there, too
         speeds = _speeds(placed, outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
         say(f"\n{placement.table(placed).to_string()}\n")
         if note := memory.kv_cache_bytes(header, context).note:
