@@ -7,7 +7,6 @@ changes nothing. Else, and for probes of a single key, every question is evaluat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from dfqs_nb.context.boundary import Boundary, Counts, search_lengths
-from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question, StandIn
+from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question
 from dfqs_nb.context.plan import CHECK_TOKENS, Meter, Plan, RuntimeFailure, crew, side_by_side
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.files import parse_json
@@ -105,7 +104,7 @@ class Run:
         boundary = counts.boundary()
         return boundary if failure is None else boundary.capped(failure.length, failure.cause)
 
-    def ask(self, asker: Any, case: Case, questions: Sequence[Question], planned: bool, bar: Any) -> None:
+    def ask(self, asker: Asker, case: Case, questions: Sequence[Question], planned: bool, bar: Any) -> None:
         """Ask some questions of a text, and keep the answers."""
         text = f"{case.length}/{case.haystack}"
         n_held = asker.hold(case.body) if questions else 0
@@ -190,33 +189,31 @@ def depth_table(items: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure(
-    model: Model | StandIn,
+    model: Model,
     plan: Plan,
     folder: str | Path,
     *,
     model_sha256: str = "",
     predicted: RuntimeFailure | None = None,
-    alone: bool = False,
     fresh: bool = False,
 ) -> Run:
     """Ask all questions of a plan, or those that ``long_context_items.jsonl`` in the folder lacks.
 
-    ``model``: open, with a context that holds the longest length; or what is asked in its place.
-    ``predicted``: the length above the plan's that memory does not hold (`predict_failure`). ``alone``:
-    leave the other cores to others.
+    ``model``: open, with a context that holds the longest length. ``predicted``: the length above the plan's
+    that memory does not hold (`predict_failure`).
     """
     haystacks = Haystacks(model, plan.probe, plan.grid[0])
     conditions = {**model.conditions(), "model_sha256": model_sha256, **plan.conditions()}
     journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh, whole=_is_whole)
     run, meter = Run(plan, journal, predicted, not plan.n_haystacks), Meter(plan.budget_seconds)
-    askers, allowed, now, done = list[Any](), False, plan.grid[0], set[int]()
+    askers, allowed, now, done = list[Asker](), False, plan.grid[0], set[int]()
 
     def measured(length: int, planned: bool) -> Counts | None:
         """Ask about all texts of a length; the counts of all lengths so far, or None to end the search."""
         nonlocal now
         now, cost = length, replace(plan, reuse=allowed).text_seconds(length)
 
-        def ask(asker: Asker | StandIn, number: int) -> bool:
+        def ask(asker: Asker, number: int) -> bool:
             case = haystacks.case(number, length)
             missing = [q for q in case.questions if f"{length}/{number}/{q.name}" not in journal]
             if missing and not meter.holds(cost):
@@ -231,15 +228,14 @@ def measure(
         items = run.items
         return None if run.budget_hit else Counts.of(items[items["length"].isin(done)])
 
-    models = crew(model, alone) if isinstance(model, Model) else nullcontext()
     total = plan.probe.needles * sum(map(plan.n_texts, plan.grid))
-    with models as copies, tqdm(total=total, unit="question", desc="long context") as bar:
+    with crew(model) as copies, tqdm(total=total, unit="question", desc="long context") as bar:
         try:
             if plan.n_haystacks:
                 if plan.reuse:
                     run.reuse = _check_reuse(model, journal, haystacks.case(0, now))
                 allowed = bool(run.reuse and run.reuse.allowed)
-                askers += [Asker(copy, allowed) for copy in copies] if copies else [model]
+                askers += [Asker(copy, allowed) for copy in copies]
                 search_lengths(measured, plan.grid, plan.rounds)
         except DecodeError as error:
             at = min(now, model.settings.n_ctx) if error.cause == "n_ctx" else now

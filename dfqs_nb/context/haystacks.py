@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice, product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.prompts import PromptSet, load_prompts
@@ -92,11 +92,6 @@ class Case:
     questions: tuple[Question, ...]
 
 
-# What is asked in the place of an open `Model`, such as a server. It has a model's `tokenize`, `with_bos`,
-# `conditions`, `clear` and `settings.n_ctx`, what `around` gives, and `hold` and `ask` as `curve.Asker`.
-StandIn = Any
-
-
 def around(model: Model) -> tuple[str, str]:
     """What the chat template puts before and after a message; plain text without one."""
     if not model.header.get("tokenizer.chat_template"):
@@ -135,8 +130,8 @@ class _Fact(NamedTuple):
 class Haystacks:
     """All texts of a probe for one model; a `PromptError`: ``shortest`` tokens cannot hold the keys."""
 
-    def __init__(self, model: Model | StandIn, probe: Probe, shortest: int | None = None) -> None:
-        before, after = around(model) if isinstance(model, Model) else model.around
+    def __init__(self, model: Model, probe: Probe, shortest: int | None = None) -> None:
+        before, after = around(model)
         head = model.with_bos([*model.tokenize(before), *model.tokenize(probe.intro, special=False)])
         self.probe, self._head, self._after = probe, tuple(head), tuple(model.tokenize(after))
         self._tokenize = lru_cache(maxsize=8192)(model.tokenize)

@@ -96,6 +96,7 @@ def measure_loops(
         side_by_side(models, ask, turns)
     rows = [(turn[1], journal[str(turn)]) for turn in turns if str(turn) in journal]
     missing = [f"{len(turns) - len(rows)} of {len(turns)} long answers"] if len(rows) < len(turns) else []
+    missing = missing if rows else ["the table of long answers: not measured"]
     items = [(temperature, not it["ended"], first_loop(it["tokens"]) is not None) for temperature, it in rows]
     return rates(pd.DataFrame(items, columns=["temperature", "long", "looped"])), missing
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from math import ceil, inf, nan
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
 from dfqs_nb.context.boundary import octaves
-from dfqs_nb.context.haystacks import Haystacks, Probe, StandIn, probe_of
+from dfqs_nb.context.haystacks import Haystacks, Probe, probe_of
 from dfqs_nb.core.budget import duration, fit
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError, StageError
@@ -26,8 +26,8 @@ from dfqs_nb.llama.model import MEMORY_SETTINGS, Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, own_context, threads_for
 from dfqs_nb.llama.timing import probe, random_tokens, seconds_of
 
-CURVE_SHARE = 0.75  # of the budget; the rest is for the other parts of notebook 05
-CHECK_TOKENS = 128  # of a text, on which the check of reuse is made
+CURVE_SHARE = 0.8  # of the budget; the rest is for the other parts of notebook 05
+CHECK_TOKENS = 64  # of a text, on which the check of reuse is made
 PROTOCOL = (
     "fixed keys and nothing else, fresh texts for each length"  # answers under another one are not comparable
 )
@@ -91,9 +91,9 @@ class Meter:
         self._end, self._planned, self._taken = time.perf_counter() + seconds, 0.0, 0.0
 
     def holds(self, cost: float) -> bool:
-        """Whether work of so many planned seconds ends in time; NaN, not known, does."""
+        """Whether work of so many planned seconds ends in time."""
         slower = max(1.0, self._taken / self._planned) if self._planned else 1.0
-        return not time.perf_counter() + slower * cost > self._end
+        return time.perf_counter() + slower * cost <= self._end
 
     @contextmanager
     def spend(self, cost: float) -> Iterator[None]:
@@ -105,9 +105,9 @@ class Meter:
 
 
 @contextmanager
-def crew(model: Model, alone: bool = False) -> Iterator[list[Model]]:
-    """An open model, and a copy for each core that a small one leaves idle, unless it shall be alone."""
-    small = threads_for(model.path) == 1 and not alone
+def crew(model: Model) -> Iterator[list[Model]]:
+    """An open model, and a copy for each core that a small one leaves idle."""
+    small = threads_for(model.path) == 1
     n = usable_cores() // (model.settings.n_threads or 1) if small else 1
     with ExitStack() as stack:
         copies = (open_model(model.path, model.settings, trial=False) for _ in range(n - 1))
@@ -142,9 +142,9 @@ class Plan:
     n_haystacks: int  # texts for each length; 0: the budget does not hold the least plan
     question_tokens: int  # evaluated for a question
     reuse: bool  # ask every question of a text from its saved state
+    speed: PrefillSpeed  # which costs are made of
     rounds: int = 1  # see `search_lengths`
     budget_seconds: float = inf  # what is not expected to end in it is not begun: censored, not failed
-    speed: PrefillSpeed | None = None  # which costs are made of; None, and costs NaN, for a stand-in
     left_out: tuple[str, ...] = ()  # what the budget took away
 
     def n_texts(self, length: int) -> int:
@@ -153,17 +153,15 @@ class Plan:
 
     def text_seconds(self, length: int) -> float:
         """Seconds that a text of this length takes with its questions."""
-        if self.speed is None:
-            return nan
         n, text = self.probe.needles, self.speed.seconds(length)
         more = (n - 1) * self.question_tokens * (self.speed.base + self.speed.by_depth * length)
         return text + more if self.reuse else n * text
 
     @property
     def seconds(self) -> float:
-        """Seconds that the planned lengths take, with the check of reuse; NaN if the plan is not timed."""
+        """Seconds that the planned lengths take, with the check of reuse."""
         check = 0.0
-        if self.reuse and self.speed and self.n_haystacks:
+        if self.reuse and self.n_haystacks:
             check = 2 * (self.speed.seconds(CHECK_TOKENS) + self.question_tokens * self.speed.base)
         return check + sum(self.n_texts(n) * self.text_seconds(n) for n in self.grid)
 
@@ -213,7 +211,7 @@ class Plan:
 
 
 def make_plan(
-    model: Model | StandIn,
+    model: Model,
     prompt_set: str,
     longest: int,
     *,
@@ -228,7 +226,7 @@ def make_plan(
     doubled until it holds the keys. A `PromptError`: there is no such probe, or ``shortest`` cannot hold its
     keys; a `DfqsError`: ``longest`` is below it.
     """
-    probe, speed, began = probe_of(prompt_set), None, time.monotonic()
+    probe, began = probe_of(prompt_set), time.monotonic()
     haystacks = Haystacks(model, probe, shortest)
     if not shortest:
         shortest = 256 if probe.needles > 1 else 64
@@ -238,11 +236,10 @@ def make_plan(
     grid = tuple(octaves(shortest, longest))
     if not grid:
         raise DfqsError(f"no length up to {longest:,} tokens", hint=f"the shortest is {shortest}")
-    if own := isinstance(model, Model):
-        speed = measure_prefill(model, longest, budget_seconds)
-        budget_seconds -= time.monotonic() - began
-    reuse, n = own and probe.needles > 1, haystacks.question_tokens
-    return Plan(probe, grid, n_haystacks, n, reuse, rounds, budget_seconds, speed)
+    speed = measure_prefill(model, longest, budget_seconds)
+    budget_seconds -= time.monotonic() - began
+    reuse, n = probe.needles > 1, haystacks.question_tokens
+    return Plan(probe, grid, n_haystacks, n, reuse, speed, rounds, budget_seconds)
 
 
 # ---- memory ----

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from dfqs_nb.core.doors import lazy
 from dfqs_nb.routing.recorder import RecordedModel, open_recorded
-from dfqs_nb.routing.trace import Trace, differences, load_trace, overlaps
+from dfqs_nb.routing.trace import Trace, differences, load_trace
 
 if TYPE_CHECKING:
     from dfqs_nb.routing import figures
@@ -12,6 +12,6 @@ if TYPE_CHECKING:
     from dfqs_nb.routing.profile import experts_needed
 
 __all__ = ["RecordedModel", "Trace", "differences", "experts_needed", "figures", "load_trace"]
-__all__ += ["open_recorded", "overlaps", "run_experiment"]
+__all__ += ["open_recorded", "run_experiment"]
 
 __getattr__ = lazy(__name__, experts_needed="profile", figures="figures", run_experiment="experiment")

@@ -116,12 +116,6 @@ def differences(a: Trace, b: Trace) -> np.ndarray:
     return np.asarray((np.sort(a.experts, axis=2) != np.sort(b.experts, axis=2)).any(axis=2))
 
 
-def overlaps(a: Trace, b: Trace) -> np.ndarray:
-    """Share of the k chosen experts that both runs chose, float ``(tokens, layers)``."""
-    shared = (a.experts[:, :, :, None] == b.experts[:, :, None, :]).any(axis=3)
-    return np.asarray(shared.sum(axis=2) / max(1, a.experts.shape[2]))
-
-
 def compare(a: Trace, b: Trace) -> dict[str, Any]:
     """Two runs over the same tokens, the first being the reference, as the values of `COMPARED`.
 

@@ -49,13 +49,12 @@ ALONE = {
         "the recap of asserts above": ["The same prompt gave"],
     },
     "04": {
-        METHOD: ["It scores all experts", "The same in sentences", "- **Free**", "This matters only"]
-        + ["- **Fix for equal logits**", "Recording itself slightly"]
+        METHOD: ["It scores all experts", "Recording itself slightly"]
         + ["- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
     },
     "05": {
         METHOD: ["The context must hold", "Every text hides the", "So the plan costs about", "The curve may take"]
-        + ["A longer plan is cut", "1. texts a length", "2. the other parts", "3. both again"],
+        + ["A longer plan is cut", "1. texts a length", "2. both again"],
     },
     "06": {
         "stated by the set itself, held by tests of the sets": ["Its training never asked", "Some families are harder"],
@@ -74,7 +73,6 @@ ALONE = {
         + ["The boundary lies beyond", "So 1.00 says", "Beside each value stands", "If at least half"],
         "published, with its source beside it": ["The driver takes about", "Others logged far larger"],
     },
-    "docs/long_context.md": {"follows from the plan's lengths": ["Questions come on top"]},
     "docs/paging.md": {"follows from the sizes": ["So a slice costs about"]},
     "comparison.md": {METHOD: ["Brackets are 95 %"]},
     "leaderboard.md": {METHOD: ["Brackets: 95 %", "A higher place is", "The curve stands by"]},

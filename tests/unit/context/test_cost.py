@@ -86,7 +86,6 @@ def test_a_meter_counts_with_the_pace_that_was_seen(monkeypatch):
     with meter.spend(2):
         now[0] = 4  # twice as slow as planned
     assert meter.holds(3) and not meter.holds(4)
-    assert meter.holds(float("nan")), "a stand-in has no speed"
 
 
 def next_token(model: Model, token: int) -> int:
@@ -101,8 +100,6 @@ def test_a_small_model_works_on_every_core_and_results_keep_their_order(monkeypa
             assert len(models) == 3 and models[0] is model
             best = side_by_side(models, next_token, range(9))
         assert best == [next_token(model, n) for n in range(9)]
-        with crew(model, alone=True) as models:
-            assert models == [model]
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])

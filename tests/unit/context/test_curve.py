@@ -120,7 +120,7 @@ def test_cost_of_a_million_tokens_is_known_before_it_starts(nano):
 
 def test_a_budget_cuts_the_plan_and_never_fails_the_model(nano, tmp_path):
     plan = one_key(nano)
-    plan = dataclasses.replace(plan, speed=PrefillSpeed(0.001, 0), budget_seconds=2.5)
+    plan = dataclasses.replace(plan, speed=PrefillSpeed(0.001, 0), budget_seconds=3)
     short = cut(plan, tmp_path)
     assert (short.grid, short.n_haystacks) == ((64, 128, 256, 512), 2)
     assert short.left_out == ("2 texts a length, not 4",)
@@ -134,11 +134,11 @@ def test_a_budget_cuts_the_plan_and_never_fails_the_model(nano, tmp_path):
 def test_texts_are_cut_before_lengths_and_four_lengths_are_kept(nano, tmp_path):
     plan = dataclasses.replace(make_plan(nano, "nano", 8192), speed=PrefillSpeed(0.001, 0))
     cuts = [
-        cut(dataclasses.replace(plan, budget_seconds=plan.seconds * share / 0.6), tmp_path)
+        cut(dataclasses.replace(plan, budget_seconds=plan.seconds * share / 0.8), tmp_path)
         for share in (1.001, 0.6, 0.35, 0.2, 0.1, 0.02)
     ]
     sizes = [(plan.n_haystacks, len(plan.grid)) for plan in cuts]
-    assert sizes == [(12, 6), (6, 6), (4, 6), (4, 5), (4, 4), (2, 3)]
+    assert sizes == [(12, 6), (6, 6), (4, 6), (4, 5), (4, 4), (2, 2)]
     assert cuts[0].left_out == () and "4 texts a length, not 12" in cuts[3].cost_sentence
 
 

@@ -83,7 +83,7 @@ def test_a_second_run_asks_nothing_and_a_budget_leaves_out(tmp_path, monkeypatch
     few, speed = {"n_answers": 2, "n_tokens": 80}, PrefillSpeed(0.0, 0.0, 0.01)
     with open_model(MODEL, OPEN, trial=False) as model:
         none, missing = loops.measure_loops(model, tmp_path, speed, **few, budget_seconds=0)
-        assert not len(none) and missing == ["4 of 4 long answers"] and "rate" in none
+        assert not len(none) and missing == ["the table of long answers: not measured"] and "rate" in none
         first, missing = loops.measure_loops(model, tmp_path, speed, **few)
         assert first["asked"].tolist() == [2, 2] and not missing
         lines = [json.loads(line) for line in (tmp_path / loops.JOURNAL).read_text().splitlines()]

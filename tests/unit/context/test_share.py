@@ -28,11 +28,12 @@ class Clock:
 
     def __init__(self, monkeypatch, seconds_per_token: float) -> None:
         self.now, self.per_token = 0.0, seconds_per_token
-        decode, build = models.Model._decode_batch, models.build_llama
+        batches, build = models.Model._batches, models.build_llama
 
-        def slow_decode(model, tokens, **options):
-            self.now += self.per_token * len(tokens)
-            return decode(model, tokens, **options)
+        def slow_batches(model, tokens, **options):
+            for n in batches(model, tokens, **options):
+                self.now += self.per_token * n
+                yield n
 
         def slow_build(*given):
             self.now += LOAD_SECONDS
@@ -41,7 +42,7 @@ class Clock:
         monkeypatch.setattr(plans, "usable_cores", lambda: 1)
         for name in ("monotonic", "perf_counter"):
             monkeypatch.setattr(time, name, lambda: self.now)
-        monkeypatch.setattr(models.Model, "_decode_batch", slow_decode)
+        monkeypatch.setattr(models.Model, "_batches", slow_batches)
         monkeypatch.setattr(models, "build_llama", slow_build)
 
 
