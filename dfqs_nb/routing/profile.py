@@ -33,7 +33,7 @@ def experts_needed(trace: Trace) -> pd.DataFrame:
     A row a domain, and one of ``all`` domains alike; a column a share.
     """
     reads = reads_by_domain(trace)
-    rows = {"all": np.mean(list(reads.values()), axis=0), **reads}
-    curves = {name: np.sort(reads)[:, ::-1].cumsum(axis=1).mean(axis=0) for name, reads in rows.items()}
+    shares = {"all": np.mean(list(reads.values()), axis=0), **reads}
+    curves = {name: np.sort(it)[:, ::-1].cumsum(axis=1).mean(axis=0) for name, it in shares.items()}
     needed = {f"{p:.0%}": {name: int((it < p).sum()) + 1 for name, it in curves.items()} for p in SHARES}
     return pd.DataFrame(needed).rename_axis("domain")
