@@ -33,8 +33,9 @@ class _LastLine(io.StringIO):
     """Keeps what was written last in the file that ``DFQS_PROGRESS`` names."""
 
     def write(self, text: str) -> int:
-        with suppress(OSError):  # a full disk ends no measurement
-            Path(os.environ["DFQS_PROGRESS"]).write_text(text.strip(), encoding="utf-8")
+        if text.startswith("\r"):  # else it moves the cursor
+            with suppress(OSError):  # a full disk ends no measurement
+                Path(os.environ["DFQS_PROGRESS"]).write_text(text.strip(), encoding="utf-8")
         return len(text)
 
 

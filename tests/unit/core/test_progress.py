@@ -42,6 +42,15 @@ def test_activity_counts_this_process_where_it_is_asked_to():
     assert not text.startswith("0 B in memory")
 
 
+def test_the_bar_that_moved_last_is_reported_and_none_after_its_end(tmp_path, monkeypatch):
+    place, seen = tmp_path / ".progress", []
+    monkeypatch.setenv("DFQS_PROGRESS", str(place))
+    for _ in display.tqdm(range(2), "rungs", mininterval=0):
+        for _ in display.tqdm(range(3), "texts", mininterval=0):
+            seen.append(place.read_text())
+    assert seen[1:3] == ["texts 1/3", "texts 2/3"] and place.read_text() == ""
+
+
 def test_a_bar_that_cannot_be_reported_ends_no_work(tmp_path, monkeypatch):
     for place in ("/dev/full", str(tmp_path / "no folder/.progress")):
         monkeypatch.setenv("DFQS_PROGRESS", place)
