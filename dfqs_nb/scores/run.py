@@ -263,12 +263,15 @@ class QuestionPlan:
     def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
         """Ask each set in its share of the time; the results, and what was left out.
 
-        Questions come spread evenly over the families. The answer at which the time ends is cut there.
+        Multiple choice takes what it needs where the model has no chat template. Questions come spread evenly
+        over the families. The answer at which the time ends is cut there.
         """
         end, runs, missing = time.monotonic() + self.budget_seconds, [], []
         for number, each in enumerate(self.sets[: self.n_sets]):
-            now = time.monotonic()
-            options = replace(self.options, until=now + (end - now) / (self.n_sets - number))
+            now, left = time.monotonic(), self.n_sets - number
+            if each.kind == "choice" and not self.model.has_template:
+                left = 1  # a base model has the least chance in the written sets
+            options = replace(self.options, until=now + (end - now) / left)
             run = score_set(self.model, each, folder, options, model_id=model_id)
             runs.append(run)
             n, most = len(run.answered), len(each.items)

@@ -152,6 +152,11 @@ def test_sets_share_the_time_and_what_is_missing_is_said(planned, monkeypatch, t
         return SimpleNamespace(name=item_set.name, items=rows, answered=rows[:1])
 
     monkeypatch.setattr(runs, "score_set", score_set)
+    for has_template, share in ((True, 50), (False, 100)):
+        model, two = SimpleNamespace(has_template=has_template), (SETS[0].as_choices(), SETS[0])
+        replace(made, model=model, sets=two, n_sets=2).ask(tmp_path)
+        assert shares[0] == pytest.approx(share, abs=1), "a base model's time goes to multiple choice first"
+        shares.clear()
     _, missing = replace(made, n_sets=2).ask(tmp_path)
     assert shares == pytest.approx([50, 100], abs=1), "what the first does not use, the second gets"
     assert missing == [
