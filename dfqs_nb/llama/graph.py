@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-PREFIX_BYTES = 13  # of a node's name: they tell the routers' nodes apart
 _TOPK = b"ffn_moe_topk-"
 
 
@@ -95,7 +94,7 @@ class Watch(dict[int, bool]):
     In decode the same graph comes again at the same addresses. So it holds the addresses of nodes that it
     need not stop at: to read all names would take longer than the model. At a graph's first node the names
     that matter are checked; another graph is learned afresh. No exception may pass through llama.cpp: it is
-    kept in ``_error``. A subclass has its say at a router, at a graph's begin, and at another node.
+    kept in ``_error``. A subclass has its say at a router and at a graph's begin.
     """
 
     def __init__(self) -> None:
@@ -143,10 +142,8 @@ class Watch(dict[int, bool]):
 
     def _learn(self, address: int) -> Router | None:
         """A node by its name; None where llama.cpp need not stop."""
-        prefix = ctypes.string_at(address + NAME_OFFSET, PREFIX_BYTES)
-        if prefix != _TOPK:
+        if ctypes.string_at(address + NAME_OFFSET, len(_TOPK)) != _TOPK:
             self[address] = False
-            self._other(address, prefix)
             return None
         router = self._routers[address] = self._router(address)
         router.stopped = True
@@ -156,8 +153,6 @@ class Watch(dict[int, bool]):
         return Router(address)
 
     def _begun(self, address: int) -> None: ...
-
-    def _other(self, address: int, prefix: bytes) -> None: ...
 
     def _chosen(self, router: Router) -> None:
         for listener in self.listeners:
