@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
+from matplotlib.ticker import LogFormatter, PercentFormatter
 
 from dfqs_nb.core.files import whole_file
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 INK, PAPER = "#222222", "#E8E8E8"
-BYTES = EngFormatter(unit="B")
 WIDTH = 7.0  # inches
 
 
