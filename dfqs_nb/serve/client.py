@@ -148,7 +148,7 @@ def connect(
     key_variable: str = "",
     timeout_seconds: float = ANSWER_SECONDS,
     version: str = "",
-    **options: Any,
+    retries: int = RETRIES,
 ) -> Endpoint:
     """Ask a server for its models and its version; return the endpoint for all further requests.
 
@@ -156,12 +156,11 @@ def connect(
         model: one that the server lists; may be left out where it lists just one.
         key, key_variable: the key, or the environment variable that holds it; never shown or written.
         version: of the server, where it is known better than the server reports.
-        options: ``retries``.
 
     An `EndpointError` says whether the address, the key, the model or a busy server is the cause.
     """
     wire = _wire(base_url, key, key_variable)
-    page = wire.persist(lambda: wire.page(f"{wire.url}/models"), options.get("retries", RETRIES))
+    page = wire.persist(lambda: wire.page(f"{wire.url}/models"), retries)
     if not isinstance(page, dict) or "data" not in page:
         what = "something answers there, but it does not list models"
         raise EndpointError(what, where=wire.url, hint=ADDRESS_HINT)
@@ -179,7 +178,7 @@ def connect(
     facts |= {"n_ctx": n_ctx, "options": PLAIN.get(facts["server"], {})}
     facts |= {"weights": " ".join(str(value) for value in weights if value)}
     facts |= {"version": version} if version else {}
-    return Endpoint(wire.url, wire.key, timeout_seconds, model, **facts, **options)
+    return Endpoint(wire.url, wire.key, timeout_seconds, model, retries, **facts)
 
 
 def _facts(wire: Wire, listed: Mapping[str, Any]) -> dict[str, Any]:
