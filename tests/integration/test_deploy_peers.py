@@ -318,7 +318,7 @@ def test_a_linter_of_modelfiles_finds_only_what_ollamas_reference_leaves_out(tmp
     """num_thread and num_gpu are fields of Runner in Ollama's api/types.go, which its FormatParams takes."""
     python = peer(deploy_peers.python_package, "owist-modelfile-lint")
     recipe = write_recipe("ollama", SHARD, tmp_path)
-    merge_model(SHARD, tmp_path / "DFQS-Nano-IQ1_S-XL.gguf")
+    merge_model(SHARD, recipe.model)
     lint = [python.with_name("modelfile-lint"), "--json", "--no-estimate", recipe.files[0]]
     found = json.loads(subprocess.run(lint, capture_output=True, text=True, check=False).stdout)["issues"]
     errors = [one["message"] for one in found if one["severity"] == "ERROR"]
