@@ -51,13 +51,13 @@ class _Layer:
     def reduced(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids of the ``k`` chosen experts and their margins, a row a token; the copies are let go."""
         order = np.frombuffer(b"".join(self.ids), np.int32).reshape(-1, self.width)
-        margins = np.full(len(order), np.nan if self.hashed else np.inf, np.float32)
+        margins = np.full(len(order), np.nan, np.float32)
         if not self.hashed:
             scores = np.frombuffer(b"".join(self.scores), np.float32).reshape(order.shape)
             ranked = np.take_along_axis(scores, order, axis=1)  # minus infinity for excluded groups
-            if (ranked[:, 1:] > ranked[:, :-1]).any():
+            margins = ranked[:, :k].min(axis=1) - ranked[:, k:].max(axis=1, initial=-np.inf)
+            if (margins < 0).any():
                 raise RoutingError("chosen experts do not score highest", hint=REPORT)
-            margins = ranked[:, k - 1] - ranked[:, k] if k < self.width else margins
         self.ids, self.scores = [], []
         return order[:, :k].astype(np.uint16), margins
 

@@ -75,7 +75,7 @@ def run_notebook(folder, clock, minutes: float, **parameters) -> dict:
     return json.loads((folder / "long_context.json").read_text())
 
 
-@pytest.mark.parametrize("minutes, per_token", [(11, 5.0), pytest.param(0.5, 0.74, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("minutes, per_token", [(11, 5.0), pytest.param(0.75, 0.74, marks=pytest.mark.slow)])
 def test_what_no_budget_holds_is_not_measured_and_the_share_is_kept(folder, monkeypatch, minutes, per_token):
     clock = Clock(monkeypatch, per_token)
     made = run_notebook(folder, clock, minutes)
