@@ -227,7 +227,7 @@ def test_what_is_no_plain_file_or_is_an_address_is_refused_at_once(tmp_path, cap
     for arguments, words in (
         (["score", "dfqs-nano-iq1_s-xl", "--set", str(pipe)], "not a regular file"),
         (["sweep", str(pipe)], "not a regular file"),
-        (["verify", "https://huggingface.co/someone/models/blob/main/m.gguf"], "it is an address"),
+        (["verify", "https://huggingface.co/someone/models/blob/main/m.gguf"], "download the file"),
     ):
         assert cli.main(arguments) == 1
         assert words in capsys.readouterr().err
