@@ -257,7 +257,7 @@ def edit(path, change):
             "edited after it was written",
         ),
         ("routing.json", lambda c: c["verdict"].update(passed=False), "edited after it was written"),
-        ("scores.json", lambda c: c.pop("seal"), "no seal"),
+        ("scores.json", lambda c: c.pop("seal"), "edited after it was written"),
         ("scores.json", lambda c: c.update(stage="header"), "not the stage 'scores'"),
     ],
 )

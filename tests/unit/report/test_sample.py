@@ -13,7 +13,7 @@ FOLDER = REPOSITORY / "docs" / "sample_report"
 
 def test_the_sample_follows_the_schema_and_its_scores_are_counted_again():
     again = read_answers(FOLDER)
-    assert set(again.scores) == {"reasoning_score", "code_score"} and len(again.context)
+    assert set(again.scores) == {"reasoning_score", "code_score", "choice_score"} and len(again.context)
 
 
 def test_the_reference_model_is_neither_lost_nor_perfect_on_the_nano_sets():
