@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -30,6 +31,7 @@ LEAST_BYTES = 1 << 19  # of a request
 MOST_BYTES = 128 << 20  # of headers in one file; real headers stay under 50 MB, and the reader doubles
 STREAM_BYTES = 64 << 20  # of one request for data
 TIMEOUT_SECONDS, TRIES = 20.0, 3
+TOTAL_SECONDS = 600.0  # of the headers of one file, or of one request for data
 RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 
 
@@ -197,7 +199,7 @@ class RemoteFile:
     def __init__(self, address: str, block: int, copy: BinaryIO | None = None) -> None:
         self.address, self.block, self.copy = address, block, copy
         self.position = self.start = self.fetched_bytes = self.size = 0
-        self.window = b""
+        self.window, self.until = b"", time.monotonic() + TOTAL_SECONDS
         self._fetch(block)
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -218,10 +220,12 @@ class RemoteFile:
 
         url, _, on_hub = _located(self.address)
         again = models.retrying(TRIES, 2, httpx2.NetworkError, httpx2.RemoteProtocolError)
+        if not self.copy:
+            self.until = time.monotonic() + TOTAL_SECONDS
         with models.explained(self.address):
             if self.copy and self.fetched_bytes + n > MOST_BYTES:
                 raise ValueError(f"its headers take more than {MOST_BYTES:,} bytes")
-            self.window, size = again(_ranged, url, on_hub, self.position, self.position + n)
+            self.window, size = again(_ranged, url, on_hub, self.position, self.position + n, self.until)
             if self.size not in (0, size):
                 raise ValueError("the file changed while it was read")
         self.start, self.size = self.position, size
@@ -231,8 +235,8 @@ class RemoteFile:
             self.copy.write(self.window)
 
 
-def _ranged(url: str, on_hub: bool, start: int, end: int) -> tuple[bytes, int]:
-    """Bytes of a remote file (fewer at its end), and its size."""
+def _ranged(url: str, on_hub: bool, start: int, end: int, until: float) -> tuple[bytes, int]:
+    """Bytes of a remote file (fewer at its end), and its size; ``until``: the last moment for them."""
     from huggingface_hub.utils import _headers, _http
 
     headers = _headers.build_hf_headers() if on_hub else {}
@@ -253,6 +257,8 @@ def _ranged(url: str, on_hub: bool, start: int, end: int) -> tuple[bytes, int]:
             data += chunk
             if len(data) >= end - start:
                 break  # of a server that sends more than it was asked for
+            if time.monotonic() > until:
+                raise ValueError(f"the server sends too slowly: {TOTAL_SECONDS:.0f} seconds are over")
     if len(data) < min(end, size) - start:
         raise ValueError("the server does not send all that it promises")
     return bytes(data[: end - start]), size

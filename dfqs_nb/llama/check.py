@@ -17,7 +17,7 @@ from typing import Any
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import canonical_sha256
-from dfqs_nb.core.journal import remembered
+from dfqs_nb.core.journal import holds, remembered
 from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
 from dfqs_nb.llama.settings import OpenSettings
@@ -25,6 +25,11 @@ from dfqs_nb.llama.settings import OpenSettings
 MODULE, REFUSES = "dfqs_nb.llama", "llama.cpp refuses it: "
 TIMEOUT_SECONDS = 60.0
 TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 120.0, 1 / 50e6  # a slow disk
+FIELDS: dict[str, dict[str, type]] = {  # of an answer that is kept
+    "load": {"accepted": bool, "reason": str, "death": str},
+    "plan": {"kv_bytes": int, "compute_bytes": int},
+    "trial": {},
+}
 OF_CONTEXT = {"n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed"}  # nothing of the file
 # Names of functions, and words that only pass an error on.
 _PREFIXES = re.compile(
@@ -138,19 +143,25 @@ def _kept(
     question: str, paths: Sequence[Path], facts: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
     """What ``make`` answers, from a note if files, facts, llama.cpp and the machine are the same."""
-    folder = outputs_dir() / ".llama_cpp"
+    folder, fields, made = outputs_dir() / ".llama_cpp", FIELDS[question], list[dict[str, Any]]()
+
+    def once() -> dict[str, Any]:
+        made[:] = made or [dict(make())]
+        return made[0]
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stats = [(os.path.realpath(path), Path(path).stat()) for path in paths]
-        files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
-        same = {"files": files, "llama.cpp": _build(), "machine": platform.node(), **facts}
+        files = [(name, st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino) for name, st in stats]
+        machine = [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES")]
+        same = {"files": files, "llama.cpp": _build(), "machine": machine, **facts}
         name = canonical_sha256([question, [name for name, _ in stats], facts])[:24]
-        answer = remembered(note := folder / f"{name}.json", same, make)
-        if answer.get("death"):  # perhaps the machine was busy
+        answer = remembered(note := folder / f"{name}.json", same, once)
+        if answer.get("accepted") is False:  # perhaps the machine was busy, or had no memory
             note.unlink(missing_ok=True)
-        return answer
+        return {name: answer[name] for name in fields} if holds(answer, fields) else once()
     except OSError:  # the folder takes no note
-        return dict(make())
+        return once()
 
 
 def _build() -> list[Any]:

@@ -21,6 +21,7 @@ import numpy as np
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import advise_read, available_memory, window_bytes
+from dfqs_nb.gguf.header import padded
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.llama.graph import Router, Watch, ggml_function
@@ -103,10 +104,14 @@ class Paging:
             self._pins.append(np.frombuffer(mapped, np.uint8))
             base = self._pins[-1].ctypes.data
             for start, end in sorted((start, end) for at, start, end in self.layout.dense if at == file):
-                low, end = start // mmap.PAGESIZE * mmap.PAGESIZE, min(end, start + room - self.pinned_bytes)
+                low = start // mmap.PAGESIZE * mmap.PAGESIZE
+                end = min(end, low + room // mmap.PAGESIZE * mmap.PAGESIZE)  # whole pages are locked
                 if end > start:
                     advise_read(descriptor, low, end, self._window[file])  # a lock alone reads by windows
-                    if lock(base + low, end - low) == 0:
+                    if lock(base + low, end - low):
+                        room = 0  # nor is anything more read in vain
+                    else:
+                        room -= padded(end - low, mmap.PAGESIZE)
                         self.pinned_bytes += end - start
         locked = f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory"
         hint = " (raise `ulimit -l`, close other programs, or lower n_ctx)"

@@ -111,7 +111,8 @@ def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
     if (part or seems_fine) and not allow_holes and (reason := unfinished(path)):
         return replace(diagnosis, kind=Kind.UNFINISHED, finding=reason, next_step=RESUME)
     if part and diagnosis.kind in (Kind.UNFINISHED, Kind.OTHER_FORMAT):
-        join = f"`cat {quoted(path.with_name(part[1]))}* > {quoted(path.with_name(part['whole']))}`"
+        parts, whole = (quoted(path.with_name(name)) for name in (part[1], part["whole"]))
+        join = f"`printf '%s\\0' {parts}* | sort -zV | xargs -0 cat > {whole}`"  # a shell sorts 10 before 2
         step = f"if it is a part of one file, join all of its parts in the order of their numbers: {join}"
         return replace(diagnosis, next_step=step)
     return diagnosis

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -25,9 +24,6 @@ from dfqs_nb.gguf.shards import open_shards, tensor_hashes
 from dfqs_nb.merge.disk import Identity
 from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
 from dfqs_nb.merge.plan import Copy, Plan, identities
-
-if TYPE_CHECKING:
-    pass
 
 NAMED_AT_MOST = 8  # damaged tensors in one message
 AGAIN = "get it from its source again, or merge its shards again"

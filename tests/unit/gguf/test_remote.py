@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from gguf_fixtures import REAL_TENSORS, real_size_shards
@@ -159,6 +163,33 @@ def test_a_server_without_ranges_is_named(server):
             pass
     finally:
         server.ranges = True
+
+
+def test_a_server_that_drips_is_given_up(monkeypatch):
+    """Each byte comes in time, so no timeout of the connection ends it."""
+
+    class Dripping(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(206)
+            self.send_header("Content-Range", "bytes 0-524287/600000")
+            self.send_header("Content-Length", "524288")
+            self.end_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(b"G")
+                    time.sleep(0.01)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(remote, "TOTAL_SECONDS", 0.3)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        where = f"http://127.0.0.1:{http.server_port}/m.gguf"
+        with pytest.raises(RegistryError, match="too slowly"), remote.headers_of(where):
+            pass
+        http.shutdown()
 
 
 def test_a_page_instead_of_a_file_is_diagnosed(server, tmp_path):

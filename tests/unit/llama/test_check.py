@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import json
 import os
 import shutil
 import sys
@@ -164,12 +166,48 @@ def test_the_loaders_verdict_is_kept_while_file_and_llama_cpp_are_the_same(copie
     assert len(asked) == 3
 
 
-def test_a_death_is_no_verdict_to_keep_and_a_folder_that_takes_no_note_no_error(copied, monkeypatch):
-    died, asked = check.Verdict(False, "llama.cpp died (timeout)", "timeout"), []
+@pytest.mark.parametrize("death", ["", "timeout"])
+def test_a_refusal_is_asked_again_as_the_machine_may_have_had_no_memory(copied, death):
+    refused, asked = check.Verdict(False, "unable to allocate CPU buffer", death), []
     for n in (1, 2):
-        assert check.kept_verdict([copied], lambda: asked.append(1) or died) == died and len(asked) == n
+        assert check.kept_verdict([copied], lambda: asked.append(1) or refused) == refused and len(asked) == n
+
+
+def test_a_file_changed_in_place_with_its_time_set_back_is_another_file(copied, asked):
+    def kept() -> check.Verdict:
+        return check.kept_verdict([copied], lambda: check.loader_verdict(copied))
+
+    kept()
+    then = copied.stat()
+    with copied.open("r+b") as file:
+        file.write(b"nope")
+    os.utime(copied, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert not kept().accepted and len(asked) == 2
+
+
+@pytest.mark.parametrize("forged", [{}, {"accepted": "yes"}, {"accepted": True, "reason": 1, "death": ""}])
+def test_a_note_that_is_not_whole_is_no_answer(copied, forged):
+    good, note = check.Verdict(True), copied.parent / "outputs" / ".llama_cpp"
+    check.kept_verdict([copied], lambda: good)
+    (path,) = note.iterdir()
+    path.write_text(json.dumps({"key": json.loads(path.read_text())["key"], **forged}))
+    assert check.kept_verdict([copied], lambda: good) == good
+    path.write_text(json.dumps({**json.loads(path.read_text()), **vars(good), "more": 1}))
+    assert check.kept_verdict([copied], lambda: good) == good
+
+
+def test_a_folder_that_takes_no_note_costs_no_second_load(copied, monkeypatch):
+    good, asked = check.Verdict(True), []
+    ask = lambda: asked.append(1) or good  # noqa: E731
     monkeypatch.setenv("DFQS_OUTPUTS", os.devnull)
-    assert check.kept_verdict([copied], lambda: died) == died
+    assert check.kept_verdict([copied], ask) == good and len(asked) == 1
+    monkeypatch.setenv("DFQS_OUTPUTS", str(copied.parent / "outputs"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dfqs_nb.core.journal.write_json", full)
+    assert check.kept_verdict([copied], ask) == good and len(asked) == 2
 
 
 def test_memory_is_planned_in_a_child_that_a_header_may_kill(tmp_path, asked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import re
@@ -153,8 +154,10 @@ def test_a_token_that_there_is_not_is_refused_as_without_help(token):
 @pytest.mark.parametrize("limit", [0, 40_960])
 def test_no_more_is_locked_than_the_system_allows(moe, monkeypatch, limit):
     monkeypatch.setattr(paging, "may_lock", lambda: limit)
+    before = locked_kib()
     with open_model(moe, settings("on"), trial=False) as model:
         assert model.paging.pinned_bytes <= limit
+        assert locked_kib() - before <= limit // 1024, "whole pages are locked, and tensors begin within one"
         assert "raise `ulimit -l`" in model.loaded["paging"]
         assert "opening reads the whole file once" in model.loaded["paging"]
 
@@ -168,17 +171,35 @@ def test_no_more_is_locked_than_memory_leaves(moe, monkeypatch):
 
 
 @linux_only
+def test_after_a_lock_that_fails_nothing_is_read_in_vain(moe, monkeypatch):
+    """Under the usual limit of 8 MB a lock can fail for each of a thousand tensors."""
+    advised: list[int] = []
+    monkeypatch.setattr(paging, "advise_read", lambda _file, start, _end, _window: advised.append(start))
+    refused = type("Lock", (), {"__call__": lambda *_: -1})()
+    libc = type("Libc", (), {"mlock": refused, "mlockall": refused})()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: libc)
+    help_ = Paging(open_shards(moe))
+    help_.start(0)
+    assert help_.pinned_bytes == 0 and len(advised) == 1 < len(help_.layout.dense)
+    help_.close()
+
+
+def locked_kib() -> int:
+    """KiB that this process has locked."""
+    return int(re.search(r"VmLck:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@linux_only
 def test_what_is_locked_is_given_back(moe):
-    locked = lambda: int(re.search(r"VmLck:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # noqa: E731
-    before = locked()
+    before = locked_kib()
     with (
         pytest.warns(RuntimeWarning, match="of dense weights locked"),
         open_model(moe, settings("on")) as model,
     ):
         dense = Layout.of(open_shards(moe).headers).dense_bytes
         if paging.may_lock() is None:
-            assert model.paging.pinned_bytes == dense and locked() > before
-    assert locked() == before
+            assert model.paging.pinned_bytes == dense and locked_kib() > before
+    assert locked_kib() == before
 
 
 @linux_only
