@@ -196,7 +196,7 @@ def stated(report: Mapping[str, Any], metric: str) -> Any:
     detail = report["details"][metric]
     if metric == BOUNDARY and detail["value"] is not None:
         return detail["tokens"] if detail["value"] == detail["tokens"] else None
-    if metric == CURVE and detail["value"] is not None:
+    if metric == CURVE and isinstance(detail["value"], list):
         return detail["value"] if len(detail["value"]) == len(detail["lengths"]) else None
     return detail["value"]
 
