@@ -16,7 +16,7 @@ from pathlib import Path
 import xxhash
 
 from dfqs_nb.core.display import quoted, tqdm
-from dfqs_nb.core.errors import IntegrityError
+from dfqs_nb.core.errors import IntegrityError, OutputError
 from dfqs_nb.core.files import read_json, sha256_of_file, write_json
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
@@ -69,9 +69,13 @@ def verify_model(
 
     That is: the hash given; the hash published for a file of its name and size (``data/models.toml``); its
     manifest; the tensors of its shards. `IntegrityError`: bytes differ (it names the tensors, where it can).
-    `HeaderError`, `LayoutError`, `ShardError`: a file is too broken to compare.
+    `HeaderError`, `LayoutError`, `ShardError`: a file is too broken to compare. `OutputError`: no right to
+    write a manifest.
     """
     path, began = Path(path), time.perf_counter()
+    if write_manifest and path.exists() and not os.access(path.parent, os.W_OK):
+        hint = "move the file to a folder that you may write, or verify it without a manifest"
+        raise OutputError("no manifest can be written here", where=path.parent, hint=hint)
     diagnosis, before, manifest = diagnose(path), identities([path]), read_manifest(path)
     headers = diagnosis.headers or (read_header(path),)
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
@@ -90,7 +94,8 @@ def verify_model(
     for what, other in {**wholes, "its published SHA-256": known}.items():
         if other and other.lower() != digest:
             inner = "; its tensors are those of its manifest, so header or padding was changed"
-            message = f"SHA-256 is {digest}, {what} is {other.lower()}{inner if manifest else ''}"
+            inner = inner if kept and kept != digest else ""
+            message = f"SHA-256 is {digest}, {what} is {other.lower()}{inner}"
             raise IntegrityError(message, where=path, hint=f"the file was changed or damaged: {AGAIN}")
         equal += [what] if other else []
     if identities([path]) != before:

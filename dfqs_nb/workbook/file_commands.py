@@ -33,9 +33,9 @@ def inspect(
 ) -> None:
     """Say what a file is, if llama.cpp takes it, and if it fits.
 
-    It changes no file, and reads headers, sizes and names alone, also of an address. llama.cpp's verdict is
-    kept under outputs/ while file and llama.cpp are the same. Exit status 1: a file is neither a sound model
-    nor a shard of one.
+    It changes no file, and reads headers, sizes and names alone, also of an address. That llama.cpp takes a
+    file is kept under outputs/ while file and llama.cpp are the same. Exit status 1: a file is neither a
+    sound model nor a shard of one.
 
     Examples: `dfqs-nb inspect model.gguf`, `dfqs-nb inspect hf://owner/repo/model.gguf`
     """

@@ -1,6 +1,7 @@
 """Verification: what it proves, and which tensor it names when it cannot."""
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from llama_cpp_tools import Unavailable, tool
 
-from dfqs_nb.core.errors import IntegrityError, LayoutError
+from dfqs_nb.core.errors import IntegrityError, LayoutError, OutputError
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import models as registry
@@ -143,6 +144,19 @@ def test_manifest_for_a_file_that_has_none(model):
     damage(model, "output.weight")
     with pytest.raises(IntegrityError, match="output.weight"):
         verify(model)
+
+
+def test_a_wrong_hash_that_was_given_does_not_blame_a_file_that_equals_its_manifest(model):
+    with pytest.raises(IntegrityError, match="the SHA-256 that was given is 0") as caught:
+        verify(model, sha256="0" * 64)
+    assert "was changed" not in caught.value.what
+
+
+def test_a_folder_that_takes_no_manifest_is_named_before_the_file_is_read(model, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("dfqs_nb.merge.verify.hash_file", lambda *_: pytest.fail("hours of reading"))
+    with pytest.raises(OutputError, match="no manifest can be written here"):
+        verify(model, write_manifest=True)
 
 
 def test_an_unfinished_download_verifies_as_such_and_gets_no_manifest(model):
