@@ -283,6 +283,10 @@ def make_venv(venv, python, exactly):  # type: (str, str, bool) -> None
     fits = version == needs.python_version(python) if exactly else needs.is_suitable(version)
     if fits and made_for(venv) in ("", REPOSITORY):
         return
+    other = made_for(venv)
+    if os.path.islink(venv) or (other != REPOSITORY and os.path.isdir(other)):
+        what = "is a link" if os.path.islink(venv) else "is the environment of " + other
+        raise needs.Stop("%s %s, and would be cleared. Name another: make run VENV=/path" % (venv, what))
     if os.path.isdir(venv) and os.listdir(venv) and not os.path.isfile(os.path.join(venv, "pyvenv.cfg")):
         raise needs.Stop("%s is a folder with other things in it. Name another: make run VENV=/path" % venv)
     say("making %s with %s ..." % (venv, python))

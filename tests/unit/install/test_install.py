@@ -138,6 +138,17 @@ def test_a_full_disk_is_seen_before_the_install(tmp_path, monkeypatch):
         needs.check_disk({str(tmp_path): free * 2 // 3, str(tmp_path / "other"): free * 2 // 3})
 
 
+def test_an_environment_of_another_checkout_or_behind_a_link_is_never_cleared(tmp_path):
+    theirs, link = tmp_path / "theirs", tmp_path / "link"
+    theirs.mkdir()
+    (theirs / ".installed").write_text(str(tmp_path))
+    link.symlink_to(theirs)
+    for venv, what in ((theirs, f"is the environment of {tmp_path}"), (link, "is a link")):
+        with pytest.raises(needs.Stop, match=what):
+            install.make_venv(str(venv), sys.executable, exactly=False)
+    assert (theirs / ".installed").exists()
+
+
 def test_a_folder_with_other_things_is_never_cleared(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(needs.Stop, match="is a folder with other things in it"):
