@@ -101,7 +101,7 @@ class Stage:
     def figure(self, name: str, ax: Axes | str) -> Image | Markdown:
         """Save the figure of ``ax`` as ``<name>.png`` and ``.svg``, close it, and return it for display.
 
-        A text in its place says why there is nothing to draw, and is returned for display.
+        Its title is what is read aloud where nobody sees it. A text in its place says why there is nothing to draw, and is returned for display.
         """
         if isinstance(ax, str):
             from IPython.display import Markdown
@@ -115,7 +115,7 @@ class Stage:
         for suffix in ("svg", "png"):
             save(ax, path := self.path(f"{name}.{suffix}"))
         close(ax.figure.canvas.figure)
-        return Image(path.read_bytes())
+        return Image(path.read_bytes(), metadata={"alt": ax.get_title(loc="left")})
 
     def positive(self, **counts: float) -> None:
         """Reject parameters below 1, with a StageError, before anything is loaded."""

@@ -7,8 +7,10 @@ import math
 
 import pandas as pd
 import pytest
+from IPython.core.formatters import DisplayFormatter
 
 from dfqs_nb.core.errors import OutputError, StageError
+from dfqs_nb.core.figures import new_axes, set_title
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file, write_json
 from dfqs_nb.core.journal import Journal, differing_fields, holds
 from dfqs_nb.core.stage import Stage, read_stage
@@ -37,6 +39,13 @@ def test_the_seal_covers_what_was_written_through_the_stage(outputs):
     assert all(sha256_of_file(outputs / "nano" / name) == sha for name, sha in content["files"].items())
     assert content.pop("seal") == canonical_sha256(content)
     assert content["stage"] == "long_context" and content["boundary"] == 627
+
+
+def test_a_figure_is_read_aloud_by_its_title(outputs):
+    ax = new_axes(None)
+    set_title(ax, "All is well")
+    _, metadata = DisplayFormatter().format(Stage("nano", "header").figure("sizes", ax))
+    assert metadata["image/png"]["alt"] == "All is well"
 
 
 def test_a_text_in_the_place_of_a_figure_writes_no_file_and_is_shown_literally(outputs):
