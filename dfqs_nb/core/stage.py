@@ -101,7 +101,8 @@ class Stage:
     def figure(self, name: str, ax: Axes | str) -> Image | Markdown:
         """Save the figure of ``ax`` as ``<name>.png`` and ``.svg``, close it, and return it for display.
 
-        Its title is what is read aloud where nobody sees it. A text in its place says why there is nothing to draw, and is returned for display.
+        Its title is read aloud where nobody sees it. A text in place of a figure says why there is nothing to
+        draw, and is returned for display.
         """
         if isinstance(ax, str):
             from IPython.display import Markdown
