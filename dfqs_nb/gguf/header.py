@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from dfqs_nb.core.errors import HeaderError, LayoutError
+from dfqs_nb.core.files import is_file, there_is
 from dfqs_nb.gguf.types import FORMATS, TENSOR_TYPES, VALUE_TYPES
 
 MAGIC = b"GGUF"
@@ -163,6 +164,8 @@ def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHe
     `HeaderError`, where llama.cpp could not read it: what is wrong, at which byte, and the next step.
     """
     path = Path(path)
+    if not file and there_is(path) and not is_file(path):  # a pipe would never end
+        raise HeaderError("is a folder, or no regular file", where=path, hint="name a file")
     try:
         with contextlib.nullcontext(file) if file else path.open("rb", buffering=0) as opened:
             return _parse(_Cursor(path, opened, start))

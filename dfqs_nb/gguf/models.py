@@ -8,6 +8,7 @@ files. We ask for every file before we fetch the first, so a missing file or a f
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 import tomllib
@@ -19,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from dfqs_nb.core.display import did_you_mean, one_line
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, RegistryError, SpaceError
-from dfqs_nb.core.files import sha256_of
+from dfqs_nb.core.files import is_file, sha256_of, there_is
 from dfqs_nb.core.paths import data_dir, tilde
 
 OTHER_DISK = "free some space, or set HF_HOME to a folder on another disk that you may write"
@@ -84,15 +85,17 @@ def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path,
     where one shard stands for all. ``local_files_only``: only what is in the hub's cache. `RegistryError`:
     nothing has that name, or the hub does not give it. `SpaceError`, `OutputError`: no room, or no right.
     """
-    path, given, known = Path(model).expanduser(), str(model), registered()
+    given, known = str(model), registered()
+    path = Path(os.path.expanduser(given))  # noqa: PTH111 (pathlib raises for a user whom it does not know)
     if ADDRESS.match(given):
         return download(siblings(given), local_files_only)
     if isinstance(model, str) and model in known:
         return _files_of(known[model], local_files_only)
-    if path.is_file():
+    if is_file(path):
         return (path,)
-    if path.is_dir():
-        raise RegistryError("is a folder", where=tilde(path), hint="give the path of a file in it")
+    if there_is(path):
+        what, hint = "is a folder, or no regular file", "give the path of a file"
+        raise RegistryError(what, where=tilde(path), hint=hint)
     close = did_you_mean(given.lower(), known, 0.4)
     what = "no such file" if "/" in given or given.lower().endswith(".gguf") else "no such model"
     hint = f"{close}known: {', '.join(known)}; or give a path or {FORM}"

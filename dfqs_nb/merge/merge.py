@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import IntegrityError, OutputError, RegistryError, ShardError, SpaceError
+from dfqs_nb.core.files import is_file, there_is
 from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import check_layout, padded, read_header
@@ -60,7 +61,7 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     files: list[Path] = []
     try:
         for given in _each(model):
-            files += [Path(given)] if Path(given).is_file() else resolve(given)
+            files += [Path(given)] if is_file(given) else resolve(given)
     except RegistryError as error:
         raise (merged_to and _merged_before(model, merged_to)) or error from error
     first, alone = diagnose(files[0], allow_holes=True), len(files) == 1
@@ -322,11 +323,11 @@ def _finish_consumed(model: Given, output: Path) -> MergeResult | None:
     Nothing is deleted on a journal's word: a source must lie in the folder that was named, and have nothing
     left in it but its header.
     """
-    journal = read_journal(output)
-    earlier = earlier_result(output) if journal and not disk.part_path(output).exists() else None
-    if earlier is None or journal[0].get("sources") != list(earlier.sources):
-        return None
     with disk.readable_errors(output, 0, "run the same command again"):
+        journal = read_journal(output)
+        earlier = earlier_result(output) if journal and not disk.part_path(output).exists() else None
+        if earlier is None or journal[0].get("sources") != list(earlier.sources):
+            return None
         folders = {path.parent for path in map(Path, _each(model))}
         for path in (
             folder / str(source.get("name", "")) for folder in folders for source in earlier.sources
@@ -348,7 +349,7 @@ def _emptied(path: Path) -> bool:
 
 def _merged_before(model: Given, folder: Path) -> ShardError | None:
     """An error that says where a model is whose shards an earlier merge deleted."""
-    names = {Path(given).name for given in _each(model) if not Path(given).exists()}
+    names = {Path(given).name for given in _each(model) if not there_is(given)}
     for manifest in sorted(folder.glob("*.manifest.json")):
         output = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
         earlier = earlier_result(output)

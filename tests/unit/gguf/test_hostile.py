@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_llama_cpp_refuses_all_of_them_too_but_for_the_known_few(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("path", "what"), [("absent.gguf", "No such file"), (".", "Is a directory")])
+@pytest.mark.parametrize(("path", "what"), [("absent.gguf", "No such file"), (".", "is a folder")])
 def test_what_cannot_be_opened_is_an_error_of_the_same_family(tmp_path, path, what):
     with pytest.raises(HeaderError, match=what):
         read_header(tmp_path / path)
@@ -221,3 +222,10 @@ def test_the_largest_header_that_is_read_costs_little_more_than_its_bytes(tmp_pa
         assert tracemalloc.get_traced_memory()[1] < 3 * MAX_HEADER_BYTES
     finally:
         tracemalloc.stop()
+
+
+def test_a_pipe_that_nobody_writes_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for path in (tmp_path / "pipe.gguf", tmp_path):
+        with pytest.raises(HeaderError, match="no regular file; name a file"):
+            read_header(path)

@@ -126,8 +126,14 @@ def test_local_shard_is_given_back_alone():
     assert registry.resolve(str(REFERENCE / SHARDS[1])) == (REFERENCE / SHARDS[1],)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobody-of-that-name/m.gguf"])
+def test_a_name_that_no_file_can_have_is_one_message(name):
+    with pytest.raises(RegistryError, match="no such"):
+        registry.resolve(name)
+
+
 def test_a_folder_is_no_model():
-    with pytest.raises(RegistryError, match="is a folder; give the path of a file in it"):
+    with pytest.raises(RegistryError, match="is a folder, or no regular file; give the path of a file"):
         registry.resolve(REFERENCE)
 
 
