@@ -243,9 +243,10 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     from IPython.display import HTML
     from pandas.io.formats.style import Styler
 
-    table = table.rename_axis(index=lambda name: name and label(name))
+    table = table.rename_axis(index=lambda name: name and label(name), columns=None)
     options = {"thousands": ",", "precision": precision, "escape": "html", "na_rep": NONE}
-    styler = Styler(table, cell_ids=False).format(**options).format_index(escape="html", thousands=",")
+    styler = Styler(table, cell_ids=False).format(**options)
+    styler = styler.format_index(escape="html", thousands=",", precision=1)
     styler = styler.relabel_index([html.escape(label(column)) for column in table.columns], axis=1)
     if percent:
         styler = styler.format("{:.1%}", subset=list(percent), na_rep=NONE)

@@ -64,3 +64,11 @@ def test_long_lines_break_between_words(capsys):
     say("- " + "word " * 40, "short")
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "short" and lines[1].startswith("  word") and max(map(len, lines)) <= TEXT_WIDTH
+
+
+def test_a_pivoted_table_keeps_its_headings():
+    pivoted = pd.DataFrame({"rung": ["a", "a"], "layer": ["x", "y"], "share": [1.0, 2.0]})
+    page = shown(pivoted.pivot(index="rung", columns="layer", values="share"), "t").data
+    assert re.findall(r"<th[^>]*>([^<]+)</th>", page) == ["rung", "x", "y", "a"]
+    by_number = pd.DataFrame({"right": [1]}, index=pd.Index([0.5], name="temperature"))
+    assert ">0.5<" in shown(by_number, "t").data
