@@ -66,6 +66,7 @@ class Condition:
     against: str  # the name of the run to compare with; empty: a reference, or the profile
     settings: OpenSettings
     n_prefill: int | None = None  # tokens evaluated in batches, the others one by one; None: all
+    restored: bool = False  # between the calls the state is saved, the context cleared, the state put back
     process: str = "main"  # conditions of one process share one load of the weights
     texts: tuple[int, ...] = ()  # of a load: text numbers, by the sequence that evaluates them
     arrivals: tuple[int, ...] = ()  # the step in which each comes; without them each is evaluated alone
@@ -152,6 +153,9 @@ def _changes(prefill: Condition, decode: Condition, max_threads: int) -> Iterato
         made[name] = replace(base, name=name, kind=" and ".join(changed), against=against, process=process)
         made[name] = replace(made[name], settings=replace(base.settings, **changed))
         yield made[name]
+    # the same calls with and without it: the text needs several
+    batches = replace(made["n_batch 64"], kind="saved state", against="n_batch 64")
+    yield replace(batches, name="saved state restored", restored=True)
 
 
 def seconds(planned: Iterable[Condition], costs: Mapping[str, float]) -> float:

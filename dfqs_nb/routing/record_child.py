@@ -53,7 +53,7 @@ class Recording:
         if not condition.texts and condition.kind != "profile":
             tokens = self.text[:1] + self.text[len(self.text) + 1 - round(len(self.text) * scale) :]
             about["n_output"] = self.job["n_output"]
-            return record(self.recorded, tokens, condition.n_prefill, **about)
+            return record(self.recorded, tokens, condition.n_prefill, restored=condition.restored, **about)
         if condition.texts:
             n = max(2, round(LOAD_TOKENS * scale))
             # a text that is too short begins again

@@ -250,17 +250,21 @@ def record(
     n_prefill: int | None = None,
     *,
     logits: bool = True,
+    restored: bool = False,
     n_output: int = 0,
     **conditions: Any,
 ) -> Trace:
     """Evaluate these tokens from a cleared context, as `calls` says, and return what the routers chose.
 
-    With ``logits``, each token's digest and a sample of its logits are kept. Then it goes on greedily for up
-    to ``n_output`` tokens. ``conditions`` are kept in the trace. Errors: those of `RecordedModel.feed`.
+    With ``logits``, each token's digest and a sample of its logits are kept. ``restored``: the context is
+    saved, cleared and restored between the calls. Then it goes on greedily for up to ``n_output`` tokens.
+    ``conditions`` are kept in the trace. Errors: those of `RecordedModel.feed`.
     """
     model, token, output = recorded.model, -1, list[int]()
     recorded.clear()
     for call in calls(len(tokens), n_prefill, model.settings.n_batch):
+        if restored and call.start:
+            model.restore(model.save())  # which clears the context
         rows = recorded.feed(tokens[call.start : call.stop])
         token = int(rows[-1].argmax())
         if logits:

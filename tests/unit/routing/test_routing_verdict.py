@@ -16,7 +16,7 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
 from dfqs_nb.routing.experiment import Condition, run_experiment
-from dfqs_nb.routing.recorder import calls
+from dfqs_nb.routing.recorder import calls, open_recorded, record
 from dfqs_nb.routing.trace import COMPARED, RoutingError, Trace, compare, differences
 from dfqs_nb.routing.verdict import advice, claims, judge, sensitivities
 from dfqs_nb.stats import at_most
@@ -301,3 +301,22 @@ def test_a_dense_model_is_judged_by_its_logits(tmp_path, monkeypatch):
 @pytest.mark.parametrize("n_prefill", [None, 0, 5, 99])
 def test_calls_cover_the_text_once(n_prefill):
     assert [i for call in calls(20, n_prefill, 4) for i in call] == list(range(20))
+
+
+def test_a_state_that_is_saved_and_put_back_goes_on_with_the_same_experts(monkeypatch):
+    tokens = list(range(5, 165))
+    with open_recorded(NANO, OpenSettings(n_ctx=256, n_batch=64, n_ubatch=64), trial=False) as recorded:
+        plain, put_back, restore = record(recorded, tokens), [], recorded.model.restore
+        monkeypatch.setattr(recorded.model, "restore", lambda state: put_back.append(state) or restore(state))
+        restored = record(recorded, tokens, restored=True)
+    assert [state.n_tokens for state in put_back] == [64, 128]
+    assert (restored.digest[:64] == plain.digest[:64]).all(), "nothing was restored yet"
+    assert differences(plain, restored).mean() < 0.05, "llama.cpp puts keys into other cells: sums may round"
+
+
+def test_a_restored_state_is_compared_with_the_same_calls(tmp_path, monkeypatch):
+    only(monkeypatch, "saved state restored")
+    experiment = run_experiment(NANO, tmp_path, n_tokens=160, n_output=2)
+    row = experiment.sensitivities.set_index("condition").loc["saved state restored"]
+    assert row["kind"] == "saved state" and row["against"] == "n_batch 64" and row["n_tokens"] == 160
+    assert any("saved state" in line for line in experiment.advice)
