@@ -1,13 +1,13 @@
 """Measure how a model's retrieval degrades with context: ask, resume, and what the answers say.
 
-A text is evaluated once and all its questions are asked from its saved state, where a check shows that this
-changes nothing. Else, and for probes of a single key, every question is evaluated afresh.
+A text is evaluated once and all its questions are asked from its saved state, where a check on the first text
+finds no more than rounding. Else, and for probes of a single key, every question is evaluated afresh.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import DecodeError, Model, ReuseCheck, SavedState, check_reuse
 
-JOURNAL, REUSE = "long_context_items.jsonl", "reuse"  # and the row of the check of reuse in it
+JOURNAL, REUSE = "long_context_items.jsonl", "restored"  # and the row of the check of reuse in it
 ITEM = {  # what an answer in it holds; ``another_key``: it is right for another key of the text
     **dict.fromkeys(("task", "question", "expected", "answer"), str),
     **dict.fromkeys(("haystack", "length", "n_needles", "n_evaluated"), int),
     **dict.fromkeys(("planned", "correct", "another_key"), bool),
     "depth": float,
 }
-CHECK = {"allowed": bool, "largest_difference": float, "n_evaluated": int}
+CHECK = {"largest_difference": float, "n_evaluated": int}
 
 
 class Asker:
@@ -161,7 +161,7 @@ def item_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 def _is_whole(row: dict[str, Any]) -> bool:
     """Whether a row of the journal is as `measure` writes it: an answer, a text, or the check of reuse."""
-    fields = ITEM if "question" in row else CHECK if "allowed" in row else {"n_evaluated": int}
+    fields = ITEM if "question" in row else CHECK if "largest_difference" in row else {"n_evaluated": int}
     return holds({"another_key": False, **row}, fields)
 
 
@@ -246,10 +246,8 @@ def measure(
 
 
 def _check_reuse(model: Model, journal: Journal, case: Case) -> ReuseCheck:
-    """Whether asking from a saved state changes nothing for a question; the journal keeps what was seen."""
+    """What asking from a saved state changes for a question; the journal keeps what was seen."""
     if REUSE not in journal:
-        check = check_reuse(model, case.body[:CHECK_TOKENS], [case.questions[0].prompt])
-        facts = {"largest_difference": check.largest_difference, "n_evaluated": check.evaluated_tokens}
-        journal.add(REUSE, allowed=check.allowed, **facts)
-    row = journal[REUSE]
-    return ReuseCheck(row["allowed"], row["largest_difference"], row["n_evaluated"])
+        check = check_reuse(model, case.body[:CHECK_TOKENS], case.questions[0].prompt)
+        journal.add(REUSE, **asdict(check))
+    return ReuseCheck(**journal[REUSE])

@@ -27,7 +27,7 @@ from dfqs_nb.llama.settings import OpenSettings, own_context, threads_for
 from dfqs_nb.llama.timing import probe, random_tokens, seconds_of
 
 CURVE_SHARE = 0.8  # of the budget; the rest is for the other parts of notebook 05
-CHECK_TOKENS = 64  # of a text, on which the check of reuse is made
+CHECK_TOKENS = 160  # of a text, for the check of reuse: more than a window or a compressed block of 128
 PROTOCOL = (
     "fixed keys and nothing else, fresh texts for each length"  # answers under another one are not comparable
 )
@@ -162,7 +162,7 @@ class Plan:
         """Seconds that the planned lengths take, with the check of reuse."""
         check = 0.0
         if self.reuse and self.n_haystacks:
-            check = 2 * (self.speed.seconds(CHECK_TOKENS) + self.question_tokens * self.speed.base)
+            check = self.speed.seconds(CHECK_TOKENS) + 2 * self.question_tokens * self.speed.base
         return check + sum(self.n_texts(n) * self.text_seconds(n) for n in self.grid)
 
     def kept(self, stage: Stage, model_sha256: str, *, fresh: bool = False) -> Plan:
