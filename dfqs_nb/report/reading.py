@@ -179,7 +179,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
 def check_report(report: Any, path: str | Path) -> None:
     """Check a report against the schema, its own hashes and itself; a ReportError names the first fault."""
     if fault := fault_in(report, "report"):
-        wrong = f"does not follow the schema at {fault}"
+        wrong = f"does not follow the schema at {fault} (edited, or of another version of the workbook)"
     elif sealed(report)["integrity"] != report["integrity"]:
         wrong = "was edited after it was written"
     elif canonical_sha256(report["conditions"]) != report["conditions_sha256"]:

@@ -237,6 +237,8 @@ def speed_of_all(
                 started = time.perf_counter()
                 replies = side_by_side(ask, prompts[: n * REQUESTS], n)
                 seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
+                if not tokens:
+                    raise EndpointError("it tells no number of tokens, so it has no speed")
                 row = {"server": name, "clients": n, "requests": len(replies), "tokens": tokens}
                 rows.append(row | {"seconds": seconds, "tokens_per_sec": tokens / seconds})
         except EndpointError as error:
@@ -269,7 +271,7 @@ def hand_on(
         why = "" if row.causes == "none" else f" ({row.causes})"
         same = f"{row.same_text} of {row.items} answers of {row.set}"
         lines.append(f"{row.server}: {same} are those of this process{why}")
-    gone = "its server stopped, and was not measured to the end"
+    gone = "not measured to the end"
     lines += [f"{name}: {gone}: {why}" for name, why in stopped.items()]
     for row in tables["speeds"].groupby("server", sort=False).nth([0, -1]).itertuples():
         speed, clients = f"{row.tokens_per_sec:,.0f} tokens/s", budget.counted(row.clients, "clients")

@@ -31,7 +31,7 @@ from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
 if TYPE_CHECKING:
     import pandas as pd
 
-LOG = "dfqs-nb-error.log"
+LOG, INTERRUPTED = "dfqs-nb-error.log", 130
 USAGE: Any = typer.BadParameter.__base__  # of the click that this typer stands on, its own or the installed
 app = typer.Typer(
     name="dfqs-nb",
@@ -231,6 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         status = program()(words, prog_name="dfqs-nb", standalone_mode=False)
+        if status == INTERRUPTED:  # a newer typer makes this status of an interrupt
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except typer.Exit as leave:
         return leave.exit_code
@@ -240,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     except DfqsError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; what was written stays, and the same command resumes it", 130)
+        return _fail("interrupted; what was written stays, and the same command resumes it", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

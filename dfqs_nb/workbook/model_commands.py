@@ -80,7 +80,7 @@ def score(
     model: str = Argument(..., help="A GGUF file, any of its shards, or the URL of a server."),
     endpoint_model: cli.ServerModel = "",
     key_variable: cli.KeyVariable = "",
-    timeout: float = Option(3600.0, help="Seconds to wait for an answer of a server."),
+    timeout: float = Option(3600.0, min=1, help="Seconds to wait for an answer of a server."),
     tier: Literal["nano", "standard"] = Option("standard", help="Which question sets."),
     set_names: list[str] = Option([], "--set", metavar="NAME", help="Only these sets, or JSONL files."),
     n_ctx: Context = 4096,

@@ -68,10 +68,9 @@ ALONE = {
     "words.txt": {
         METHOD: ["A score is the share", "The curve is the accuracy", "The number of keys", "The boundary is"]
         + ["How little a model", "the evidence agrees", "the evidence says otherwise"]
-        + ["KL divergence, most likely", "Ability: scores", "What only the paper", "Two reports are compared", "the documents say otherwise"]
+        + ["What only the paper", "Two reports are compared", "the documents say otherwise"]
         + ["Other programs used", "The curve closest to", "How far a model's", "The accuracy falls and", "Measured on fewer"]
-        + ["The boundary lies beyond", "So 1.00 says", "Beside each value stands", "If at least half"],
-        "published, with its source beside it": ["The driver takes about", "Others logged far larger"],
+        + ["So 1.00 says", "Beside each value stands"],
     },
     "docs/paging.md": {"follows from the sizes": ["So a slice costs about"]},
     "comparison.md": {METHOD: ["Brackets are 95 %"]},

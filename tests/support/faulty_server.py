@@ -233,6 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
             "deep": b"[" * 100_000,
             "digits": b'{"choices":[],"created":' + b"9" * 5_000 + b"}",
             "usage": b'{"choices":[{"text":"x","message":{"content":"x"},"finish_reason":"stop"}],"usage":{"completion_tokens":"many"}}',
+            "uncounted": b'{"choices":[{"text":"x","message":{"content":"x"},"finish_reason":"stop"}]}',
             "list": b'["not", "an", "answer"]',
             "content": b'{"choices":[{"text":[1],"message":{"content":[1]},"finish_reason":"stop"}]}',
         }[kind]

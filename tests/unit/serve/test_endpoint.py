@@ -379,3 +379,9 @@ def test_speed_counts_what_all_clients_got(server):
     assert table["requests"].tolist() == [2, 8] and table["tokens"].tolist() == [8, 32]
     assert server.busiest == 4
     assert table["tokens_per_sec"].to_list() == pytest.approx((table["tokens"] / table["seconds"]).to_list())
+
+
+def test_a_server_that_counts_no_tokens_has_no_speed(server):
+    server.faults, stopped = ["raw uncounted"] * 9, {}
+    assert checks.speed_of_all({"s": endpoint.connect(server.url)}, (1,), 48, stopped).empty
+    assert "no number of tokens" in stopped["s"]

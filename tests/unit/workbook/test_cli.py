@@ -115,6 +115,7 @@ def test_errors_are_one_line_and_no_traceback(words, tmp_path):
         (("inspct", "x"), "No such command 'inspct'. Did you mean 'inspect'"),
         (("repair", "x"), "either -o OUTPUT or --in-place"),
         (("score", "x", "--tier", "big"), "'big' is not one of 'nano', 'standard'"),
+        (("score", "http://127.0.0.1:1", "--timeout", "0"), "'--timeout': 0.0 is not in the range"),
         ((), "Usage: dfqs-nb"),
     ],
 )
@@ -174,6 +175,15 @@ def test_every_command_shows_what_it_does_and_an_example():
     for name, command in commands.items():
         assert name == "models" or "`dfqs-nb " in command.help, f"{name} shows no example"
         assert all(option.help for option in command.params if hasattr(option, "help")), name
+
+
+def test_an_interrupt_is_one_line_that_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_folder", interrupted)
+    assert cli.main(["report"]) == 130
+    assert "interrupted; what was written stays" in capsys.readouterr().err
 
 
 def test_what_nobody_foresaw_is_one_line_and_a_traceback_in_a_log(tmp_path, monkeypatch, capsys):
