@@ -283,8 +283,9 @@ def make_venv(venv, python, exactly):  # type: (str, str, bool) -> None
     fits = version == needs.python_version(python) if exactly else needs.is_suitable(version)
     if fits and made_for(venv) in ("", REPOSITORY):
         return
-    other = made_for(venv)
-    if os.path.islink(venv) or (other != REPOSITORY and os.path.isdir(other)):
+    other, here = made_for(venv), os.path.join(os.path.realpath(REPOSITORY), "")
+    is_copy = os.path.realpath(venv).startswith(here)  # with the checkout: nobody else's
+    if os.path.islink(venv) or (other != REPOSITORY and os.path.isdir(other) and not is_copy):
         what = "is a link" if os.path.islink(venv) else "is the environment of " + other
         raise needs.Stop("%s %s, and would be cleared. Name another: make run VENV=/path" % (venv, what))
     if os.path.isdir(venv) and os.listdir(venv) and not os.path.isfile(os.path.join(venv, "pyvenv.cfg")):

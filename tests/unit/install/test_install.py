@@ -149,6 +149,17 @@ def test_an_environment_of_another_checkout_or_behind_a_link_is_never_cleared(tm
     assert (theirs / ".installed").exists()
 
 
+def test_the_environment_of_a_copied_checkout_is_made_anew(tmp_path, monkeypatch):
+    made, venv = [], tmp_path / "copy" / ".venv"
+    venv.mkdir(parents=True)
+    (venv / "pyvenv.cfg").write_text("")
+    (venv / ".installed").write_text(str(tmp_path))
+    monkeypatch.setattr(install, "REPOSITORY", str(tmp_path / "copy"))
+    monkeypatch.setattr(install.subprocess, "call", lambda command: made.append(command) or 0)
+    install.make_venv(str(venv), sys.executable, exactly=False)
+    assert [command[1:] for command in made] == [["-m", "venv", "--clear", str(venv)]]
+
+
 def test_a_folder_with_other_things_is_never_cleared(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(needs.Stop, match="is a folder with other things in it"):
