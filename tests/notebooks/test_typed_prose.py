@@ -60,7 +60,7 @@ ALONE = {
         "stated by the set itself, held by tests of the sets": ["Its training never asked", "Some families are harder"],
         OPEN: ["- that its answers"],
     },
-    "07": {METHOD: ["A verdict is given only"]},
+    "07": {METHOD: ["A verdict is given only"], "a command to type": ["For another machine"]},
     "09": {
         BY_CONSTRUCTION: ["It is the reference for", "Keys are never"],
         OPEN: ["This did **not show** how a large", "Start llama.cpp's server with", "That server keeps its cache", "What does the check"],
@@ -71,6 +71,7 @@ ALONE = {
         + ["What only the paper", "Two reports are compared", "the documents say otherwise"]
         + ["Other programs used", "The curve closest to", "How far a model's", "The accuracy falls and", "Measured on fewer"]
         + ["So 1.00 says", "Beside each value stands"],
+        "a command to type": ["`dfqs-nb plan MODEL"],
     },
     "docs/paging.md": {"follows from the sizes": ["So a slice costs about"]},
     "comparison.md": {METHOD: ["Brackets are 95 %"]},

@@ -115,7 +115,7 @@ def test_errors_are_one_line_and_no_traceback(words, tmp_path):
         (("inspct", "x"), "No such command 'inspct'. Did you mean 'inspect'"),
         (("repair", "x"), "either -o OUTPUT or --in-place"),
         (("score", "x", "--tier", "big"), "'big' is not one of 'nano', 'standard'"),
-        (("score", "http://127.0.0.1:1", "--timeout", "0"), "'--timeout': 0.0 is not in the range"),
+        (("score", "http://127.0.0.1:1", "--timeout", "0"), "Invalid value for '--timeout'"),
         ((), "Usage: dfqs-nb"),
     ],
 )
