@@ -241,7 +241,7 @@ def _check_name(output: Path) -> None:
 
 def _check_consumable(plan: Plan) -> None:
     """Check that the sources may be deleted: they belong to nobody else, and can give their bytes back."""
-    hint = "merge without --consume, into a new file; it needs room for a second copy"
+    hint = "write a new file, without --consume or --in-place; it needs room for a second copy"
     for path in plan.sources:
         if reason := _shared(path):
             raise OutputError(f"must not be deleted: {reason}", where=path, hint=hint)
