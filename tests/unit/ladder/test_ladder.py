@@ -101,7 +101,10 @@ def test_what_is_done_is_not_done_again(climbed, folder, monkeypatch):
     pd.testing.assert_frame_equal(tables.table(again), tables.table(climbed))
 
 
-def test_other_settings_measure_anew_but_quantize_nothing(folder, climbed, monkeypatch):
+def test_other_settings_measure_anew_but_quantize_nothing(folder, climbed, tmp_path, monkeypatch):
+    """In a copy: a step that begins forgets what it measured before, and one or two may begin."""
+    for kept in ("F16", "Q8_0"):
+        shutil.copytree(folder / kept, tmp_path / kept)
     jobs = []
 
     def refuse(worker, job, where):
@@ -110,8 +113,8 @@ def test_other_settings_measure_anew_but_quantize_nothing(folder, climbed, monke
 
     monkeypatch.setattr(child.Worker, "run", refuse)
     with pytest.raises(DfqsError, match="not now"):
-        ladder.climb(F16, folder, ["Q8_0"], settings=dataclasses.replace(SMALL, n_chunks=2))
-    assert set(jobs) <= {"predict", "ask"}
+        ladder.climb(F16, tmp_path, ["Q8_0"], settings=dataclasses.replace(SMALL, n_chunks=2))
+    assert "predict" in jobs and set(jobs) <= {"predict", "ask"}
 
 
 @pytest.mark.parametrize(
