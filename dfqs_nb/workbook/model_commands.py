@@ -181,7 +181,7 @@ def deploy(
     output: Path | None = Option(None, "-o", "--output", help="Default: deploy-TARGET under outputs/."),
     n_ctx: int | None = Option(None, help="Tokens of context. Default: what this machine holds."),
     gpu_layers: int | None = Option(None, help="Default: what this machine's GPU holds."),
-    port: int | None = Option(None, help="Port of the server. Default: the target's own."),
+    port: int | None = Option(None, min=1, max=65535, help="Port of the server. Default: the target's own."),
     key_variable: cli.KeyVariable = "",
     overwrite: cli.Overwrite = False,
 ) -> None:

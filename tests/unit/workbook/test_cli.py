@@ -116,6 +116,7 @@ def test_errors_are_one_line_and_no_traceback(words, tmp_path):
         (("repair", "x"), "either -o OUTPUT or --in-place"),
         (("score", "x", "--tier", "big"), "'big' is not one of 'nano', 'standard'"),
         (("score", "http://127.0.0.1:1", "--timeout", "0"), "Invalid value for '--timeout'"),
+        (("deploy", "ollama", "x", "--port", "70000"), "Invalid value for '--port'"),
         ((), "Usage: dfqs-nb"),
     ],
 )
