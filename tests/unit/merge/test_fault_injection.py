@@ -466,7 +466,9 @@ def test_no_holes_is_said_before_the_start(action, tmp_path, monkeypatch):
     case = new_case(action, tmp_path / "f")
     monkeypatch.setattr(disk, "can_punch", lambda _: False)
     before = set(case.output.parent.iterdir())
-    with pytest.raises(OutputError, match="cannot give back parts of a file.*without --consume or --in-place"):
+    with pytest.raises(
+        OutputError, match="cannot give back parts of a file.*without --consume or --in-place"
+    ):
         case.run()
     assert set(case.output.parent.iterdir()) == before
 
