@@ -36,7 +36,7 @@ def fit(
         if cost(values) <= seconds:
             break
     left_out = tuple(
-        f"{counted(value, names.get(name, name))}, not {plan[name]:,}"
+        f"{counted(value, names.get(name, name))} in place of {plan[name]:,}"
         for name, value in values.items()
         if value < plan[name]
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -175,7 +176,11 @@ def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHe
 
 def unreadable(path: Path, error: OSError) -> HeaderError:
     """The error for a file that cannot be opened."""
-    hint = "check the path and its permissions (before an address is used as a path, download the file)"
+    hint = "check the path and its permissions"
+    if re.match("(hf|https?):/", str(path)):
+        hint = "that is an address: download the file, and give its path"
+    elif isinstance(error, FileNotFoundError):
+        hint = "check the path; `dfqs-nb models` lists the names that stand for files"
     return HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 import xxhash
 
 from dfqs_nb.core.display import quoted, tqdm
-from dfqs_nb.core.errors import IntegrityError, OutputError
+from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError
 from dfqs_nb.core.files import read_json, sha256_of_file, write_json
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
@@ -73,6 +74,8 @@ def verify_model(
     write a manifest.
     """
     path, began = Path(path), time.perf_counter()
+    if sha256 and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise DfqsError(f"{sha256!r} is no SHA-256", hint="give its 64 hexadecimal digits")
     if write_manifest and path.exists() and not os.access(path.parent, os.W_OK):
         hint = "move the file to a folder that you may write, or verify it without a manifest"
         raise OutputError("no manifest can be written here", where=path.parent, hint=hint)

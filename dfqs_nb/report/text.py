@@ -193,7 +193,10 @@ def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
     stages, budgets = stages_in(folder), []
     for name, stage in stages.items():
         if budget := stage.get("budget"):
-            taken = f"{duration(budget['used_seconds'])} of {duration(budget['seconds'])}"
+            used, given = budget["used_seconds"], budget["seconds"]
+            taken = f"{duration(used)} of {duration(given)}"
+            if given < 90 <= used:  # one unit for both
+                taken = f"{used:,.0f} s of {given:,.0f} s"
             missing = "".join(f"; left out: {it}" for it in stage.get("left_out") or ())
             budgets.append(f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {taken}{missing}")
     if any(stage.get("left_out") for stage in stages.values()):

@@ -54,7 +54,7 @@ CUTS: tuple[dict[str, int], ...] = (
 NAMES = {
     "items": "questions of a set asked both ways",
     "sets": "question sets",
-    "clients": "numbers of clients",
+    "clients": "loads of clients at once",
     "tokens": "tokens of an answer",
     "filled": "tokens of context tried out",
 }

@@ -61,8 +61,9 @@ def say(*lines: object) -> None:
 
 
 def say_table(table: pd.DataFrame, digits: str = ".3f") -> None:
-    """Print a frame without its index, its fractions in that format."""
-    say(table.to_string(index=False, float_format=f"{{:{digits}}}".format))
+    """Print a frame without its index, its fractions in that format; nothing for one without rows."""
+    if len(table):
+        say(table.to_string(index=False, float_format=f"{{:{digits}}}".format))
 
 
 def say_written(paths: Iterable[Path], folder: Path) -> None:

@@ -58,11 +58,14 @@ def routing(
     Exit status 1: routing is not deterministic. Example: `dfqs-nb routing model.gguf --tokens 1024`
     """
     from dfqs_nb.gguf import models as registry
+    from dfqs_nb.gguf.header import read_header
     from dfqs_nb.routing import run_experiment
     from dfqs_nb.serve import check_in_process
 
     check_in_process(model, "routing")
-    path, folder = registry.resolve(model)[0], run_dir(run)
+    path = registry.resolve(model)[0]
+    read_header(path)  # what is no model gets no folder
+    folder = run_dir(run)
     options: dict[str, Any] = {"n_tokens": tokens, "texts": texts, "fresh": fresh}
     experiment = run_experiment(path, folder / "routing", budget_minutes=budget_minutes, **options)
     say_table(experiment.sensitivities[COLUMNS.split()], ".3g")

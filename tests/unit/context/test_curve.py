@@ -135,7 +135,7 @@ def test_a_budget_cuts_the_plan_and_never_fails_the_model(nano, tmp_path):
     plan = dataclasses.replace(plan, speed=PrefillSpeed(0.001, 0), budget_seconds=3)
     short = cut(plan, tmp_path)
     assert (short.grid, short.n_haystacks) == ((64, 128, 256, 512), 2)
-    assert short.left_out == ("2 texts a length, not 4",)
+    assert short.left_out == ("2 texts a length in place of 4",)
     run = measure(nano, dataclasses.replace(short, grid=(64, 128), budget_seconds=inf), tmp_path)
     assert run.boundary().right_censored and run.boundary().cause is None
     least = cut(dataclasses.replace(plan, budget_seconds=0.1), tmp_path)
@@ -151,7 +151,7 @@ def test_texts_are_cut_before_lengths_and_four_lengths_are_kept(nano, tmp_path):
     ]
     sizes = [(plan.n_haystacks, len(plan.grid)) for plan in cuts]
     assert sizes == [(12, 6), (6, 6), (4, 6), (4, 5), (4, 4), (2, 2)]
-    assert cuts[0].left_out == () and "4 texts a length, not 12" in cuts[3].cost_sentence
+    assert cuts[0].left_out == () and "4 texts a length in place of 12" in cuts[3].cost_sentence
 
 
 def test_a_plan_without_a_length_goes_to_what_the_context_holds(nano):

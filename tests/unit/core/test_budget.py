@@ -20,9 +20,9 @@ def cost(plan):
     "seconds, values, left_out",
     [
         (math.inf, {"repetitions": 5, "tokens": 128}, ()),
-        (400, {"repetitions": 3, "tokens": 128}, ("3 repetitions, not 5",)),
-        (100, {"repetitions": 3, "tokens": 32}, ("3 repetitions, not 5", "32 tokens, not 128")),
-        (1, {"repetitions": 1, "tokens": 32}, ("1 repetition, not 5", "32 tokens, not 128")),
+        (400, {"repetitions": 3, "tokens": 128}, ("3 repetitions in place of 5",)),
+        (100, {"repetitions": 3, "tokens": 32}, ("3 repetitions in place of 5", "32 tokens in place of 128")),
+        (1, {"repetitions": 1, "tokens": 32}, ("1 repetition in place of 5", "32 tokens in place of 128")),
     ],
 )
 def test_cuts_are_made_in_their_order_and_said(seconds, values, left_out):
@@ -44,11 +44,11 @@ def outputs(tmp_path, monkeypatch):
 def test_what_a_budget_left_out_stands_in_the_stage_and_in_its_summary(outputs):
     stage = Stage("mine", "scores", budget_minutes=2)
     assert 0 < stage.seconds_left <= 120
-    stage.leave_out(["4 questions, not 8", "4 questions, not 8"])
+    stage.leave_out(["4 questions in place of 8", "4 questions in place of 8"])
     stage.finish(conditions={}, summary=["a"])
     content = read_stage(outputs, "scores", sealed=True)
-    assert content["summary"] == ["a", "left out to keep to the budget: 4 questions, not 8"]
-    assert content["left_out"] == ["4 questions, not 8"] and content["budget"]["seconds"] == 120
+    assert content["summary"] == ["a", "left out to keep to the budget: 4 questions in place of 8"]
+    assert content["left_out"] == ["4 questions in place of 8"] and content["budget"]["seconds"] == 120
 
 
 def test_a_plan_is_kept_until_its_conditions_change_or_the_budget_doubles(outputs):

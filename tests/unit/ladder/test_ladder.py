@@ -256,4 +256,4 @@ def test_a_climb_is_cut_in_the_stated_order():
     least, rungs, fitted = ladder.within_budget(settings, F16, ladder.RUNGS, 0)
     assert rungs == ["Q8_0", "IQ1_S-XL"], "the first and the last"
     assert (least.max_items, least.n_chunks) == (1, 4)
-    assert "2 quantized rungs, not 7" in fitted.left_out
+    assert "2 quantized rungs in place of 7" in fitted.left_out

@@ -80,7 +80,9 @@ def test_a_plan_is_cut_in_the_stated_order_until_it_fits():
     assert tight.repetitions == 3 and tight.seconds < tight.full_seconds
     none = plan_cost(pace, [256], 0, **wanted)
     assert (none.max_tokens, none.n_tokens, none.repetitions) == (2, 8, 1)
-    assert none.n_answers == 1 and none.until <= time.monotonic() and "1 answer, not 9" in none.left_out
+    assert (
+        none.n_answers == 1 and none.until <= time.monotonic() and "1 answer in place of 9" in none.left_out
+    )
     assert "cut to fit the budget" in none.sentence and "1 x 8 timed tokens" in none.sentence
     assert none.sentence.endswith("; answering stops after 0 s, also inside a question")
     assert "answering stops" not in plan_cost(pace, [256], math.inf, **wanted).sentence
@@ -91,4 +93,6 @@ def test_the_depth_of_the_metric_is_the_last_to_go():
     assert whole.depths == [128, 512, 896] and whole.left_out == ()
     cut = plan_cost(PACE, [128, 512, 896], 0)
     assert cut.depths == [512] and cut.repetitions == 1
-    assert "1 timed repetition, not 5" in cut.left_out and "1 timed depth, not 3" in cut.left_out
+    assert (
+        "1 timed repetition in place of 5" in cut.left_out and "1 timed depth in place of 3" in cut.left_out
+    )

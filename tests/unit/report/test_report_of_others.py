@@ -55,7 +55,7 @@ def run_of_gemma(folder: Path, *, without: tuple[str, ...] = (), **changed: dict
     stages["routing"] |= {"verdict": DENSE, "claims": []}
     frame = {"chat_frame": "Question: {prompt}\nAnswer:"}
     answers = [{"prompt": "p", "answer": "Paris", "tokens": 2, "finish_reason": "length"}] * 3
-    stages["generate"] |= {"answers": answers, "left_out": ["2 tokens of an answer, not 96"]}
+    stages["generate"] |= {"answers": answers, "left_out": ["2 tokens of an answer in place of 96"]}
     stages["generate"]["conditions"] |= frame
     stages = {name: {**stages[name], **changed.get(name, {})} for name in stages}
     return make_run(folder / "gemma", model, without=without, **stages)
@@ -69,7 +69,10 @@ def partial(tmp_path_factory):
 
 def test_each_budget_is_shown_with_what_it_left_out_and_the_command_that_measures_more(tmp_path):
     """The options and the budget of the run, as it was started; a budget that is larger."""
-    stage = {"left_out": ["2 tokens of an answer, not 96"], "budget": {"seconds": 360, "used_seconds": 95.2}}
+    stage = {
+        "left_out": ["2 tokens of an answer in place of 96"],
+        "budget": {"seconds": 66, "used_seconds": 95.2},
+    }
     folder = run_of_gemma(tmp_path, without=("scores", "long_context"), generate=stage)
     model = json.loads((folder / "merge.json").read_text())["conditions"]["model"]
     given = {"options": ["-p", "n_ctx=512"], "budget_minutes": 150}
@@ -82,7 +85,7 @@ def test_each_budget_is_shown_with_what_it_left_out_and_the_command_that_measure
         (folder / COMMAND).write_text(command)
         made = report.build_report(folder, ask_llama_cpp=False)
         content = text.texts(made, folder)["report.md"]
-        assert "03_load_and_generate: 2 min of 6 min; left out: 2 tokens of an answer, not 96" in content
+        assert "03_load_and_generate: 95 s of 66 s; left out: 2 tokens of an answer in place of 96" in content
         assert f"`dfqs-nb run --run gemma --model {model} {words}`" in content
         assert f"`dfqs-nb run 06 07 --run gemma {words}`" not in content
     assert "`dfqs-nb run 06 07 --run gemma -p n_ctx=512 --budget-minutes 150`" in content

@@ -197,10 +197,10 @@ def test_answers_are_counted_in_tokens_and_what_was_cut_is_named(header):
     evidence = judged(run_stages(), header).loc["cpu-constrained", "evidence"]
     assert evidence.endswith("3 of 3 prompts got text (17, 96, 18 tokens; 1 was cut off at 96 tokens)")
     cut = changed("generate", "answers", to=[{"tokens": 2, "finish_reason": "length"}] * 3)
-    cut["generate"]["left_out"] = ["2 tokens of an answer, not 96"]
+    cut["generate"]["left_out"] = ["2 tokens of an answer in place of 96"]
     evidence = judged(cut, header).loc["cpu-constrained", "evidence"]
     assert (
-        "3 were cut off at 2 tokens, because the budget allowed only 2 tokens of an answer, not 96"
+        "3 were cut off at 2 tokens, because the budget allowed only 2 tokens of an answer in place of 96"
         in evidence
     )
     late = [{"tokens": n, "finish_reason": "time"} for n in (5, 0)]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import deploy_peers
@@ -28,9 +29,9 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken as specimens
+from dfqs_nb.gguf import memory, placement
 from dfqs_nb.gguf import models as registry
-from dfqs_nb.gguf import placement
-from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.serve import recipes as deploy
 from dfqs_nb.serve.recipes import write_recipe
 
@@ -274,6 +275,23 @@ def test_modelfile_has_only_what_ollama_reads(tmp_path):
     recipe = write_recipe("ollama", SHARD, tmp_path)
     options = dict(one.split(" ") for one in modelfile(texts(recipe)["Modelfile"])["PARAMETER"])
     assert set(options) == OLLAMA_OPTIONS and options["num_ctx"] == str(recipe.settings["n_ctx"])
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_recipe_speaks_of_a_chat_template_only_where_there_is_one(has, tmp_path, monkeypatch):
+    text = GGUFHeader.text
+    if not has:
+        monkeypatch.setattr(GGUFHeader, "text", lambda it, name: "chat" not in name and text(it, name) or "")
+    recipe = write_recipe("ollama", SHARD, tmp_path)
+    assert ("The chat template is the file's own." in texts(recipe)["Modelfile"]) == has
+    assert any("The header has no chat template" in note for note in recipe.notes) != has
+    assert not any("takes at most" in note for note in recipe.notes)  # its cache is known to the byte
+
+
+def test_a_cache_that_is_an_upper_bound_is_called_one(tmp_path, monkeypatch):
+    known = memory.kv_cache_bytes
+    monkeypatch.setattr(memory, "kv_cache_bytes", lambda *a, **k: replace(known(*a, **k), note="a bound"))
+    assert any("tokens takes at most" in note for note in write_recipe("ollama", SHARD, tmp_path).notes)
 
 
 def test_files_have_only_the_keys_their_programs_read(tmp_path):

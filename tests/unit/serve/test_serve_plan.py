@@ -32,7 +32,7 @@ def test_without_a_limit_nothing_is_cut(planned):
 def test_questions_go_first(planned):
     _, whole = planned(math.inf)
     _, made = planned(whole.seconds * 0.9)
-    assert made.left_out == ("4 questions of a set asked both ways, not 24",)
+    assert made.left_out == ("4 questions of a set asked both ways in place of 24",)
     (asked,), least = planned(0)
     assert [least.values[name] for name in ("items", "clients", "sets")] == [1, 1, 1]
-    assert "1 question set, not 2" in least.left_out and asked.max_tokens == 8
+    assert "1 question set in place of 2" in least.left_out and asked.max_tokens == 8

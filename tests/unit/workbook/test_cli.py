@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from dfqs_nb import merge as merging
@@ -65,10 +66,12 @@ def test_inspect_says_what_is_wrong_and_what_to_do(tmp_path):
 def test_inspect_of_a_byte_part_says_how_to_join(tmp_path):
     whole, first = specimens.reference_shards().paths[1].read_bytes(), tmp_path / "w.gguf.part1of2"
     first.write_bytes(whole[:1_000_000])
+    (tmp_path / "w.gguf.part2of2").write_bytes(whole[1_000_000:])
     done = dfqs("inspect", first)
-    assert (
-        done.returncode == 1 and f"`cat {tmp_path / 'w.gguf.part'}* > {tmp_path / 'w.gguf'}`" in done.stdout
-    )
+    command = re.search("`(printf [^`]*)`", done.stdout)
+    assert done.returncode == 1 and command, done.stdout
+    subprocess.run(command[1], shell=True, check=True)
+    assert (tmp_path / "w.gguf").read_bytes() == whole
 
 
 def test_merge_by_registered_name(tmp_path):
@@ -232,6 +235,18 @@ def test_a_target_that_is_none_is_refused_before_anything_is_written(tmp_path, m
     assert "no target is called 'nothing'" in capsys.readouterr().err and not (tmp_path / "outputs").exists()
 
 
+def test_routing_of_what_is_no_model_makes_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path / "outputs"))
+    assert cli.main(["routing", str(REPOSITORY / "README.md")]) == 1
+    assert "not a GGUF file" in capsys.readouterr().err and not (tmp_path / "outputs").exists()
+
+
+def test_a_table_without_rows_is_not_printed(capsys):
+    cli.say_table(pd.DataFrame({"a": [0.25]}))
+    cli.say_table(pd.DataFrame(columns=["a"]))
+    assert capsys.readouterr().out.split() == ["a", "0.250"]
+
+
 def test_what_is_no_plain_file_or_is_an_address_is_refused_at_once(tmp_path, capsys):
     pipe = tmp_path / "pipe.jsonl"
     os.mkfifo(pipe)
@@ -239,6 +254,8 @@ def test_what_is_no_plain_file_or_is_an_address_is_refused_at_once(tmp_path, cap
         (["score", "dfqs-nano-iq1_s-xl", "--set", str(pipe)], "not a regular file"),
         (["sweep", str(pipe)], "not a regular file"),
         (["verify", "https://huggingface.co/someone/models/blob/main/m.gguf"], "download the file"),
+        (["inspect", str(tmp_path / "missing.gguf")], "check the path; `"),
+        (["verify", "missing.gguf", "--sha256", "abc"], "give its 64 hexadecimal digits"),
     ):
         assert cli.main(arguments) == 1
         assert words in capsys.readouterr().err
