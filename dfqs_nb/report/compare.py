@@ -99,7 +99,12 @@ def _differing_templates(runs: Sequence[RunItems]) -> list[str]:
             refused.append(f"{tilde(run.path)}: {named}")
     if refused:
         what = f"the conditions differ from those of {tilde(runs[0].path)} in {' | '.join(refused)}"
-        raise ComparisonError(what, hint="run all again under the same conditions")
+        hint = "run all again under the same conditions"
+        if ".part (" in what:
+            hint += (
+                ": give each the same `-p max_items=N` and a `--budget-minutes` that suffices for N questions"
+            )
+        raise ComparisonError(what, hint=hint)
     return list(templates)
 
 

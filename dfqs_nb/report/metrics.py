@@ -101,7 +101,8 @@ def details_of(run: Run, command: Command = reading.UNKNOWN) -> dict[str, Detail
     speed, generate = details[SPEED], run.get("generate", {})
     speed.setdefault("contended", None)
     for row in generate.get("speed", []):
-        if row["phase"] == "decode" and speed["withheld"]:
+        is_better = speed["withheld"] or speed["contended"] and not row.get("contended")
+        if row["phase"] == "decode" and is_better:
             speed["notebook_03"] = _speed_of(row) | {"n_gpu_layers": settings_of(generate)["n_gpu_layers"]}
     return details
 
@@ -126,7 +127,9 @@ def _score(stage: Mapping[str, Any], name: str) -> Detail:
     detail = {key: value for key, value in score.items() if key not in ("name", "n_missing")} | chosen
     if score["value"] is None:
         detail |= {"low": None, "high": None}
-        detail["withheld"] = f"{score['n_missing']} of {score['n']} items lack a result"
+        part = stage["conditions"].get(score["set"], {}).get("part")  # counts all questions of the set
+        missing = f"{score['n_missing']} of {score['n']} questions lack a result"
+        detail["withheld"] = f"only {part} answered" if part else missing
     return detail
 
 

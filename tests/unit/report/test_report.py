@@ -205,7 +205,12 @@ def test_partial_score_is_withheld_and_says_how_many_are_missing(merged_referenc
     folder = make_run(tmp_path / "r", merged_reference, scores={"scores": scores})
     built = report.build_report(folder, ask_llama_cpp=False)
     assert built["metrics"]["reasoning_score"] is None and built["metrics"]["code_score"] is not None
-    assert built["details"]["reasoning_score"]["withheld"] == "3 of 192 items lack a result"
+    assert built["details"]["reasoning_score"]["withheld"] == "3 of 192 questions lack a result"
+    parts = recorded("scores")["conditions"]
+    parts[scores[0]["set"]] = parts[scores[0]["set"]] | {"part": "0 of 120 questions"}
+    folder = make_run(tmp_path / "p", merged_reference, scores={"scores": scores, "conditions": parts})
+    built = report.build_report(folder, ask_llama_cpp=False)
+    assert built["details"]["reasoning_score"]["withheld"] == "only 0 of 120 questions answered"
 
 
 @pytest.mark.parametrize("tier", item_sets.TIERS)
@@ -814,17 +819,31 @@ def line_of(body: dict, question: str) -> text.Line:
 
 
 def test_a_contended_speed_is_no_headline_and_the_command_that_repeats_it_runs_as_pasted(made):
-    line = line_of(made, "Does it run")
+    alone = copy.deepcopy(made)
+    del alone["details"]["cpu_tokens_per_sec"]["notebook_03"]
+    line = line_of(alone, "Does it run")
     assert made["details"]["cpu_tokens_per_sec"]["contended"] and line.mark == "in part"
     assert line.answer.startswith("It runs, but how fast is not known: contended, it decoded ")
     (command,) = re.findall(r"`dfqs-nb ([^`]+)`", line.caveat)
     name, *arguments = command.split()
     assert [name, *arguments] == ["run", "06", "07", "--run", made["run"]]
     assert cli.program().commands[name].make_context(name, arguments)
-    quiet = copy.deepcopy(made)
+    quiet = alone
     quiet["details"]["cpu_tokens_per_sec"]["contended"] = False
     line = line_of(quiet, "Does it run")
     assert line.mark == "yes" and line.answer[0].isdigit() and "dfqs-nb" not in line.caveat
+
+
+def test_a_contended_speed_gives_way_to_a_quiet_one_of_notebook_03(merged_reference, tmp_path):
+    for is_busy in (False, True):
+        rows = [row | {"contended": is_busy} for row in recorded("generate")["speed"]]
+        folder = make_run(tmp_path / str(is_busy), merged_reference, generate={"speed": rows})
+        built = report.build_report(folder, ask_llama_cpp=False)
+        line, detail = line_of(built, "Does it run"), built["details"]["cpu_tokens_per_sec"]
+        assert detail["contended"] and detail["value"] and ("notebook_03" in detail) is not is_busy
+        assert line.mark == ("in part" if is_busy else "yes") and ("is not known" in line.answer) is is_busy
+        assert ("notebook 03 timed" in markdown(built, folder)) is not is_busy
+        assert "`dfqs-nb run 06 07 " in line.caveat
 
 
 def test_a_value_of_the_curve_that_is_cut_at_1_does_not_look_certain(made):

@@ -124,7 +124,18 @@ def test_differing_conditions_are_refused_with_every_field(tmp_path, pair):
     assert "three/report.json: long_context.type_k (f16 and q8_0), scores.n_ctx (1024 and 4096)" in str(
         caught.value
     )
-    assert "two/report.json" not in str(caught.value)
+    assert "two/report.json" not in str(caught.value) and "max_items" not in str(caught.value)
+
+
+def test_two_parts_of_a_set_are_refused_with_what_makes_them_comparable(tmp_path):
+    conditions = json.loads(json.dumps(CONDITIONS))
+    runs = []
+    for n in (87, 91):
+        conditions["scores"]["standard-reasoning"] = {"part": f"{n} of 120 questions"}
+        runs.append(make_run(tmp_path / str(n), str(n), conditions=conditions))
+    with pytest.raises(REFUSED, match="87 of 120 questions and 91 of 120") as caught:
+        compare_reports(runs)
+    assert "`-p max_items=N`" in caught.value.hint
 
 
 def test_only_a_chat_template_may_differ_and_that_is_said_first(tmp_path):
