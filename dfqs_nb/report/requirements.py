@@ -67,7 +67,7 @@ def check_requirements(
             verdict, evidence = NOT_TESTED, reading.not_run(missing, command)
         else:
             verdict, names, values = check(case, **{name: run.get(name, {}) for name in needs})
-            if is_dense and check is routing:
+            if is_dense and check is routing and verdict != NOT_APPLICABLE:
                 verdict, names = NOT_APPLICABLE, "dense"
             told = known | values
             evidence = "; ".join(filled(row["evidence"][name], told) for name in names.split())
@@ -108,7 +108,7 @@ def routing(case: Case, routing: Any) -> Judgement:
         mark = NOT_MET if it and it["n_differ"] else NOT_TESTED
         return judged(mark, "broken" if failed else "none", failed=failed)
     if not it["routed"]:
-        return judged(NOT_APPLICABLE, "dense")
+        return judged(NOT_APPLICABLE, "dense moved" if it.get("load_sentence") else "dense", it=it)
     if (load := it.get("load_passed")) is not None:
         return judged(it["passed"] and load, "loads", it=it)
     return judged(NOT_TESTED if it["passed"] else NOT_MET, "alone", it=it)

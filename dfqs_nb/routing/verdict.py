@@ -148,7 +148,12 @@ def judge_loads(rows: pd.DataFrame, again: Verdict) -> Verdict:
     failed, beside = failures(rows), rows[(rows["status"] == "done") & (rows["n_others"] > 0)]
     if not beside["n_choices"].sum():
         why = failed[0] if failed else "no routed experts" if len(beside) else "no load ran"
-        return Verdict(None, f"Routing under load was not judged: {why}.", {"failed": failed})
+        text, drift = f"Routing under load was not judged: {why}.", float(beside["logit_drift"].max())
+        answers = beside["same_output"].dropna()
+        if drift == drift and len(answers):
+            text += f" Beside others in one batch, logits move by up to {drift:.2g}, and "
+            text += f"{int(answers.eq(False).sum())} of {len(answers)} greedy answers change."
+        return Verdict(None, text, {"failed": failed})
     smallest = beside[beside["n_differ"] > 0].sort_values("n_others", kind="stable")
     changed = smallest["load"].unique().tolist()
     passed = bool(again.passed) and not changed and not failed

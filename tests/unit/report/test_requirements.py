@@ -188,6 +188,12 @@ def test_a_dense_header_decides_though_notebook_04_did_not_run(header):
     del stages["routing"]
     row = judged(stages, dense).loc["routing-deterministic"]
     assert row["verdict"] == NOT_APPLICABLE and "dense" in row["evidence"]
+    moved = changed("routing", "verdict", "load_sentence", to="0 of 8 greedy answers change.")
+    moved["routing"]["verdict"] |= {"routed": False, "load_passed": None}
+    row = judged(moved, dense).loc["routing-deterministic"]
+    assert (
+        row["verdict"] == NOT_APPLICABLE and "no routing; notebook 04 says: 0 of 8 greedy" in row["evidence"]
+    )
     assert sentence("demands_counted", judged(stages, dense).to_dict("records")).startswith(
         "SHALL: 3 of 4 met, 1 not applicable"
     )

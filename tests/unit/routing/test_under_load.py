@@ -299,6 +299,7 @@ def test_no_load_is_no_verdict():
     assert judge_loads(nothing, again()).passed is None
     dense = judge_loads(rows_of({"a": 0}).assign(n_choices=0), again())
     assert dense.passed is None and "no routed experts" in dense.text
+    assert "logits move by up to " in dense.text and "greedy answers change" in dense.text
     json.dumps([asdict(judge_loads(rows, again())) for rows in (nothing, rows_of({"a": 0}))])
 
 
