@@ -180,7 +180,7 @@ def unreadable(path: Path, error: OSError) -> HeaderError:
     if re.match("(hf|https?):/", str(path)):
         hint = "that is an address: download the file, and give its path"
     elif isinstance(error, FileNotFoundError):
-        hint = "check the path; `dfqs-nb models` lists the names that stand for files"
+        hint = "check the path (`dfqs-nb models` lists names, for commands that take a MODEL)"
     return HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint)
 
 

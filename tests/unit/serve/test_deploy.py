@@ -285,13 +285,16 @@ def test_a_recipe_speaks_of_a_chat_template_only_where_there_is_one(has, tmp_pat
     recipe = write_recipe("ollama", SHARD, tmp_path)
     assert ("The chat template is the file's own." in texts(recipe)["Modelfile"]) == has
     assert any("The header has no chat template" in note for note in recipe.notes) != has
-    assert not any("takes at most" in note for note in recipe.notes)  # its cache is known to the byte
+    assert any(re.search(r"tokens takes \d", note) for note in recipe.notes)  # its cache is exact
 
 
-def test_a_cache_that_is_an_upper_bound_is_called_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("exactness", "words"), [("upper bound", "at most"), ("rough", "about")])
+def test_a_cache_that_is_no_exact_number_is_called_so(exactness, words, tmp_path, monkeypatch):
     known = memory.kv_cache_bytes
-    monkeypatch.setattr(memory, "kv_cache_bytes", lambda *a, **k: replace(known(*a, **k), note="a bound"))
-    assert any("tokens takes at most" in note for note in write_recipe("ollama", SHARD, tmp_path).notes)
+    monkeypatch.setattr(
+        memory, "kv_cache_bytes", lambda *a, **k: replace(known(*a, **k), exactness=exactness)
+    )
+    assert any(f"tokens takes {words}" in note for note in write_recipe("ollama", SHARD, tmp_path).notes)
 
 
 def test_files_have_only_the_keys_their_programs_read(tmp_path):

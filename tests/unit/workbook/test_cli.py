@@ -254,7 +254,7 @@ def test_what_is_no_plain_file_or_is_an_address_is_refused_at_once(tmp_path, cap
         (["score", "dfqs-nano-iq1_s-xl", "--set", str(pipe)], "not a regular file"),
         (["sweep", str(pipe)], "not a regular file"),
         (["verify", "https://huggingface.co/someone/models/blob/main/m.gguf"], "download the file"),
-        (["inspect", str(tmp_path / "missing.gguf")], "check the path; `"),
+        (["inspect", str(tmp_path / "missing.gguf")], "check the path (`"),
         (["verify", "missing.gguf", "--sha256", "abc"], "give its 64 hexadecimal digits"),
     ):
         assert cli.main(arguments) == 1
