@@ -116,7 +116,7 @@ class Stage:
         for suffix in ("svg", "png"):
             save(ax, path := self.path(f"{name}.{suffix}"))
         close(ax.figure.canvas.figure)
-        return Image(path.read_bytes(), metadata={"alt": ax.get_title(loc="left")})
+        return Image(path.read_bytes(), metadata={"alt": ax.get_title(loc="left") or ax.get_title()})
 
     def positive(self, **counts: float) -> None:
         """Reject parameters below 1, with a StageError, before anything is loaded."""
