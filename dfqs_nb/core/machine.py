@@ -20,6 +20,12 @@ import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
+# limit, use, and what stands before the sums over the groups below, in versions 2 and 1
+GROUP_FILES = (
+    ("memory.max", "memory.current", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+NO_LIMIT = 1 << 60  # bytes, which version 1 says where there is none
 CPUINFO = Path("/proc/cpuinfo")
 BUSY_CORES = 0.15  # used by other programs, above which a measurement counts as contended
 MEMORY_BYTES = 256 << 20  # that each thread reads: more than the processor's caches hold
@@ -214,26 +220,30 @@ def advise_read(file: int, start: int, end: int, window: int) -> None:
         os.posix_fadvise(file, at, min(window, end - at), os.POSIX_FADV_WILLNEED)
 
 
-# ---- control groups (version 2): no library reads them ----
+# ---- control groups, versions 2 and 1: no library reads them ----
 
 
 def _own_groups(root: Path, listed: Path) -> Iterator[Path]:
-    """The mounted root, all that a container sees, and this process's groups up to the root."""
-    yield root
+    """The mounted roots, all that a container sees, and this process's groups up to the root."""
+    yield from (root, root / "memory")
     for line in listed.read_text().splitlines() if listed.exists() else ():
-        folder = root / line.split(":", 2)[2].lstrip("/")
-        yield from (place for place in (folder, *folder.parents) if root in place.parents)
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            folder = root / controllers / path.lstrip("/")
+            yield from (place for place in (folder, *folder.parents) if root in place.parents)
 
 
 def _cgroup_memory(folder: Path) -> Memory | None:
     """The limit of a control group; None without one."""
-    total, used = _number(folder / "memory.max"), _number(folder / "memory.current")
-    if total is None or used is None:
-        return None
-    text = (folder / "memory.stat").read_text() if (folder / "memory.stat").exists() else ""
-    # the kernel can also drop files that were read twice ("active")
-    droppable = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", text, re.MULTILINE)))
-    return Memory(total, max(0, total - max(0, used - droppable)), str(folder / "memory.max"))
+    for limit, usage, sums in GROUP_FILES:
+        total, used = _number(folder / limit), _number(folder / usage)
+        if total is None or used is None or total > NO_LIMIT:
+            continue
+        text = (folder / "memory.stat").read_text() if (folder / "memory.stat").exists() else ""
+        # the kernel can also drop files that were read twice ("active")
+        droppable = sum(map(int, re.findall(rf"^{sums}(?:in)?active_file (\d+)$", text, re.MULTILINE)))
+        return Memory(total, max(0, total - max(0, used - droppable)), str(folder / limit))
+    return None
 
 
 def _number(path: Path) -> int | None:
@@ -245,6 +255,8 @@ def _number(path: Path) -> int | None:
 
 def _cpu_quota(root: Path) -> float | None:
     """CPUs that the control group grants; None without a limit."""
-    path = root / "cpu.max"
-    quota, period = path.read_text().split() if path.exists() else ("max", "0")
-    return int(quota) / int(period) if quota.isdigit() else None
+    if (root / "cpu.max").exists():
+        quota, period = (root / "cpu.max").read_text().split()
+    else:
+        quota, period = (str(_number(root / f"cpu/cpu.cfs_{name}_us")) for name in ("quota", "period"))
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None

@@ -291,6 +291,23 @@ def test_container_cpu_quota(tmp_path, text, cpus):
     assert machine._cpu_quota(tmp_path) == cpus
 
 
+def test_version_1_control_groups(tmp_path):
+    folder, listed = tmp_path / "memory" / "a" / "b", tmp_path / "cgroup"
+    folder.mkdir(parents=True)
+    listed.write_text("4:memory:/a/b\n2:cpu:/a\n0::/c\n")
+    (folder.parent / "memory.limit_in_bytes").write_text(str(2 * GIB))
+    (folder.parent / "memory.usage_in_bytes").write_text(str(GIB))
+    (folder.parent / "memory.stat").write_text(f"inactive_file 5\ntotal_inactive_file {GIB // 2}\n")
+    groups = [machine._cgroup_memory(place) for place in machine._own_groups(tmp_path, listed)]
+    assert [group.available_bytes for group in groups if group] == [3 * GIB // 2]
+    (folder.parent / "memory.limit_in_bytes").write_text("9223372036854771712")
+    assert machine._cgroup_memory(folder.parent) is None
+    (tmp_path / "cpu").mkdir()
+    for name, value in (("quota", 150000), ("period", 100000)):
+        (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(str(value))
+    assert machine._cpu_quota(tmp_path) == 1.5
+
+
 def test_this_machine_agrees_with_psutil():
     psutil = pytest.importorskip("psutil")
     ours, theirs = machine.available_memory(), psutil.virtual_memory()
