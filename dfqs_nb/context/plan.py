@@ -28,9 +28,8 @@ from dfqs_nb.llama.timing import probe, random_tokens, seconds_of
 
 CURVE_SHARE = 0.8  # of the budget; the rest is for the other parts of notebook 05
 CHECK_TOKENS = 160  # of a text, for the check of reuse: more than a window or a compressed block of 128
-PROTOCOL = (
-    "fixed keys and nothing else, fresh texts for each length"  # answers under another one are not comparable
-)
+# answers under another one are not comparable
+PROTOCOL = "fixed keys and nothing else, fresh texts for each length"
 PROBE_SHARE, MOST_SECONDS = 1 / 15, 30.0  # that a chunk of the probe takes: of the budget, and in all
 CHUNKS = (256, 32)  # tokens
 SPARE_TOKENS = 64  # of context, for the answer

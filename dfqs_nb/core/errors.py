@@ -18,12 +18,10 @@ class DfqsError(Exception):
 
     def __init__(self, what: str, *, where: str | Path | None = None, hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
-        hint = (
-            hint
-            if where is None
-            else re.sub(r"(`dfqs-nb \w+) FILE", lambda it: f"{it[1]} {quoted(where)}", hint)
-        )
-        text = what[:LONGEST] if where is None else f"{str(where)[:LONGEST]}: {what[:LONGEST]}"
+        text = what[:LONGEST]
+        if where is not None:
+            text = f"{str(where)[:LONGEST]}: {text}"
+            hint = re.sub(r"(`dfqs-nb \w+) FILE", lambda command: f"{command[1]} {quoted(where)}", hint)
         super().__init__(f"{text}; {hint[:LONGEST]}" if hint else text)
 
 

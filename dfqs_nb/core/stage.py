@@ -31,6 +31,7 @@ NOTEBOOKS = {
     "ladder": "08_climb_the_quantization_ladder.ipynb",
     "serving": "09_serve_and_deploy.ipynb",
 }
+COMMAND = ".command.json"  # in a run's folder: how it was started, for the commands that its report names
 # Models and manifests have hashes of their own; a notebook changes when somebody opens it.
 UNSEALED = (".gguf", ".manifest.json", ".ipynb")
 

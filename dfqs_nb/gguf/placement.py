@@ -95,12 +95,8 @@ class Model:
     """
 
     def __init__(self, header: GGUFHeader) -> None:
-        self.header, self.n_layers, layout, self.tied = (
-            header,
-            header.n_layers,
-            experts(header),
-            is_tied(header),
-        )
+        self.header, self.n_layers, self.tied = header, header.n_layers, is_tied(header)
+        layout = experts(header)
         self.used = layout.used / layout.total if layout.total else 1.0
         self.n_context = header.count("context_length")
         count = self.n_layers + 2

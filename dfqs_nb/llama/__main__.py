@@ -85,9 +85,8 @@ def render(job: dict[str, Any]) -> dict[str, str]:
 
     random.seed(0)
     if not job["source"]:
-        child.limit_memory(
-            psutil.Process().memory_info().vms + TEMPLATE_BYTES
-        )  # behind what the import takes
+        used = psutil.Process().memory_info().vms  # by the import
+        child.limit_memory(used + TEMPLATE_BYTES)
         return {"text": ""}
     try:
         formatter: Any = Jinja2ChatFormatter(job["source"], eos_token=job["eos"], bos_token=job["bos"])

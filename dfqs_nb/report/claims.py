@@ -202,11 +202,8 @@ def _measurements(own: Run, run: Run) -> dict[str, Any]:
         "longest": max((row["length"] for row in context.get("curve", [])), default=None),
         "largest_fall": context.get("largest_fall") or None,
     }
-    if (
-        code
-        and not code["n_missing"]
-        and None not in (shares := [code[name] for name in ("value", "low", "high")])
-    ):
+    shares: list[Any] = [code[name] for name in ("value", "low", "high")] if code else [None]
+    if code and not code["n_missing"] and None not in shares:
         known |= {"humaneval": [100 * share for share in shares], "humaneval_n": code["n"]}
     for claim in run.get("routing", {}).get("claims", []):
         key = "_".join(claim["claim"].split()[:2])

@@ -101,9 +101,7 @@ def _differing_templates(runs: Sequence[RunItems]) -> list[str]:
         what = f"the conditions differ from those of {tilde(runs[0].path)} in {' | '.join(refused)}"
         hint = "run all again under the same conditions"
         if ".part (" in what:
-            hint += (
-                ": give each the same `-p max_items=N` and a `--budget-minutes` that suffices for N questions"
-            )
+            hint += ": give each the same `-p max_items=N`, and `--budget-minutes` for N questions"
         raise ComparisonError(what, hint=hint)
     return list(templates)
 

@@ -49,13 +49,10 @@ def check_run(folder: str | Path) -> list[str]:
         if not is_file(folder / name) or sha256_of_file(folder / name) != then:
             wrong[name] = "is missing, or was changed since the report was written"
     for name, text in texts(items.report, folder).items():
-        if (
-            not is_file(folder / name)
-            or (folder / name).read_text(errors="replace", encoding="utf-8") != text
-        ):
-            wrong[name] = (
-                "is not what report.json gives: edited, or written by another version of the workbook"
-            )
+        path = folder / name
+        if not is_file(path) or path.read_text(errors="replace", encoding="utf-8") != text:
+            why = "edited, or written by another version of the workbook"
+            wrong[name] = f"is not what {FILE} gives: {why}"
     for name, what in wrong.items():
         raise ReportError(what, where=tilde(folder / name), hint=reading.AGAIN)
     again = [*items.scores, *([CURVE] if len(items.context) else [])]

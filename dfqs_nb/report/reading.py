@@ -24,7 +24,7 @@ from dfqs_nb.core.display import cell, one_line, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file
 from dfqs_nb.core.paths import data_dir, tilde
-from dfqs_nb.core.stage import NOTEBOOKS, read_stage
+from dfqs_nb.core.stage import COMMAND, NOTEBOOKS, read_stage
 from dfqs_nb.scores import SetRun
 
 DRAWN_ON = ("merge", "header", "generate", "routing", "long_context", "scores")
@@ -33,7 +33,6 @@ SCORES = ("reasoning_score", "code_score")
 CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
 FILE, JOURNAL = "report.json", "long_context_items.jsonl"
 SCORE_ITEMS = "score_items.csv"
-COMMAND = ".command.json"  # how a run was started
 AGAIN = "write the report again: `dfqs-nb report RUN`"
 Command = Mapping[str, Any]  # how a run was started
 UNKNOWN: Command = {"run": "RUN", "model": "MODEL", "options": [], "budget_minutes": None}

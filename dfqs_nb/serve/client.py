@@ -54,9 +54,7 @@ class Reply(NamedTuple):
     finish_reason: str  # eos (the model ended it), stop (a stop text came) or length (no room for more)
     n_prompt: int  # tokens, counted by the server; 0: not told
     n_tokens: int  # of the answer, counted by the server; 0: not told
-    logprobs: Sequence[
-        tuple[str, float]
-    ] = ()  # its tokens with their log-probabilities, if they were asked for
+    logprobs: Sequence[tuple[str, float]] = ()  # of its tokens, if they were asked for
 
 
 @dataclass(frozen=True)

@@ -161,9 +161,8 @@ def compare_all(
 
     runs, *served = side_by_side(ask, [PROCESS, *connected], room_for(model))
     for name, answers in zip(connected, served, strict=True):
-        for item_set, run, theirs in zip(
-            item_sets, runs, answers, strict=False
-        ):  # none of a server that failed
+        # a server that failed has no answers
+        for item_set, run, theirs in zip(item_sets, runs, answers, strict=False):
             tables.append(_compared(model, item_set, run, theirs).assign(server=name))
     if not tables:
         raise EndpointError(f"no server answers: {'; '.join(stopped.values())}", hint="read its log")

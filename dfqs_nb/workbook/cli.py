@@ -250,8 +250,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         what = f"unexpected {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         log = Path(tempfile.gettempdir(), LOG)
-        with suppress(OSError):  # the disk may be full
-            log.open("a", encoding="utf-8", errors="replace").write(traceback.format_exc())
+        with suppress(OSError), log.open("a", encoding="utf-8", errors="replace") as file:  # a full disk
+            file.write(traceback.format_exc())
             what += f"; its place in the code is in {log}"
         return _fail(what)
 

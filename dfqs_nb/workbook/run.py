@@ -17,8 +17,8 @@ from dfqs_nb.core.display import did_you_mean, markdown, plain, quoted
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.files import read_json, there_is, write_json, write_text
 from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir, run_dir, tilde
+from dfqs_nb.core.stage import COMMAND, Stage, read_stage
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
-from dfqs_nb.core.stage import Stage, read_stage
 from dfqs_nb.workbook import tiers
 from dfqs_nb.workbook.live import Live, use
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
 KERNEL = "python3"
-COMMAND = ".command.json"  # in a run's folder: how it was started, for the commands that its report names
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 
 
