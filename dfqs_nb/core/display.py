@@ -72,6 +72,8 @@ class Activity:
                 then = before.get(process.pid, (read, used))
                 reads, seconds = reads + read - then[0], seconds + used - then[1]
                 resident += process.memory_info().rss
+        # the kernel adds what a child has read to its parent when the child ends
+        reads = max(0, reads - sum(before[pid][0] for pid in before.keys() - self.seen.keys()))
         now, self.total = time.monotonic(), self.total + reads
         elapsed, self.at = max(now - self.at, 1e-3), now
         facts = [f"{size(self.total)} read from the disk, {size(reads / elapsed)}/s"] if self.total else []
