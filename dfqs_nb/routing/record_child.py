@@ -9,7 +9,6 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 from pydantic import TypeAdapter
 
 from dfqs_nb.core import child
@@ -21,7 +20,7 @@ from dfqs_nb.routing.plan import LOAD_OUTPUT, LOAD_TOKENS, N_SEQUENCES, PROFILE_
 from dfqs_nb.routing.recorder import Together, open_recorded, record
 from dfqs_nb.routing.trace import Trace, joined
 
-PROBE_TOKENS = 8
+PROBE_TOKENS, LONG_PROBE_TOKENS, PROBE_SECONDS = 8, 64, 2.0
 QUESTION = "What is the capital of France?"
 
 
@@ -35,13 +34,17 @@ class Recording:
         self.load_seconds = time.monotonic() - started
 
     def costs(self) -> dict[str, float]:
-        """What `plan.seconds` wants to know."""
-        clock = [time.monotonic()]
-        for part in (self.text[:PROBE_TOKENS], self.text[:1], self.text[:1]):
+        """What `plan.seconds` wants to know; where the first tokens are fast, a longer prompt counts."""
+
+        def seconds_a_token(n_tokens: int) -> float:
+            began, part = time.monotonic(), self.text[:n_tokens]
             self.recorded.feed(part)
-            clock.append(time.monotonic())
-        prefill, _, decode = np.diff(clock).tolist()
-        spent = {"load": self.load_seconds, "prefill": prefill / PROBE_TOKENS, "decode": decode}
+            return (time.monotonic() - began) / len(part)
+
+        prefill, _, decode = map(seconds_a_token, (PROBE_TOKENS, 1, 1))
+        if prefill * LONG_PROBE_TOKENS < PROBE_SECONDS:  # the first batch also starts a card's kernels
+            prefill = min(prefill, seconds_a_token(LONG_PROBE_TOKENS))
+        spent = {"load": self.load_seconds, "prefill": prefill, "decode": decode}
         lengths = {"text": len(self.text), "answer": self.job["n_output"]}
         return {**spent, **lengths, "profile": sum(map(len, self.lines))}
 
