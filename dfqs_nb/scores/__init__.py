@@ -4,7 +4,8 @@ from dfqs_nb.core.doors import lazy
 from dfqs_nb.scores import speed
 from dfqs_nb.scores.grading import SetRun, compare_runs
 from dfqs_nb.scores.item_sets import ItemSet
-from dfqs_nb.scores.run import Answerer, Options, plan_questions, score_set
+from dfqs_nb.scores.request import Options
+from dfqs_nb.scores.run import Answerer, plan_questions, score_set
 from dfqs_nb.scores.sandbox import find_sandbox
 
 __all__ = [

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
 
 from dfqs_nb.llama.model import Model, SavedState
-
-if TYPE_CHECKING:
-    from dfqs_nb.scores.run import Request
+from dfqs_nb.scores.request import Request
 
 
 def chooser(model: Model, requests: Sequence[Request]) -> Callable[[Request], dict[str, Any]]:

@@ -10,8 +10,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,69 +18,21 @@ import numpy as np
 from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
 from dfqs_nb.core.budget import duration
-from dfqs_nb.llama.generate import GREEDY, Sampling, answer_start, chat_text, generate, opens_thinking
+from dfqs_nb.llama.generate import answer_start, generate, opens_thinking
 from dfqs_nb.llama.model import PLAIN_STOP, Model
 from dfqs_nb.llama.timing import Pace, probe
 from dfqs_nb.scores.grading import CUT, Results, SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
 from dfqs_nb.scores.likelihood import chooser
+from dfqs_nb.scores.request import DEFAULTS, Options, Request
 from dfqs_nb.scores.sandbox import DRIVER, LIMITS, Candidate, Sandbox, SandboxError, Verdict, find_sandbox
 
-THINKING = ("template", "on", "off")
 DOZEN = 12  # answers to one set say more than four to each of three
 Row = dict[str, Any]
 # what a line of the files holds: a written answer, a choice, the verdict on code
 ANSWER = {"completion": str, "finish_reason": str, "opened": bool, "tokens": int, "seconds": float}
 CHOICE = {"log_likelihoods": list, "greedy": list, "tokens": int, "seconds": float}
 VERDICT = {"outcome": str, "detail": str}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a set is answered."""
-
-    temperature: float = 0.0  # 0: greedy
-    top_p: float = GREEDY.top_p
-    seed: int = GREEDY.seed
-    thinking: str = "template"  # ``template`` leaves it to the chat template, ``on`` and ``off`` tell it
-    thinking_tokens: int = 0  # on top of the set's own limit for the answer
-    limit: int = 0  # questions of a set, evenly from its families; 0: all
-    allow_unsandboxed: bool = False
-    fresh: bool = False
-    progress: bool = True
-    until: float = inf  # the time by `time.monotonic` at which asking ends, within an answer, too
-
-    def __post_init__(self) -> None:
-        if self.thinking not in THINKING:
-            hint = f"use one of {', '.join(THINKING)}"
-            raise errors.PromptError(f"thinking is {self.thinking!r}", hint=hint)
-
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens are chosen."""
-        return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One question as it goes to a model: a chat's message, or text to continue or to choose an end of."""
-
-    text: str
-    chat: bool
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-    options: Options = Options()
-    choices: tuple[str, ...] = ()  # with what stands between the text and them
-
-    def rendered(self, model: Model) -> str:
-        """The text that this model gets; templates have two names for the switch of a thinking."""
-        told = () if self.options.thinking == "template" else ("enable_thinking", "thinking")
-        variables = dict.fromkeys(told, self.options.thinking == "on")
-        return chat_text(model, self.text, **variables) if self.chat else self.text
-
-    def tokens(self, model: Model) -> list[int]:
-        """Token ids of the prompt that this model gets."""
-        return model.with_bos(model.tokenize(self.rendered(model), special=self.chat))
 
 
 @dataclass(frozen=True)
@@ -96,9 +46,7 @@ class Answerer:
     opens_thinking: bool = False  # the template begins the thinking, so the answer's text lacks its mark
 
     @classmethod
-    def of(
-        cls, model: Model, item_set: ItemSet, options: Options = Options(), model_id: str = ""
-    ) -> Answerer:
+    def of(cls, model: Model, item_set: ItemSet, options: Options = DEFAULTS, model_id: str = "") -> Answerer:
         """A model in this process; it continues a code set's text where it has no chat template."""
         template = model.header.text("tokenizer.chat_template")
         mode = "complete" if item_set.kind == "code" and not template else item_set.mode
@@ -117,7 +65,7 @@ class Answerer:
         first = answerer.request(item_set, item_set.items[0], options)
         return replace(answerer, opens_thinking=first.chat and opens_thinking(first.rendered(model)))
 
-    def request(self, item_set: ItemSet, item: Item, options: Options = Options()) -> Request:
+    def request(self, item_set: ItemSet, item: Item, options: Options = DEFAULTS) -> Request:
         """An item as this answerer is asked it. In a chat about code no stop text counts."""
         chat = self.mode == "chat"
         text = item.asked(item_set.instruction) if chat else item.prompt
@@ -128,7 +76,7 @@ class Answerer:
         stop = () if chat and item_set.kind == "code" else item_set.stop
         return Request(text, chat, max_tokens, stop, options, choices)
 
-    def score(self, item_set: ItemSet, folder: str | Path, options: Options = Options()) -> SetRun:
+    def score(self, item_set: ItemSet, folder: str | Path, options: Options = DEFAULTS) -> SetRun:
         """Answer and judge a set, and resume in ``folder``. A `SandboxError` comes before any question.
 
         Where ``options.until`` ends the run, the set is that of the questions that were asked.
@@ -169,16 +117,16 @@ class Answerer:
             now = time.monotonic()
             if n and now + (now - began) / n > until:
                 return  # it would hardly end in time
-            made = self.answer(request)
-            row = made if isinstance(made, dict) else {"opened": self.opens_thinking, "tokens": made.n_tokens}
-            if row is not made:  # no file could hold half of a surrogate pair
-                row["completion"] = made.text.encode("utf-8", "replace").decode()
-                row["finish_reason"] = made.finish_reason
+            row = self.answer(request)
+            if not isinstance(row, dict):  # a completion
+                text = row.text.encode("utf-8", "replace").decode()  # a file takes no half surrogate pair
+                row = {"completion": text, "finish_reason": row.finish_reason, "tokens": row.n_tokens}
+                row["opened"] = self.opens_thinking
             yield key, row | {"seconds": round(time.monotonic() - now, 4)}
 
 
 def score_set(
-    model: Model, item_set: ItemSet, folder: str | Path, options: Options = Options(), *, model_id: str = ""
+    model: Model, item_set: ItemSet, folder: str | Path, options: Options = DEFAULTS, *, model_id: str = ""
 ) -> SetRun:
     """Answer and judge a set with a model in this process; see `Answerer.score`.
 
@@ -233,8 +181,7 @@ def _judge(rows: Sequence[Row], sandbox: Sandbox, path: Path, options: Options) 
     """Run the candidates that have no verdict in ``path``, and put grade and reason into the rows."""
     conditions: dict[str, Any] = {"sandbox": sandbox.level, "limits": asdict(LIMITS), "driver": DRIVER}
     conditions["python"] = platform.python_version()
-    whole = partial(journal.holds, fields=VERDICT)
-    kept = journal.Journal(path, conditions, fresh=options.fresh, whole=whole)
+    kept = journal.Journal(path, conditions, fresh=options.fresh, fields=VERDICT)
     codes = [row["code"] for row in rows]
     todo = {code.key: code for code in codes if isinstance(code, Candidate) and code.key not in kept}
     verdicts = sandbox.verdicts(list(todo.values()), progress=options.progress)
