@@ -1,4 +1,4 @@
-"""The figure of notebook 05: a tidy frame and ``ax=None`` in, the Axes out, or a text that says why not."""
+"""The figure of notebook 05: a tidy frame in, the Axes out, or a text that says why not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None = None) -> Axes | str:
+def context_curve(curve: pd.DataFrame, boundary: dict[str, Any]) -> Axes | str:
     """Accuracy by context length with its intervals, the non-increasing fit, the threshold and the boundary.
 
     See `Counts.curve` and ``Boundary.as_dict()``.
@@ -21,7 +21,7 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any], ax: Axes | None
     if len(curve) < 2:
         at = f"at {curve['length'].iloc[0]:,} tokens only" if len(curve) else "at no length"
         return f"No figure of the curve: retrieval was measured {at}."
-    ax = new_axes(ax, 3.6)
+    ax = new_axes(3.6)
     style: dict[str, Any] = {"fmt": "o", "capsize": 3, "zorder": 3, "color": PALETTE[0]}
     ax.errorbar(curve["length"], curve["accuracy"], yerr=whiskers(curve, "accuracy"), **style)
     ax.plot(curve["length"], curve["fit"], color=PALETTE[0], linewidth=1, alpha=0.7)

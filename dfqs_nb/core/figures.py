@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-INK, PAPER = "#222222", "#E8E8E8"
+INK = "#222222"
 WIDTH = 7.0  # inches
 
 
-def new_axes(ax: Axes | None, height: float = 3.0) -> Axes:
-    """These axes, or those of a new figure (``height`` in inches), without a box around them."""
-    if ax is None:
-        _, ax = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+def new_axes(height: float = 3.0) -> Axes:
+    """The axes of a new figure (``height`` in inches), without a box around them."""
+    _, ax = plt.subplots(figsize=(WIDTH, height), layout="constrained")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
-def divergence_by_bits(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def divergence_by_bits(table: pd.DataFrame) -> Axes:
     """KL divergence of `tables.table` against bits: filled over the whole file, hollow over its experts."""
-    ax, source, rows = new_axes(ax, 4.2), table.iloc[0]["rung"], table.iloc[1:]
+    ax, source, rows = new_axes(4.2), table.iloc[0]["rung"], table.iloc[1:]
     for rung in rows.itertuples():
         bits, kld = rung.bits_per_weight, rung.kld
         style: dict[str, Any] = {"color": PALETTE[5] if rung.expert_bits < bits / 1.5 else PALETTE[0]}

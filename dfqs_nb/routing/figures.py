@@ -1,4 +1,4 @@
-"""Figures of notebook 04: a tidy frame and ``ax=None`` in, the Axes out."""
+"""Figures of notebook 04: a tidy frame in, the Axes out."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = None) -> Axes:
+def routing_agreement(agreement: pd.DataFrame, n_tokens: int) -> Axes:
     """Share of different expert sets, of ``n_tokens`` a tile; of `Experiment.agreement`."""
-    ax = new_axes(ax, 1.2 + 0.24 * len(agreement))
+    ax = new_axes(1.2 + 0.24 * len(agreement))
     differ = 1 - agreement.to_numpy(float)
     most = float(differ.max())
     # the square root shows a share of 1 % beside one of 30 %
@@ -34,9 +34,9 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int, ax: Axes | None = 
     return ax
 
 
-def router_margins(margins: pd.Series, flips: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def router_margins(margins: pd.Series, flips: pd.DataFrame) -> Axes:
     """The router's margins, with the choices that flipped below; of `Experiment.margins` and ``flips``."""
-    ax = new_axes(ax)
+    ax = new_axes()
     values = margins[margins > 0]
     edges = np.geomspace(values.min(), values.max(), 40)
     heights, _ = np.histogram(values, edges)

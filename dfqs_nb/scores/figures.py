@@ -1,4 +1,4 @@
-"""The figure of this stage: a tidy frame and ``ax=None`` in, the Axes out."""
+"""The figure of this stage: a tidy frame in, the Axes out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def score_families(table: pd.DataFrame, ax: Axes | None = None) -> Axes | str:
+def score_families(table: pd.DataFrame) -> Axes | str:
     """Accuracy of each family with its interval, and guessing beside it; ``table`` as `Results.families`.
 
     A text comes out where there is nothing to draw, and says why.
     """
     if table.empty:
         return "No figure of families: no question was answered in the time."
-    ax = new_axes(ax, 1.2 + 0.2 * len(table))
+    ax = new_axes(1.2 + 0.2 * len(table))
     sets = list(dict.fromkeys(table["set"]))
     for colour, name in zip(PALETTE, sets, strict=False):
         rows = np.flatnonzero(table["set"] == name)

@@ -42,7 +42,7 @@ def test_a_table_of_numbers_alone():
 
 
 def test_a_dollar_in_a_figure_is_no_formula_and_powers_of_ten_are(tmp_path):
-    ax = figures.new_axes(None)
+    ax = figures.new_axes()
     ax.plot([1, 1000], [1, 2], label=r"$\notacommand$")
     ax.set_xscale("log")
     ax.legend()
