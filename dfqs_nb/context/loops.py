@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from dfqs_nb.context.plan import Meter, PrefillSpeed, crew, side_by_side
-from dfqs_nb.core.journal import Journal, holds
+from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import Sampling, chat
 from dfqs_nb.llama.model import Model
@@ -79,8 +78,8 @@ def measure_loops(
     """
     requests, n_tokens = load_prompts(NAME, Requests), min(n_tokens, model.settings.n_ctx // 2)
     made = {**model.conditions(), **requests.identity(), "n_tokens": n_tokens, "model": model_id}
-    made["sampling"], whole = asdict(Sampling()), partial(holds, fields={"tokens": list, "ended": bool})
-    journal = Journal(Path(folder) / JOURNAL, made, fresh=fresh, whole=whole)
+    made["sampling"], fields = asdict(Sampling()), {"tokens": list, "ended": bool}
+    journal = Journal(Path(folder) / JOURNAL, made, fresh=fresh, fields=fields)
     meter, cost = Meter(budget_seconds), n_tokens * speed.decode
     turns = [*product(range(min(n_answers, len(requests.prompts))), TEMPERATURES)]
 

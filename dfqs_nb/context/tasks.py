@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,14 +21,14 @@ from pydantic import BaseModel
 from dfqs_nb.context.haystacks import Probe, around, sentences
 from dfqs_nb.context.plan import Meter, PrefillSpeed, crew, side_by_side
 from dfqs_nb.core.display import tqdm
-from dfqs_nb.core.journal import Journal, holds
+from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import generate
 from dfqs_nb.llama.model import Model
 from dfqs_nb.stats import wilson
 
 NAME = "long-context-tasks"
-ANSWER_RULE = "all lines where several words are expected"  # answers under another one are not comparable
+ANSWER_RULE = "all lines where several words are expected"  # under another rule they are not comparable
 ROW = {"answer": str, "expected": list, "right": bool, "guess": float}  # a line of the journal
 ANSWER_TOKENS = 16  # beside three times the tokens of what is expected
 COMMON, RARE = 10, 2  # how often words of the list of common words come, in its smallest unit
@@ -186,8 +185,8 @@ def measure_tasks(
     names = list(writer.tasks.tasks)
     conditions: dict[str, Any] = {**model.conditions(), **writer.tasks.identity(), "model": model_id}
     conditions |= {"filler": writer.probe.identity(), "answer": ANSWER_RULE}
-    path, whole = Path(folder) / "long_context_tasks.jsonl", partial(holds, fields=ROW)
-    journal, meter = Journal(path, conditions, fresh=fresh, whole=whole), Meter(budget_seconds)
+    path, meter = Path(folder) / "long_context_tasks.jsonl", Meter(budget_seconds)
+    journal = Journal(path, conditions, fresh=fresh, fields=ROW)
 
     def ask(copy: Model, turn: tuple[str, int, int]) -> None:
         key, cost = "/".join(map(str, turn)), speed.seconds(turn[1]) + ANSWER_TOKENS * speed.decode

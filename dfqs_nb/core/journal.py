@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dfqs_nb.core.files import canonical_sha256, parse_json, write_json
@@ -43,7 +44,8 @@ class Journal:
     """Rows of a JSONL file that were made under the same conditions, by their id.
 
     `add` returns after its row is on the disk. A last line that a kill cut short is removed. Rows of other
-    conditions, and damaged rows (``whole`` checks their fields), are ignored: their items are measured again.
+    conditions, and damaged rows, are ignored: their items are measured again. ``fields``: what each row must
+    have (see `holds`); ``whole``: whether a row is more than that.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Journal:
         conditions: Mapping[str, Any],
         *,
         fresh: bool = False,
+        fields: Mapping[str, type] = MappingProxyType({}),
         whole: Callable[[dict[str, Any]], bool] = lambda row: True,
     ) -> None:
         self.path, self.key = Path(path), conditions_hash(conditions)
@@ -66,7 +69,7 @@ class Journal:
                 row = parse_json(line)
                 if isinstance(row, dict) and row.pop("conditions", None) == self.key:
                     item = row.pop("id", None)
-                    if isinstance(item, str) and whole(row):
+                    if isinstance(item, str) and holds(row, fields) and whole(row):
                         self._rows[item] = row
 
     def __contains__(self, item: str) -> bool:

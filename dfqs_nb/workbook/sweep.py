@@ -117,7 +117,7 @@ def sweep(
     folder = run_dir(name or f"sweep-{table.stem}").absolute()
     job: Answer = {"fresh": fresh, "outputs": str(folder), "notebooks": list(map(str, notebooks))}
     with alone(folder):
-        journal = Journal(folder / JOURNAL, FORMAT, fresh=fresh, whole=lambda row: "status" in row)
+        journal = Journal(folder / JOURNAL, FORMAT, fresh=fresh, fields={"status": str})
         done = {row["id"] for row in journal.rows() if row["status"] == "done"}
         todo = [row for row in rows if not (row.key in done and (folder / row.run / "summary.md").exists())]
         answered = _on_cluster(scheduler, todo, job, tell) if scheduler and todo else _here(todo, job, tell)

@@ -12,7 +12,7 @@ from IPython.core.formatters import DisplayFormatter
 from dfqs_nb.core.errors import OutputError, StageError
 from dfqs_nb.core.figures import new_axes, set_title
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file, write_json
-from dfqs_nb.core.journal import Journal, differing_fields, holds
+from dfqs_nb.core.journal import Journal, differing_fields
 from dfqs_nb.core.stage import Stage, read_stage
 
 TABLE = pd.DataFrame({"length": [256, 512], "accuracy": [1.0, 0.5]})
@@ -42,7 +42,7 @@ def test_the_seal_covers_what_was_written_through_the_stage(outputs):
 
 
 def test_a_figure_is_read_aloud_by_its_title(outputs):
-    ax = new_axes(None)
+    ax = new_axes()
     set_title(ax, "All is well")
     _, metadata = DisplayFormatter().format(Stage("nano", "header").figure("sizes", ax))
     assert metadata["image/png"]["alt"] == "All is well"
@@ -118,12 +118,10 @@ def test_a_row_of_a_journal_that_is_not_as_it_was_written_is_passed_over(tmp_pat
     journal.add("c")
     with path.open("a", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in ODD)
-    again = Journal(path, {"n": 1}, whole=lambda row: holds(row, fields))
+    again = Journal(path, {"n": 1}, fields=fields)
     assert again.rows() == [{"id": "a", "tokens": 3}]
     again.add("b", tokens=4)
-    assert Journal(path, {"n": 1}, whole=lambda row: holds(row, fields)).rows()[1:] == [
-        {"id": "b", "tokens": 4}
-    ]
+    assert Journal(path, {"n": 1}, fields=fields).rows()[1:] == [{"id": "b", "tokens": 4}]
 
 
 def test_a_parameter_below_one_is_refused_by_its_name(tmp_path):
