@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import ceil, inf
-from pathlib import Path
 from typing import Any
 
 from dfqs_nb.context.boundary import octaves
@@ -20,7 +19,7 @@ from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.machine import available_memory, usable_cores
 from dfqs_nb.core.stage import Stage, read_stage
 from dfqs_nb.gguf.memory import estimate
-from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama.check import plan_memory
 from dfqs_nb.llama.model import MEMORY_SETTINGS, Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, own_context, threads_for
@@ -28,7 +27,7 @@ from dfqs_nb.llama.timing import probe, random_tokens, seconds_of
 
 CURVE_SHARE = 0.8  # of the budget; the rest is for the other parts of notebook 05
 CHECK_TOKENS = 160  # of a text, for the check of reuse: more than a window or a compressed block of 128
-# answers under another one are not comparable
+# how texts are made: answers under another protocol are not comparable
 PROTOCOL = "fixed keys and nothing else, fresh texts for each length"
 PROBE_SHARE, MOST_SECONDS = 1 / 15, 30.0  # that a chunk of the probe takes: of the budget, and in all
 CHUNKS = (256, 32)  # tokens
@@ -106,10 +105,10 @@ class Meter:
 @contextmanager
 def crew(model: Model) -> Iterator[list[Model]]:
     """An open model, and a copy for each core that a small one leaves idle."""
-    small = threads_for(model.path) == 1
+    small = threads_for(model.header) == 1
     n = usable_cores() // (model.settings.n_threads or 1) if small else 1
     with ExitStack() as stack:
-        copies = (open_model(model.path, model.settings, trial=False) for _ in range(n - 1))
+        copies = (open_model(model.shards, model.settings, trial=False) for _ in range(n - 1))
         yield [model, *(stack.enter_context(copy) for copy in copies)]
 
 
@@ -254,14 +253,14 @@ class RuntimeFailure:
 
 
 def predict_failure(
-    path: str | Path, lengths: Sequence[int], settings: OpenSettings, available_bytes: int | None = None
+    shards: ShardSet, lengths: Sequence[int], settings: OpenSettings, available_bytes: int | None = None
 ) -> RuntimeFailure | None:
     """The first length whose memory (KV cache, its saved copy, compute buffer) exceeds what is free.
 
     llama.cpp plans the buffer in a child process and allocates nothing: the file has not been tried yet.
     """
     available = available_memory().available_bytes if available_bytes is None else available_bytes
-    shards, kept = open_shards(path), {name: getattr(settings, name) for name in MEMORY_SETTINGS}
+    kept = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
     plans = plan_memory(shards.paths[0], [replace(settings, n_ctx=n_ctx) for n_ctx in lengths])
     for n_ctx, plan in zip(lengths, plans, strict=True):
         needs = estimate(shards.as_one, n_ctx, min(n_ctx, settings.n_batch, settings.n_ubatch), **kept)
@@ -273,7 +272,7 @@ def predict_failure(
 
 
 def settings_for(
-    path: str | Path, longest: int, settings: OpenSettings, stage: Stage, prompt_set: str
+    model: Files, longest: int, settings: OpenSettings, stage: Stage, prompt_set: str
 ) -> tuple[OpenSettings, RuntimeFailure | None]:
     """Settings with room for the longest length that fits in memory, and the first that does not.
 
@@ -281,7 +280,8 @@ def settings_for(
     holds at the prefill speed of notebook 03. A `PromptError`: there is no such prompt set.
     """
     probe_of(prompt_set)
-    own, affordable = own_context(path), inf
+    shards, affordable = open_shards(model), inf
+    own = own_context(shards.as_one)
     if not longest:
         with suppress(StageError):  # this notebook may run alone
             rows = read_stage(stage.folder, "generate").get("speed") or []
@@ -289,6 +289,6 @@ def settings_for(
             affordable = max(LEAST_CONTEXT, stage.seconds_left * max(speeds, default=inf))
     most = longest or min(own or NO_LIMIT, affordable)
     longest = int(min(most, own or most))
-    failure = predict_failure(path, octaves(256, longest) or [longest], settings)
+    failure = predict_failure(shards, octaves(256, longest) or [longest], settings)
     reach = longest if failure is None else failure.length // 2
     return replace(settings, n_ctx=reach + SPARE_TOKENS), failure

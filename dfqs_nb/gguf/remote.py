@@ -60,7 +60,7 @@ def outline(model: str | Path) -> Iterator[Outline]:
         try:
             headers = list(headers_inside(path))
             if len(headers) == 1:
-                yield Outline(open_shards(path).headers, str(model), False, places)
+                yield Outline(open_shards(headers[0]).headers, str(model), False, places)
                 return
             laid_out = []  # each as a sparse file that llama.cpp's loader can plan
             for number, header in enumerate(check_set(headers, glued=True).headers, 1):

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class ShardSet:
         """The tensors of all shards; each offset is that in its shard."""
         return tuple(tensor for header in self.headers for tensor in header.tensors)
 
-    @property
+    @cached_property
     def as_one(self) -> GGUFHeader:
         """Shard 1's header with the tensors of all shards: the model for facts (offsets mean nothing)."""
         return replace(self.headers[0], tensors=self.tensors, file_size=self.nbytes)
@@ -59,18 +60,20 @@ class ShardSet:
         return match["prefix"] if match else self.paths[0].stem.removesuffix(".gguf")
 
 
+Files = str | Path | ShardSet  # a model: the file or any of its shards, or its shards as they were opened
+
+
 def shard_path(prefix: str | Path, number: int, count: int) -> Path:
     """The path llama.cpp gives shard ``number`` (from 1) of ``count``."""
     return Path(f"{prefix}-{number:05d}-of-{count:05d}.gguf")
 
 
-def find_shards(path: str | Path) -> tuple[Path, ...]:
-    """All shards of the model that ``path`` is one of, in order, by llama.cpp's naming.
+def find_shards(header: GGUFHeader) -> tuple[Path, ...]:
+    """All shards of the model that this header's file is one of, in order, by llama.cpp's naming.
 
     `ShardError`: a shard is missing, or the file's name does not match its header.
     """
-    path = Path(path)
-    header, match = read_header(path), SHARD_NAME.fullmatch(path.name)
+    path, match = header.path, SHARD_NAME.fullmatch(header.path.name)
     number, count = header.count("split.no") + 1, header.count("split.count")
     if "split.count" not in header and "split.no" in header and match:
         count = int(match["count"])  # only shard 1 must have the field
@@ -107,14 +110,19 @@ def _refused(what: str, where: Path, hint: str = "take all shards from one model
     return ShardError(what, where=where, hint=hint)
 
 
-def open_shards(model: str | Path | Sequence[str | Path]) -> ShardSet:
-    """Find (from one path) or take (from several, in any order) the shards of a model, and check them.
+def open_shards(model: Files | GGUFHeader | Sequence[str | Path]) -> ShardSet:
+    """Find (from one path, or its header) or take (from several, in any order) the shards, and check them.
 
-    `HeaderError`, `LayoutError`: a file is not a sound GGUF. `ShardError`: what is
-    wrong with the set, which shard, and the next step.
+    A set that is open already is returned as it is. `HeaderError`, `LayoutError`: a file is not a sound GGUF.
+    `ShardError`: what is wrong with the set, which shard, and the next step.
     """
-    paths = find_shards(model) if isinstance(model, (str, Path)) else tuple(map(Path, model))
-    return check_set([read_header(path) for path in paths])
+    if isinstance(model, ShardSet):
+        return model
+    first = read_header(model) if isinstance(model, (str, Path)) else model
+    if isinstance(first, GGUFHeader):
+        paths = find_shards(first)
+        return check_set([first if path == first.path else read_header(path) for path in paths])
+    return check_set([read_header(path) for path in first])
 
 
 def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet:

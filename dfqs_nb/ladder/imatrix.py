@@ -24,7 +24,7 @@ from dfqs_nb.core.files import sha256_of_file, whole_path
 from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.gguf.facts import class_of
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
-from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.gguf.shards import Files, open_shards
 from dfqs_nb.ladder.divergence import Array, Text, load_text
 from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.graph import Tensor, ggml_function
@@ -224,7 +224,7 @@ def _name(tensor: Any) -> str:
 
 
 def collect(
-    source: str | Path,
+    source: Files,
     text: Text | str,
     path: str | Path,
     *,
@@ -241,7 +241,8 @@ def collect(
     `TextError` or `PromptError`: there is no such text, or it is too short.
     """
     text, path = load_text(text, "calibration") if isinstance(text, str) else text, Path(path)
-    known: dict[str, Any] = {"source": sha256_of_file(*open_shards(source).paths), "text": asdict(text)}
+    shards = open_shards(source)
+    known: dict[str, Any] = {"source": sha256_of_file(*shards.paths), "text": asdict(text)}
     known |= {"tokens": chunk_tokens, "chunks": n_chunks, "runtime": llama_version()}
     dataset = f"{text.name} {conditions_hash(known)}"
     if path.exists() and not fresh:
@@ -249,9 +250,9 @@ def collect(
             if (kept := read_imatrix(path)).datasets == (dataset,):
                 return kept
     path.parent.mkdir(parents=True, exist_ok=True)
-    collector, n_threads = Collector(), n_threads or threads_for(source)
+    collector, n_threads = Collector(), n_threads or threads_for(shards.as_one)
     with default_params(cb_eval=collector.callback):
-        model = open_model(source, OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads))
+        model = open_model(shards, OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads))
     with model:
         pieces = text.chunks(model, chunk_tokens, n_chunks)
         for piece in tqdm(pieces, desc="importance matrix", leave=False):

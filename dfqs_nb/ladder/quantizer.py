@@ -22,7 +22,7 @@ from dfqs_nb.core import child, display, files, machine
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes
 from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, Tensor, check_layout, read_header
-from dfqs_nb.gguf.shards import ShardSet, open_shards
+from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix
 from dfqs_nb.ladder.recipes import QuantizeError, Recipe, file_types, load_recipe
@@ -69,17 +69,17 @@ class Plan:
 
 
 def plan(
-    source: str | Path,
+    source: Files,
     recipe: Recipe | str,
     imatrix: ImportanceMatrix | None = None,
     run: Callable[..., dict[str, Any]] = IN_A_CHILD,
 ) -> Plan:
     """Ask llama.cpp in a dry run what it would make of a model by a recipe. Writes nothing.
 
-    ``source``: a GGUF with F32, F16 or BF16 weights, or any of its shards. ``imatrix``: an importance matrix
-    that lies in a file; a recipe with ``weights`` uses it. ``run``: does the child's job, for several calls.
-    A `QuantizeError`: the recipe does not fit the model, or a type needs an importance matrix. An
-    `ImatrixError`: that is of another model. A `ModelError`: llama.cpp dies on the source.
+    ``source``: of F32, F16 or BF16 weights. ``imatrix``: an importance matrix that lies in a file; a recipe
+    with ``weights`` uses it. ``run``: does the child's job, for several calls. A `QuantizeError`: the recipe
+    does not fit the model, or a type needs an importance matrix. An `ImatrixError`: that is of another model.
+    A `ModelError`: llama.cpp dies on the source.
     """
     recipe, shards = load_recipe(recipe) if isinstance(recipe, str) else recipe, open_shards(source)
     where, header = shards.paths[0], shards.as_one
@@ -91,7 +91,7 @@ def plan(
     types = {name: rule.type if rule else before[name].type for name, rule in recipe.chosen(header).items()}
     job: dict[str, Any] = {
         "work": "quantize",
-        "source": str(where.resolve()),
+        "source": str(where.absolute()),  # links stay: a shard's name is the link's
         "mix": file_types()[recipe.mix],
         "types": {name: BLOCKS[kind][0] for name, kind in types.items()},
         "keys": {
@@ -133,7 +133,7 @@ def _check_source(shards: ShardSet) -> None:
 
 
 def quantize(
-    source: str | Path,
+    source: Files,
     recipe: Recipe | str,
     output: str | Path,
     *,
@@ -157,7 +157,7 @@ def quantize(
         raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
     if not output.parent.is_dir():
         raise OutputError("its folder does not exist", where=output, hint="make the folder first")
-    planned = plan(source, recipe, imatrix, run)
+    planned = plan(shards, recipe, imatrix, run)
     needed = planned.nbytes + shards.headers[0].data_offset + HEADER_BYTES
     free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then
     if free < needed:
@@ -169,7 +169,7 @@ def quantize(
     bar = display.tqdm(total=n_tensors, desc=name, unit="tensor", disable=not progress)
     with files.whole_path(output) as part, bar:
         job["output"] = str(part)
-        run(job, where=source, on_message=lambda message: bar.update(message["tensor"] - bar.n))
+        run(job, where=shards.paths[0], on_message=lambda message: bar.update(message["tensor"] - bar.n))
         check_layout(header := read_header(part))
         written, wanted = ([(t.name, t.type, t.nbytes) for t in each.tensors] for each in (header, planned))
         if written != wanted:

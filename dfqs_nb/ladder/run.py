@@ -28,7 +28,7 @@ from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.machine import available_memory, usable_cores
 from dfqs_nb.gguf.facts import bits_per_weight, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.shards import ShardSet, open_shards
+from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.ladder import divergence, quantizer
 from dfqs_nb.ladder.imatrix import ImportanceMatrix
 from dfqs_nb.ladder.recipes import Recipe, load_recipe
@@ -103,7 +103,7 @@ def question_sets(settings: Settings) -> list[ItemSet]:
 
 
 def within_budget(
-    settings: Settings, source: str | Path, rungs: Sequence[str], seconds: float
+    settings: Settings, source: Files, rungs: Sequence[str], seconds: float
 ) -> tuple[Settings, list[str], Fitted]:
     """Settings and rungs, cut in the order of `CUTS` until a climb takes no longer than this.
 
@@ -113,7 +113,7 @@ def within_budget(
     shards = open_shards(source)
     dense = [name for name in RUNGS if tuple(rungs) == RUNGS and load_recipe(name).idle_rules(shards.as_one)]
     rungs = [name for name in rungs if name not in dense]
-    with open_model(source, OpenSettings.of(source, n_ctx=512, n_threads=settings.n_threads)) as model:
+    with open_model(shards, OpenSettings.of(shards, n_ctx=512, n_threads=settings.n_threads)) as model:
         pace, load, n_vocab = probe(model), model.load_seconds, model.n_vocab
         n_chunks = len(divergence.load_text(settings.text).tokens(model)) // settings.chunk_tokens
     sets = question_sets(settings)
@@ -136,11 +136,11 @@ def within_budget(
 
 
 def climb(
-    source: str | Path,
+    source: Files,
     folder: str | Path,
     rungs: Sequence[str] = RUNGS,
     *,
-    settings: Settings | None = None,
+    settings: Settings,
     matrix: ImportanceMatrix | None = None,
     fresh: bool = False,
 ) -> Ladder:
@@ -152,11 +152,11 @@ def climb(
     A rung that llama.cpp refuses or dies of is named in ``notes`` and does not end the climb. A
     `DfqsError`: the source itself cannot be measured.
     """
-    settings = settings or Settings()
-    settings = replace(settings, n_threads=settings.n_threads or threads_for(source))
+    shards = open_shards(source)
+    settings = replace(settings, n_threads=settings.n_threads or threads_for(shards.as_one))
     measured = list[Rung]()
-    with _Climber(open_shards(source), Path(folder), settings, matrix, fresh) as climber:
-        pool, top = ThreadPoolExecutor(n_workers(climber.shards, settings.n_threads)), climber.top
+    with _Climber(shards, Path(folder), settings, matrix, fresh) as climber:
+        pool, top = ThreadPoolExecutor(n_workers(shards, settings.n_threads)), climber.top
         recipes = {recipe.name: recipe for recipe in map(load_recipe, rungs) if recipe.name != top}
         try:
             first = [pool.submit(climber.measured, step, top, *climber.source) for step in ("predict", "ask")]
@@ -251,7 +251,7 @@ class _Climber(ExitStack):
                 torn.unlink()
             how: dict[str, Any] = {"n_threads": self.settings.n_threads, "overwrite": True}
             how |= {"progress": False, "source_sha256": self.source[1], "run": self._worker.run}
-            quantizer.quantize(self.source[0], recipe, path, imatrix=matrix, **how)
+            quantizer.quantize(self.shards, recipe, path, imatrix=matrix, **how)
             return {"sha256": sha256_of_file(path), "stat": _stat(path)}
 
         conditions: dict[str, Any] = {"source": self.source[1], "runtime": llama_version(), "format": FORMAT}
@@ -267,7 +267,7 @@ class _Climber(ExitStack):
         place, base = self._place(name).resolve(), self._place(self.top).resolve()
         gone = place == base and not all((self.folder / kept).exists() for kept in (PREDICTIONS, TRACE))
         fresh = self.fresh or (gone and step == "predict")
-        job: dict[str, Any] = {"work": step, "path": str(path.resolve()), "sha256": sha256, "fresh": fresh}
+        job: dict[str, Any] = {"work": step, "path": str(path.absolute()), "sha256": sha256, "fresh": fresh}
         job |= {"place": str(place), "base": str(base), "settings": asdict(self.settings)}
         note, conditions = place / f"{step}.json", {**self.conditions, "model": sha256}
         return remembered(note, conditions, lambda: self._worker.run(job, where=path), fresh=fresh)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dfqs_nb.core.errors import ModelError
+from dfqs_nb.gguf.shards import Files, ShardSet
 from dfqs_nb.llama.check import REFUSES, reason_of
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
@@ -158,8 +159,8 @@ def set_context(params: Any, settings: OpenSettings) -> Any:
     return filled(params, {**context_fields(settings), "flash_attn_type": int(settings.flash_attn)})
 
 
-def build_llama(path: str | Path, settings: OpenSettings, *, verbose: bool = False) -> Any:
-    """A ``llama_cpp.Llama`` of this file with exactly these settings, opened in this process.
+def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) -> Any:
+    """A ``llama_cpp.Llama`` of this model with exactly these settings, opened in this process.
 
     Its ``paging`` is the `Paging` help, or None. `ModelError`: llama.cpp refuses the file; it may also abort,
     see `check.trial`. ``verbose``: standard error gets the assertion.
@@ -170,7 +171,7 @@ def build_llama(path: str | Path, settings: OpenSettings, *, verbose: bool = Fal
 
     LOG.install()
     fields = {name: getattr(settings, name) for name in ("n_gpu_layers", "flash_attn", "use_mmap")}
-    paging = Paging.of(path, settings)
+    path, paging = model.paths[0] if isinstance(model, ShardSet) else model, Paging.of(model, settings)
     listening = paging.callback(api.llama_context_default_params().cb_eval) if paging else {}
     try:
         with (

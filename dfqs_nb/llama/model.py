@@ -21,9 +21,8 @@ from dfqs_nb.core.display import heartbeat
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.gguf.facts import require_model
-from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate
-from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama import check
 from dfqs_nb.llama.build import LOG, WARNING, build_llama, loaded_facts
 from dfqs_nb.llama.graph import ggml_function, interrupts_held
@@ -69,13 +68,13 @@ class SavedState(NamedTuple):
 class Model:
     """An open model. Close it (or use it in a ``with`` block) to free its memory.
 
-    It has also ``n_vocab``; ``n_past``, the tokens in the context now; ``bos``, the token that begins every
-    text (-1: none does); ``has_template``: without one in the file, a chat's prompt goes into `PLAIN_CHAT`.
+    It has also ``path``, its first file; ``header``, of all shards; ``n_vocab``; ``n_past``, the tokens in
+    the context now; ``bos``, the token that begins every text (-1: none does); ``has_template``: without one
+    in the file, a chat's prompt goes into `PLAIN_CHAT`.
     """
 
     llama: Any  # llama-cpp-python's `Llama`; None when closed
-    path: Path
-    header: GGUFHeader  # of all shards
+    shards: ShardSet
     settings: OpenSettings
     memory: MemoryEstimate  # with llama.cpp's own figures after a trial
     load_seconds: float
@@ -84,6 +83,7 @@ class Model:
     warnings: tuple[str, ...] = ()  # of llama.cpp while it loaded the model, and ours
 
     def __post_init__(self) -> None:
+        self.path, self.header = self.shards.paths[0], self.shards.as_one
         source, vocabulary = self.header.text("tokenizer.chat_template"), self.llama._model
         special = self.llama.token_bos(), self.llama.token_eos()
         bos, eos = (vocabulary.token_get_text(token) if token >= 0 else "" for token in special)
@@ -242,7 +242,7 @@ class Model:
 
     def sha256(self) -> str:
         """SHA-256 of the model, of all its shards one after another."""
-        return sha256_of(*open_shards(self.path).paths)
+        return sha256_of(*self.shards.paths)
 
     def conditions(self) -> dict[str, Any]:
         """What a measurement with this model depends on, beside the model and the prompts; closed, too."""
@@ -259,17 +259,17 @@ class Model:
         }
 
 
-def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial: bool = True) -> Model:
+def open_model(model: Files, settings: OpenSettings | None = None, *, trial: bool = True) -> Model:
     """Check a model's files, its memory and its first decode, and only then open it in this process.
 
-    ``path``: the file, or any of its shards. Without a ``trial`` in a child it can end this process. A
-    RuntimeWarning tells that weights exceed the free memory, or what llama.cpp warns of.
+    ``model``: see `shards.Files`. Without a ``trial`` in a child it can end this process. A RuntimeWarning
+    tells that weights exceed the free memory, or what llama.cpp warns of.
 
     Raises `HeaderError` or `ShardError` for an incomplete file, `SpaceError` where KV cache and compute
     buffer exceed the free memory, and `ModelError` where llama.cpp refuses it, dies on it, or computes NaN.
     """
     settings = settings or OpenSettings()
-    shards = open_shards(path)
+    shards = open_shards(model)
     header, first = shards.as_one, shards.paths[0]
     require_model(header)
     kept = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
@@ -282,17 +282,17 @@ def open_model(path: str | Path, settings: OpenSettings | None = None, *, trial:
             needs = check.trial(shards.paths, settings, needs)
     started = time.perf_counter()
     with heartbeat(f"loading {first.name}", shards.nbytes):
-        llama = build_llama(first, settings)
+        llama = build_llama(shards, settings)
     seconds = time.perf_counter() - started
-    model = Model(llama, first, header, settings, needs, seconds, loaded_facts(LOG.tail()), llama.paging)
-    model.warnings = _warnings(model)
+    opened = Model(llama, shards, settings, needs, seconds, loaded_facts(LOG.tail()), llama.paging)
+    opened.warnings = _warnings(opened)
     parts = "; ".join(llama.paging.parts) if llama.paging else ""
     help_ = f"paging help is on ({parts}). paging='off' opens without it" if parts else ""
-    model.loaded["paging"] = help_ or "no help needed, wanted or possible here"
-    own = [f"{first.name}: {text}" for text in model.warnings]
+    opened.loaded["paging"] = help_ or "no help needed, wanted or possible here"
+    own = [f"{first.name}: {text}" for text in opened.warnings]
     for text in filter(None, (". ".join(filter(None, (slow, help_))), *own)):
         warnings.warn(text, RuntimeWarning, stacklevel=2)
-    return model
+    return opened
 
 
 def _warnings(model: Model) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import advise_read, available_memory, window_bytes
 from dfqs_nb.gguf.header import padded
 from dfqs_nb.gguf.placement import Layout
-from dfqs_nb.gguf.shards import ShardSet, open_shards
+from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama.graph import Router, Watch, ggml_function
 from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 
@@ -53,13 +53,13 @@ class Paging:
     # ---- around the load ----
 
     @classmethod
-    def of(cls, path: str | Path, settings: OpenSettings) -> Paging | None:
+    def of(cls, model: Files, settings: OpenSettings) -> Paging | None:
         """The help, if asked for, or if weights exceed the free memory; None where it cannot work."""
         copied = settings.use_extra_bufts or not settings.use_mmap  # not read from the mapped file
         on_card = settings.n_gpu_layers and has_gpu_support()
         if settings.paging == "off" or copied or on_card or not LINUX:
             return None
-        shards = open_shards(path)
+        shards = open_shards(model)
         fits = shards.nbytes <= available_memory().available_bytes
         return None if fits and settings.paging == "auto" else cls(shards)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import usable_cores
+from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES
-from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.gguf.shards import Files, open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
 
 # ggml_type of the KV cache types, from ggml.h
@@ -56,29 +56,30 @@ class OpenSettings:
 
     @classmethod
     def of(
-        cls, path: str | Path, *, n_ctx: int = 0, n_threads: int = 0, n_gpu_layers: int = -1, **fields: Any
+        cls, model: Files, *, n_ctx: int = 0, n_threads: int = 0, n_gpu_layers: int = -1, **fields: Any
     ) -> OpenSettings:
         """Settings that suit a model on this machine: its own limit of context, threads, GPU layers.
 
         0 stands for that limit, and for the threads that suit it; without GPU support no layer is on a GPU.
         """
-        limit, layers = own_context(path), n_gpu_layers if has_gpu_support() else 0
+        header, layers = open_shards(model).as_one, n_gpu_layers if has_gpu_support() else 0
+        limit, n_threads = own_context(header), n_threads or threads_for(header)
         n_ctx = min(n_ctx or limit, limit) if limit else n_ctx or cls.n_ctx
-        return cls(n_ctx=n_ctx, n_threads=n_threads or threads_for(path), n_gpu_layers=layers, **fields)
+        return cls(n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=layers, **fields)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for a report's conditions."""
         return asdict(self)
 
 
-def threads_for(path: str | Path) -> int:
+def threads_for(header: GGUFHeader) -> int:
     """Threads that suit the model: one below 64 MB, where a second would mostly wait; else all cores."""
-    return 1 if open_shards(path).nbytes < SMALL_MODEL_BYTES else usable_cores()
+    return 1 if header.file_size < SMALL_MODEL_BYTES else usable_cores()
 
 
-def own_context(path: str | Path) -> int:
+def own_context(header: GGUFHeader) -> int:
     """The model's own limit of context in tokens; 0 where its header does not state one."""
-    limit = open_shards(path).headers[0].arch("context_length")
+    limit = header.arch("context_length")
     return limit if isinstance(limit, int) and 0 < limit <= MAX_CTX else 0
 
 

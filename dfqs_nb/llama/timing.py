@@ -17,7 +17,6 @@ from dfqs_nb.core.display import quoted, size, tqdm
 from dfqs_nb.core.machine import Disk, available_memory, watched_load
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.placement import Layout
-from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.model import Model
 
 if TYPE_CHECKING:
@@ -214,7 +213,7 @@ def diagnose(model: Model, n_tokens: int = 4) -> tuple[str, dict[str, str]]:
     """What bounds a token, and rows for people: a forecast, and ``n_tokens`` of decode, measured."""
     pinned = model.paging.pinned_bytes if model.paging else 0
     free = available_memory().available_bytes + pinned - (model.memory.compute_bytes or 0)
-    expected = forecast(open_shards(model.path).headers, free)
+    expected = forecast(model.shards.headers, free)
     batches = [[token] for token in random_tokens(model, n_tokens + 2)]
     counters = getattr(psutil.Process(), "io_counters", None)  # macOS has none
     model.clear()

@@ -246,7 +246,7 @@ def _role(inside: Diagnosis) -> Finding:
     if count > 1:
         what = f"shard {number} of {count}"
         try:
-            shards = find_shards(path)
+            shards = find_shards(header)
         except ShardError as error:
             told = f"{what}: {error.what}".replace(f": is {what} ", " ")  # it may begin so itself
             return Kind.SHARD, plain(told), plain(error.hint)
@@ -279,7 +279,7 @@ def diagnosis_table(paths: Iterable[str | Path]) -> pd.DataFrame:
     verdicts = check.verdicts([diagnosis.path for diagnosis in diagnoses])
     answers = [v.reason + (f" ({v.death})" if v.death else "") or "loads" for v in verdicts]
     rows = [
-        (plain(d.path.name), d.path.stat().st_size, str(d.kind), d.finding, d.next_step, answer)
+        (plain(d.path.name), d.nbytes, str(d.kind), d.finding, d.next_step, answer)
         for d, answer in zip(diagnoses, answers, strict=True)
     ]
     columns = ["file", "bytes", "kind", "finding", "next_step", "llama_cpp"]

@@ -70,7 +70,7 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     if first.kind is Kind.RAW_CONCATENATION and alone:
         shards = check_set(first.headers, glued=True)
     else:
-        shards = open_shards(files[0] if alone else files)
+        shards = open_shards(first.headers[0] if alone else files)
     return Source(shards, first.kind, plan_merge(shards))
 
 
@@ -147,7 +147,8 @@ def repair(
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
         message = f"is not a raw concatenation of shards: {diagnosis.finding}"
         raise ShardError(message, where=path, hint=diagnosis.next_step)
-    return _carry_out(open_source(path).plan, target, overwrite, in_place, in_place)
+    plan = plan_merge(check_set(diagnosis.headers, glued=True))
+    return _carry_out(plan, target, overwrite, in_place, in_place)
 
 
 def _carry_out(

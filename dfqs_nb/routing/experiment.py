@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dfqs_nb.core.files import canonical_sha256, write_table
 from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.machine import has_amx, usable_cores
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.gguf.shards import Files, open_shards
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.routing import verdict
 from dfqs_nb.routing.plan import IDENTICAL, LEFT_OUT, Condition, conditions, fit, read_texts
@@ -128,7 +128,7 @@ class Experiment:
 
 
 def run_experiment(
-    path: str | Path,
+    model: Files,
     folder: str | Path,
     *,
     n_tokens: int = 512,
@@ -145,14 +145,15 @@ def run_experiment(
     model. ``texts``: as `plan.read_texts`. ``budget_minutes``: as `plan.fit`; 0: no bound. ``fresh``: record
     again what an earlier run left. A `DfqsError` if the reference cannot run, or a parameter is wrong.
     """
+    shards = open_shards(model)
     given, n_ctx = read_texts(texts), -(-(n_tokens + n_output) // 256) * 256
-    fitting = OpenSettings.of(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    fitting = OpenSettings.of(shards, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
     settings, threads = replace(fitting, n_ctx=n_ctx), max(usable_cores(), fitting.n_threads or 1)
     planned = conditions(settings, n_tokens, threads, len(given))
     passage = (data_dir() / "prompts" / "routing_passage.txt").read_text(encoding="utf-8")
-    job: dict[str, Any] = {"path": str(Path(path).resolve()), "passage": passage, "n_tokens": n_tokens}
+    job: dict[str, Any] = {"path": str(shards.paths[0].absolute()), "passage": passage, "n_tokens": n_tokens}
     job |= {"texts": [text.model_dump() for text in given], "n_output": n_output}
-    runs = _Runs(Path(folder), planned, job, 60 * budget_minutes, fresh)
+    runs = _Runs(Path(folder), shards.paths, planned, job, 60 * budget_minutes, fresh)
     runs.record()
     rows = verdict.compared(planned, runs.traces, runs.status, given)
     left_out = [name for name, how in runs.status.items() if how == LEFT_OUT]
@@ -164,6 +165,7 @@ class _Runs:
     """The traces recorded now or earlier, and how each condition ended."""
 
     folder: Path
+    paths: Sequence[Path]  # of the model
     planned: list[Condition]
     job: dict[str, Any]  # model, texts and lengths, of every child's job
     budget_seconds: float
@@ -172,14 +174,15 @@ class _Runs:
     status: dict[str, str] = field(default_factory=dict)
     n_made: int = 0
 
+    def __post_init__(self) -> None:
+        self._started, stats = time.monotonic(), [(path.name, path.stat()) for path in self.paths]
+        files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        asked = {name: value for name, value in self.job.items() if name != "path"}  # not where the file lies
+        self._about = [FORMAT, llama_version(), asked, files]  # what a kept trace must have in common
+
     def record(self) -> None:
         """Record or reuse every trace; conditions of a process share a child."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._started = time.monotonic()
-        stats = [(path.name, path.stat()) for path in open_shards(self.job["path"]).paths]
-        files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-        asked = {name: value for name, value in self.job.items() if name != "path"}  # not where the file lies
-        self._about = [FORMAT, llama_version(), asked, files]
         processes = list(dict.fromkeys(each.process for each in self.planned))
         ordered = sorted(self.planned, key=lambda each: processes.index(each.process))
         with child.Worker("dfqs_nb.routing.record_child") as worker:

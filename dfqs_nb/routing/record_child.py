@@ -89,7 +89,7 @@ def _tokens(model: Model, job: dict[str, Any]) -> tuple[list[int], list[list[int
     return tokens, [[*bos, *line][:PROFILE_TOKENS] for line in lines]
 
 
-_opened = list[Recording]()
+_opened = list[Recording]()  # at most one: the first job of this process loads the model for all
 
 
 def work(job: dict[str, Any]) -> dict[str, float]:

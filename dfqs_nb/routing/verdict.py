@@ -239,7 +239,8 @@ def claims(again: Verdict, ranked: pd.DataFrame) -> pd.DataFrame:
         seen += f"settings (least: {worst['condition']}; asked for {STABLE_SHARE:.0%})"
         stable = CONFIRMED if least >= STABLE_SHARE else CONTRADICTED, seen
     same = again.passed and it["logits_equal"] == 1.0 and it["same_output"]
-    known, seen = it["n_runs_differ"] or it["n_runs"] and not it["failed_runs"], again.text
+    # one run that differs is enough to know; that all are equal is known only of all
+    known, seen = it["n_runs_differ"] or (it["n_runs"] and not it["failed_runs"]), again.text
     if it["n_runs"]:
         answers = "equal" if it["same_output"] else "different"
         seen += f" {it['logits_equal']:.2%} of tokens have equal logits; greedy answers are {answers}."

@@ -256,7 +256,7 @@ def _source(model: str | Path) -> _Source:
     if not diagnosis.sound:
         what = f"no runtime loads it: {diagnosis.finding}"
         raise DfqsError(what, where=tilde(path), hint=diagnosis.next_step)
-    shards = open_shards(path)
+    shards = open_shards(diagnosis.headers[0])
     header = shards.as_one
     require_model(header)
     url = str(header.get("general.base_model.0.repo_url", ""))
@@ -276,7 +276,7 @@ def _settings(
     flags: tuple[str, ...] = ("-ngl", str(layers))
     least, most, held = max(target.least_n_ctx, 1), 2**31 - 256, UNKNOWN_N_CTX
     if header:
-        n_threads, n_layers = threads_for(header.path), int(header.arch("block_count", 0))
+        n_threads, n_layers = threads_for(header), int(header.arch("block_count", 0))
         shape, here = placement.Model(header), (available_memory().available_bytes, gpu_memories())
         held = min(MOST_N_CTX, max(256, placement.largest_context(shape, *here)))
         most = shape.n_context or most

@@ -16,8 +16,8 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
 from dfqs_nb.core.machine import available_memory, memory_bandwidth
 from dfqs_nb.gguf import facts, memory, models, placement, remote
-from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.shards import check_set, open_shards
+from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards
 from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
 
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
@@ -47,9 +47,8 @@ def _inspect(path: str, quick: bool) -> bool:
     with remote.headers_of(path) as (local, places):
         is_far = bool(places)
         diagnosis = merging.diagnose(local, allow_holes=is_far)
-        rows = _header_rows(local) if diagnosis.sound else {}
-        if (diagnosis.sound or diagnosis.kind == "raw concatenation") and not quick:
-            rows |= _outlook(diagnosis, is_far)
+        is_model = diagnosis.sound or diagnosis.kind == "raw concatenation"
+        rows = _facts(diagnosis, is_far, quick) if is_model else {}
         say(f"{models.shown(path)}: {diagnosis.kind}\n  {diagnosis.finding}")
         if step := diagnosis.next_step:
             say(f"  -> {f'after the download: {step}'.replace(f'{local.parent}/', '') if is_far else step}")
@@ -58,35 +57,35 @@ def _inspect(path: str, quick: bool) -> bool:
         return diagnosis.sound
 
 
-def _outlook(diagnosis: Any, is_far: bool) -> dict[str, Any]:
-    """Whether llama.cpp knows the model of these headers, glued or not, and what it needs of this machine."""
+def _facts(diagnosis: Any, is_far: bool, quick: bool) -> dict[str, Any]:
+    """The whole model's facts, from all its shards when they are there, and (not ``quick``) its outlook."""
+    glued, header = not diagnosis.sound, diagnosis.headers[0]
+    try:
+        shards = check_set(diagnosis.headers, glued=True) if glued else open_shards(header)
+        header, outlook = shards.as_one, {} if quick else _outlook(shards, glued, is_far)
+    except ShardError as error:
+        outlook = {} if quick else {"the whole set": error.what}
+    return outlook if glued else _header_rows(header) | outlook
+
+
+def _outlook(shards: ShardSet, glued: bool, is_far: bool) -> dict[str, Any]:
+    """Whether llama.cpp knows the model of these headers, and what it needs of this machine."""
     from dfqs_nb.llama.check import kept_verdict, loader_verdict
 
-    path, glued = diagnosis.path, not diagnosis.sound
-
     def ask() -> Any:
-        with remote.outline(path) as laid_out:
+        with remote.outline(shards.paths[0]) as laid_out:
             return loader_verdict(laid_out.paths[0])
 
+    verdict = (ask() if is_far else kept_verdict(dict.fromkeys(shards.paths), ask)).sentence
+    verdict += ", once it is repaired" if glued else ""
     try:
-        model = check_set(diagnosis.headers, glued=True) if glued else open_shards(path)
-        verdict = (ask() if is_far else kept_verdict(dict.fromkeys(model.paths), ask)).sentence
-        verdict += ", once it is repaired" if glued else ""
-        needs = memory.estimate(model.as_one, OUTLOOK_N_CTX)
-        fits = memory.check_fits(needs) or "fits, weights and all"
-    except ShardError as error:
-        return {"the whole set": error.what}
+        fits = memory.check_fits(memory.estimate(shards.as_one, OUTLOOK_N_CTX)) or "fits, weights and all"
     except (HeaderError, SpaceError) as error:
         fits = error.what
     return {"llama.cpp": verdict, f"memory, {OUTLOOK_N_CTX:,} tokens": fits}
 
 
-def _header_rows(path: Path) -> dict[str, Any]:
-    """The whole model's facts, from all its shards when they are there."""
-    try:
-        header = open_shards(path).as_one
-    except ShardError:
-        header = read_header(path)
+def _header_rows(header: GGUFHeader) -> dict[str, Any]:
     known = facts.identity(header) | facts.architecture(header)
     rows, experts = {k: value for k, value in known.items() if value != "not stated"}, facts.experts(header)
     if experts.total:

@@ -20,20 +20,12 @@ from dfqs_nb.workbook.cli import MEASURE, Context, Fresh, Gguf, Run, Threads, ap
 COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output"
 
 
-def stage_dir(run: str, model: str, stage: str = "") -> Path:
-    """The folder of a run (by default one of the model's name), or of a stage in it; made if missing."""
-    from dfqs_nb.workbook.run import default_run_name
-
-    folder = run_dir(run or default_run_name(model)) / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def open_model(model: str, n_ctx: int, threads: int = 0) -> Any:
     """Open a model with settings that suit it and this machine."""
-    from dfqs_nb import llama
+    from dfqs_nb import gguf, llama
 
-    return llama.open_model(model, llama.OpenSettings.of(model, n_ctx=n_ctx, n_threads=threads))
+    shards = gguf.shards.open_shards(model)
+    return llama.open_model(shards, llama.OpenSettings.of(shards, n_ctx=n_ctx, n_threads=threads))
 
 
 def identity(model: Any) -> str:
@@ -57,22 +49,18 @@ def routing(
 
     Exit status 1: routing is not deterministic. Example: `dfqs-nb routing model.gguf --tokens 1024`
     """
-    from dfqs_nb.gguf import models as registry
-    from dfqs_nb.gguf.header import read_header
+    from dfqs_nb import gguf
     from dfqs_nb.routing import run_experiment
+    from dfqs_nb.routing.verdict import failures
     from dfqs_nb.serve import check_in_process
 
     check_in_process(model, "routing")
-    path = registry.resolve(model)[0]
-    read_header(path)  # what is no model gets no folder
+    shards = gguf.shards.open_shards(gguf.models.resolve(model)[0])  # what is no model gets no folder
     folder = run_dir(run)
     options: dict[str, Any] = {"n_tokens": tokens, "texts": texts, "fresh": fresh}
-    experiment = run_experiment(path, folder / "routing", budget_minutes=budget_minutes, **options)
+    experiment = run_experiment(shards, folder / "routing", budget_minutes=budget_minutes, **options)
     say_table(experiment.sensitivities[COLUMNS.split()], ".3g")
-    rows = experiment.rows.drop_duplicates("condition")
-    broken = rows[(rows["status"] != "done") & ~rows["condition"].isin(experiment.left_out)]
-    say(*(f"{row.condition}: {row.status}" for row in broken.itertuples()))
-    say(*experiment.conclusions(), "", *experiment.advice, "")
+    say(*failures(experiment.rows), *experiment.conclusions(), "", *experiment.advice, "")
     say(*(f'"{row.claim}": {row.status}\n  {row.evidence}' for row in experiment.claims().itertuples()), "")
     cli.say_written(experiment.write_tables(folder), folder)
     raise typer.Exit(int(not experiment.passed))
@@ -103,6 +91,7 @@ def score(
     Examples: `dfqs-nb score model.gguf`, `dfqs-nb score http://127.0.0.1:8080/v1 --tier nano`
     """
     from dfqs_nb import scores, serve
+    from dfqs_nb.workbook.run import default_run_name
 
     if set_names:
         sets = scores.ItemSet.load_all(set_names)
@@ -119,7 +108,8 @@ def score(
             score_set: Any = serve.measure.score_set
         else:
             opened = stack.enter_context(open_model(model, n_ctx, threads))
-            model_id, folder, score_set = identity(opened), stage_dir(run, model), scores.score_set
+            model_id, folder = identity(opened), run_dir(run or default_run_name(model))
+            score_set = scores.score_set
         place, runs = folder / "scores", []
         for item_set in sets:
             runs.append(score_set(opened, item_set, place, options, model_id=model_id))

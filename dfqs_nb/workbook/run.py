@@ -9,6 +9,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -130,7 +131,8 @@ def run_workbook(
     `DfqsError`: no notebook declares a parameter, or a cell fails; what earlier notebooks wrote stays.
     """
     paths = list(notebooks) if notebooks is not None else find_notebooks()
-    check_parameters(parameters or {}, parameter_types(paths))
+    declared = {path: declared_parameters(path) for path in dict.fromkeys([*find_notebooks(), *paths])}
+    check_parameters(parameters or {}, chain(*declared.values()))
     given = {name: _absolute(value) for name, value in (parameters or {}).items()}
     budget_minutes = given.pop("budget_minutes", budget_minutes)
     if not budget_minutes >= 1:
@@ -150,15 +152,15 @@ def run_workbook(
         beside = min((notebook.seconds for notebook in done), default=0.0) * len(paths[number:])
         left = budget_minutes - (time.monotonic() - begin + beside) / 60
         budget = tiers.budget_of(path.stem, left, [later.stem for later in paths[number:]])
-        now, names = {"budget_minutes": round(budget, 1), **values}, declared_parameters(path)
+        now, names = {"budget_minutes": round(budget, 1), **values}, declared[path]
         chosen, target = {name: now[name] for name in now if name in names}, folder / path.name
         try:
             if "ladder_source" in names and tier != tiers.NANO and not chosen.get("ladder_source"):
-                chosen["ladder_source"] = tiers.ladder_source(run)
+                chosen["ladder_source"] = tiers.ladder_source(folder)
         except StageError:
             raise
         except DfqsError as error:
-            Stage(run, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
+            Stage(folder, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
             done.append(NotebookRun(target, left_out=str(error)))
         else:
             done.append(

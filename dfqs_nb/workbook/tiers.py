@@ -46,15 +46,15 @@ def settings_of(tier: str) -> dict[str, Any]:
     return dict(_table().get(tier, {}))
 
 
-def ladder_source(run: str) -> str:
-    """The weights for the ladder: the file of a run's model; `DfqsError` if it is quantized already."""
-    path = Path(read_stage(outputs_dir() / run, "merge")["model"]["path"])
+def ladder_source(folder: Path) -> str:
+    """The weights for the ladder: the model of the run in this folder; `DfqsError` if it is quantized."""
+    path = Path(read_stage(folder, "merge")["model"]["path"])
     tensors = open_shards(path).tensors
     if {tensor.type for tensor in tensors} <= UNQUANTIZED:
         return str(path)
     kind = main_type(tensors)
     what = f"{path.name} is quantized already (mostly {kind}), and a ladder starts from F16 weights"
-    command = f"dfqs-nb run 08 --run {quoted(run)} -p ladder_source=FILE"
+    command = f"dfqs-nb run 08 --run {quoted(folder.name)} -p ladder_source=FILE"
     hint = f"to climb one, put the same model at F16 for FILE: `{command}`"
     raise DfqsError(what, hint=hint)
 

@@ -330,7 +330,7 @@ def test_links_of_the_hubs_cache_keep_their_names(tmp_path):
 def test_upper_case_names_of_shards_are_refused_with_the_name_that_llama_cpp_wants(tmp_path):
     path = pair(tmp_path, [*LLAMA, *split(0)], split(1)).rename(tmp_path / "m-00001-of-00002.GGUF")
     with pytest.raises(ShardError, match="rename it to 'm-00001-of-00002.gguf'"):
-        find_shards(path)
+        find_shards(read_header(path))
 
 
 def test_a_single_file_may_end_in_upper_case(nano, tmp_path):

@@ -8,6 +8,7 @@ from gguf_fixtures import split_like_llama
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import find_shards, open_shards, shard_path
 
 REFERENCE = data_dir() / "reference"
@@ -22,8 +23,6 @@ def pair(tmp_path: Path) -> list[Path]:
 
 def patch_field(path: Path, name: str, value: bytes) -> None:
     """Overwrite a field's value in place."""
-    from dfqs_nb.gguf.header import read_header
-
     start = read_header(path).fields[name].value_start
     with path.open("r+b") as file:
         file.seek(start)
@@ -32,7 +31,7 @@ def patch_field(path: Path, name: str, value: bytes) -> None:
 
 @pytest.mark.parametrize("one", IQ1, ids=["from shard 1", "from shard 2"])
 def test_any_shard_finds_all(one):
-    assert find_shards(one) == tuple(IQ1)
+    assert find_shards(read_header(one)) == tuple(IQ1)
     assert open_shards(one).paths == tuple(IQ1)
 
 
@@ -45,7 +44,7 @@ def test_sets_of_other_sizes(tmp_path, merged_reference, n_shards):
 
 
 def test_a_single_file_is_a_set_of_one(merged_reference):
-    assert find_shards(merged_reference) == (merged_reference,)
+    assert find_shards(read_header(merged_reference)) == (merged_reference,)
     assert len(open_shards(merged_reference).tensors) == 126
 
 
@@ -74,7 +73,7 @@ def test_a_number_above_the_count(pair, tmp_path):
     extra = Path(shutil.copy(pair[1], tmp_path / pair[1].name.replace("00002-of", "00005-of")))
     patch_field(extra, "split.no", b"\4\0")
     with pytest.raises(ShardError, match="claims to be shard 5 of 2"):
-        find_shards(extra)
+        find_shards(read_header(extra))
 
 
 def test_renamed_shard_given_itself(pair):

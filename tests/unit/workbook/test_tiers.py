@@ -55,7 +55,7 @@ def test_a_quantized_model_is_named_by_the_type_of_its_layers(tmp_path, monkeypa
     path.write_bytes(gguf_bytes([field("general.architecture", "STRING", "llama")], tensors))
     monkeypatch.setattr(tiers, "read_stage", lambda folder, name: {"model": {"path": str(path)}})
     with pytest.raises(DfqsError, match=r"small.gguf is quantized already \(mostly Q4_K\)") as caught:
-        tiers.ladder_source("my run")
+        tiers.ladder_source(tmp_path / "my run")
     assert "`dfqs-nb run 08 --run 'my run' -p ladder_source=FILE`" in str(caught.value)
     assert next(iter(types_by_bytes(read_header(path).tensors))) == "Q8_0"
 
