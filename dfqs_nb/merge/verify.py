@@ -21,7 +21,7 @@ from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError
 from dfqs_nb.core.files import read_json, sha256_of_file, write_json
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
-from dfqs_nb.gguf.shards import open_shards, tensor_hashes
+from dfqs_nb.gguf.shards import Files, open_shards, tensor_hashes
 from dfqs_nb.merge.disk import Identity
 from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
 from dfqs_nb.merge.plan import Copy, Plan, identities
@@ -31,17 +31,23 @@ AGAIN = "get it from its source again, or merge its shards again"
 
 
 @dataclass(frozen=True)
-class Verification:
-    """A file whose bytes passed every comparison that could be made.
-
-    ``tensors`` has XXH64 by name; ``compared`` what the bytes are equal to, in words; ``published`` the name
-    of the registered model that has this hash, or "". ``diagnosis.sound``: a runtime may take it.
-    """
+class Hashes:
+    """A model's file; ``tensors``: the XXH64 of each tensor's bytes, as ``llama-gguf-hash`` prints it."""
 
     path: Path
     nbytes: int
     sha256: str
     tensors: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Verification(Hashes):
+    """A file whose bytes passed every comparison that could be made.
+
+    ``compared``: what the bytes are equal to, in words. ``published``: the name of the registered model that
+    has this hash, or "". ``diagnosis.sound``: a runtime may take it.
+    """
+
     compared: tuple[str, ...]
     published: str
     diagnosis: Diagnosis
@@ -63,7 +69,7 @@ def verify_model(
     path: str | Path,
     *,
     sha256: str = "",
-    against: str | Path | Sequence[str | Path] | None = None,
+    against: Files | Sequence[str | Path] | None = None,
     write_manifest: bool = False,
 ) -> Verification:
     """Read a model once, and compare it with all there is to compare it with.
@@ -85,7 +91,7 @@ def verify_model(
         headers = headers[:1]
         check_layout(headers[0])
     digest, tensors = hash_file(path, headers)
-    published, known = _published(path, digest)
+    published, known = _published(path.name, diagnosis.nbytes, digest)
     equal: list[str] = []
     if manifest:
         equal.append(_compared(path, tensors, manifest.tensors, "its manifest"))
@@ -103,21 +109,20 @@ def verify_model(
         equal += [what] if other else []
     if identities([path]) != before:
         raise IntegrityError("changed while it was read", where=path, hint="try again when it is at rest")
-    nbytes = path.stat().st_size
     if write_manifest:
         if diagnosis.kind is Kind.UNFINISHED:
             what = f"gets no manifest: {diagnosis.finding}"
             raise IntegrityError(what, where=path, hint=diagnosis.next_step)
-        save_manifest(MergeResult(path, nbytes, digest, tensors, (), time.perf_counter() - began), path)
-    return Verification(path, nbytes, digest, tensors, tuple(equal), published, diagnosis)
+        seconds = time.perf_counter() - began
+        save_manifest(MergeResult(path, diagnosis.nbytes, digest, tensors, (), seconds), path)
+    return Verification(path, diagnosis.nbytes, digest, tensors, tuple(equal), published, diagnosis)
 
 
-def _published(path: Path, sha256: str) -> tuple[str, str]:
+def _published(name: str, nbytes: int, sha256: str) -> tuple[str, str]:
     """Title and SHA-256 of the registered file that has this hash, or that has this name and size; or ""."""
     files = [(model, file) for model in models.registered().values() for file in model.files]
-    this = path.name, path.stat().st_size
     known = [(model, file) for model, file in files if file.sha256 == sha256]
-    known += [(model, file) for model, file in files if (file.name, file.size_bytes) == this]
+    known += [(model, file) for model, file in files if (file.name, file.size_bytes) == (name, nbytes)]
     return (f"{known[0][1].name} of {known[0][0].name}", known[0][1].sha256) if known else ("", "")
 
 
@@ -138,17 +143,9 @@ def _named(names: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class MergeResult:
-    """A model that passed every check, as its manifest keeps it.
+class MergeResult(Hashes):
+    """A model that passed every check, as its manifest keeps it; ``mtime_ns`` and ``inode`` of its file."""
 
-    ``tensors`` has XXH64 of each tensor's bytes, as ``llama-gguf-hash`` prints it. ``mtime_ns`` and ``inode``
-    are the file's.
-    """
-
-    path: Path
-    nbytes: int
-    sha256: str
-    tensors: dict[str, str]
     sources: tuple[Identity, ...]
     seconds: float
     mtime_ns: int = 0
@@ -194,7 +191,7 @@ def save_manifest(result: MergeResult, file: Path) -> None:
 
 def hash_file(path: Path, headers: Sequence[GGUFHeader]) -> tuple[str, dict[str, str]]:
     """SHA-256 of a file and XXH64 of the tensors of the headers in it, in one reading."""
-    size, position = path.stat().st_size, 0
+    size, position = headers[0].file_size, 0
     placed = [Copy(t.name, 0, 0, h.data_offset + t.offset, t.nbytes) for h in headers for t in h.tensors]
     runs = tuple(sorted(placed, key=lambda run: run.target_offset))
     plan, digests = Plan((path,), b"", runs, size, ()), {run.name: xxhash.xxh64() for run in runs}
