@@ -22,7 +22,7 @@ from urllib.parse import unquote
 from dfqs_nb.core.errors import DfqsError, HeaderError, RegistryError
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, read_header
-from dfqs_nb.gguf.shards import ShardSet, check_set, headers_inside, open_shards, shard_path, tensor_hashes
+from dfqs_nb.gguf.shards import ShardSet, check_set, headers_inside, shard_path, shards_of, tensor_hashes
 
 SHOWN = 60  # characters of a value that differs
 SPLIT = ("split.no", "split.count", "split.tensors.count")  # how a model is cut, not what it is
@@ -60,7 +60,7 @@ def outline(model: str | Path) -> Iterator[Outline]:
         try:
             headers = list(headers_inside(path))
             if len(headers) == 1:
-                yield Outline(open_shards(headers[0]).headers, str(model), False, places)
+                yield Outline(shards_of(headers[0]).headers, str(model), False, places)
                 return
             laid_out = []  # each as a sparse file that llama.cpp's loader can plan
             for number, header in enumerate(check_set(headers, glued=True).headers, 1):

@@ -110,19 +110,22 @@ def _refused(what: str, where: Path, hint: str = "take all shards from one model
     return ShardError(what, where=where, hint=hint)
 
 
-def open_shards(model: Files | GGUFHeader | Sequence[str | Path]) -> ShardSet:
-    """Find (from one path, or its header) or take (from several, in any order) the shards, and check them.
+def open_shards(model: Files | Sequence[str | Path]) -> ShardSet:
+    """Find (from one path) or take (from several, in any order) the shards of a model, and check them.
 
     A set that is open already is returned as it is. `HeaderError`, `LayoutError`: a file is not a sound GGUF.
     `ShardError`: what is wrong with the set, which shard, and the next step.
     """
     if isinstance(model, ShardSet):
         return model
-    first = read_header(model) if isinstance(model, (str, Path)) else model
-    if isinstance(first, GGUFHeader):
-        paths = find_shards(first)
-        return check_set([first if path == first.path else read_header(path) for path in paths])
-    return check_set([read_header(path) for path in first])
+    if isinstance(model, (str, Path)):
+        return shards_of(read_header(model))
+    return check_set([read_header(path) for path in model])
+
+
+def shards_of(header: GGUFHeader) -> ShardSet:
+    """`open_shards` of the model that this header's file is, or is a shard of."""
+    return check_set([header if path == header.path else read_header(path) for path in find_shards(header)])
 
 
 def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet:

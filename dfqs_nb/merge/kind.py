@@ -21,7 +21,7 @@ from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf import header as reader
 from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, unreadable
-from dfqs_nb.gguf.shards import check_set, find_shards, headers_inside
+from dfqs_nb.gguf.shards import ShardSet, check_set, find_shards, headers_inside, shards_of
 from dfqs_nb.merge.disk import missing_bytes
 
 if TYPE_CHECKING:
@@ -81,6 +81,11 @@ class Diagnosis:
     def sound(self) -> bool:
         """Whether it is a model, or a shard of one, with nothing wrong in this file."""
         return self.kind in (Kind.SINGLE_FILE, Kind.SHARD)
+
+    def shards(self) -> ShardSet:
+        """The model that this file is, or holds in its glued shards, or is a shard of, as `open_shards`."""
+        glued = self.kind is Kind.RAW_CONCATENATION
+        return check_set(self.headers, glued=True) if glued else shards_of(self.headers[0])
 
     @property
     def parts(self) -> list[dict[str, int]]:

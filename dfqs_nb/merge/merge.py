@@ -25,7 +25,7 @@ from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import check_layout, padded, read_header
 from dfqs_nb.gguf.models import resolve
-from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards
+from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.copy import NameTaken, Run, in_the_way, read_journal, windows
 from dfqs_nb.merge.kind import RESUME, Kind, diagnose, unfinished
@@ -67,10 +67,7 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     first, alone = diagnose(files[0], allow_holes=True), len(files) == 1
     if alone and (first.kind is Kind.UNFINISHED or not first.headers):
         raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)
-    if first.kind is Kind.RAW_CONCATENATION and alone:
-        shards = check_set(first.headers, glued=True)
-    else:
-        shards = open_shards(first.headers[0] if alone else files)
+    shards = first.shards() if alone else open_shards(files)
     return Source(shards, first.kind, plan_merge(shards))
 
 
@@ -147,8 +144,7 @@ def repair(
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
         message = f"is not a raw concatenation of shards: {diagnosis.finding}"
         raise ShardError(message, where=path, hint=diagnosis.next_step)
-    plan = plan_merge(check_set(diagnosis.headers, glued=True))
-    return _carry_out(plan, target, overwrite, in_place, in_place)
+    return _carry_out(plan_merge(diagnosis.shards()), target, overwrite, in_place, in_place)
 
 
 def _carry_out(

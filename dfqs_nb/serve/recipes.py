@@ -31,7 +31,6 @@ from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import check_fits, estimate
-from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.settings import threads_for
 
 if TYPE_CHECKING:
@@ -256,7 +255,7 @@ def _source(model: str | Path) -> _Source:
     if not diagnosis.sound:
         what = f"no runtime loads it: {diagnosis.finding}"
         raise DfqsError(what, where=tilde(path), hint=diagnosis.next_step)
-    shards = open_shards(diagnosis.headers[0])
+    shards = diagnosis.shards()
     header = shards.as_one
     require_model(header)
     url = str(header.get("general.base_model.0.repo_url", ""))

@@ -17,7 +17,7 @@ from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, 
 from dfqs_nb.core.machine import available_memory, memory_bandwidth
 from dfqs_nb.gguf import facts, memory, models, placement, remote
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards
+from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
 
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
@@ -61,7 +61,7 @@ def _facts(diagnosis: Any, is_far: bool, quick: bool) -> dict[str, Any]:
     """The whole model's facts, from all its shards when they are there, and (not ``quick``) its outlook."""
     glued, header = not diagnosis.sound, diagnosis.headers[0]
     try:
-        shards = check_set(diagnosis.headers, glued=True) if glued else open_shards(header)
+        shards = diagnosis.shards()
         header, outlook = shards.as_one, {} if quick else _outlook(shards, glued, is_far)
     except ShardError as error:
         outlook = {} if quick else {"the whole set": error.what}
