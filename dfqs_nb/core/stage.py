@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,7 @@ class Stage:
             if value < 1:
                 raise StageError(f"the parameter {name} is {value:g}", hint=f"give {name}=1 or more")
 
-    @property
+    @cached_property
     def model(self) -> dict[str, Any]:
         """The model that notebook 01 handed on: ``name``, ``path``, ``nbytes`` and ``sha256``."""
         model: dict[str, Any] = read_stage(self.folder, "merge")["model"]
