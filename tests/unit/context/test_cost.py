@@ -23,6 +23,7 @@ from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import cache_table, kv_cache_bytes, published_shape
+from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.build import dry_run
 from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
@@ -36,11 +37,11 @@ def test_prefill_time_is_the_integral_of_the_time_of_a_token():
 
 
 def test_lack_of_memory_is_predicted_before_it_happens():
-    lengths, settings = [1024, 4096, 16384], OpenSettings(n_threads=1)
-    assert predict_failure(NANO, lengths, settings) is None
+    lengths, settings, nano = [1024, 4096, 16384], OpenSettings(n_threads=1), open_shards(NANO)
+    assert predict_failure(nano, lengths, settings) is None
     planned = {n: dry_run(NANO, dataclasses.replace(settings, n_ctx=n)) for n in lengths}
     between = sum(planned[4096].values()) + planned[4096]["kv_bytes"] + MIB
-    failure = predict_failure(NANO, lengths, settings, available_bytes=between)
+    failure = predict_failure(nano, lengths, settings, available_bytes=between)
     assert (failure.length, failure.cause) == (16384, "oom")
 
 
