@@ -8,17 +8,7 @@ from dfqs_nb.scores.request import Options
 from dfqs_nb.scores.run import Answerer, plan_questions, score_set
 from dfqs_nb.scores.sandbox import find_sandbox
 
-__all__ = [
-    "Answerer",
-    "ItemSet",
-    "Options",
-    "SetRun",
-    "compare_runs",
-    "figures",
-    "find_sandbox",
-    "plan_questions",
-    "score_set",
-    "speed",
-]
+__all__ = ["Answerer", "ItemSet", "Options", "SetRun", "compare_runs", "figures", "find_sandbox"]
+__all__ += ["plan_questions", "score_set", "speed"]
 
 __getattr__ = lazy(__name__, figures="figures")

@@ -150,12 +150,10 @@ def connect(
 ) -> Endpoint:
     """Ask a server for its models and its version; return the endpoint for all further requests.
 
-    Args:
-        model: one that the server lists; may be left out where it lists just one.
-        key, key_variable: the key, or the environment variable that holds it; never shown or written.
-        version: of the server, where it is known better than the server reports.
-
-    An `EndpointError` says whether the address, the key, the model or a busy server is the cause.
+    ``model``: one that the server lists; may be left out where it lists just one. ``key``, ``key_variable``:
+    the key, or the environment variable that holds it; never shown or written. ``version``: of the server,
+    where it is known better than the server reports. An `EndpointError` says whether the address, the key,
+    the model or a busy server is the cause.
     """
     wire = _wire(base_url, key, key_variable)
     page = wire.persist(lambda: wire.page(f"{wire.url}/models"), retries)

@@ -135,15 +135,12 @@ def compare_all(
 ) -> pd.DataFrame:
     """Score sets in process and through each server, and `explain` where their texts differ.
 
-    Args:
-        model_id: the SHA-256 of the model in this process, under which its answers are kept.
-        local: the servers that were started with this process's file: ``model_id`` is theirs too.
-        stopped: gets the servers that failed for good, with the reason. An `EndpointError`: all did.
-        options: ``limit``, ``allow_unsandboxed``, ``fresh``, ``progress`` of ``score_set``.
+    A row a server and item: ``server``, ``set``, ``id``, ``family``, ``text_...`` and ``correct_...`` of
+    ``process`` and ``server``, ``same_text``; where texts differ also what `explain` gives.
 
-    Returns:
-        A row a server and item: ``server``, ``set``, ``id``, ``family``, ``text_...`` and ``correct_...`` of
-        ``process`` and ``server``, ``same_text``; where texts differ also what `explain` gives.
+    ``model_id``: the SHA-256 of the model in this process, under which its answers are kept. ``local``: the
+    servers that were started with this process's file, whose ``model_id`` it is, too. ``stopped`` gets the
+    servers that failed for good, with the reason. An `EndpointError`: all did. ``options``: of `Options`.
     """
     import pandas as pd
 

@@ -160,13 +160,11 @@ def write_recipe(
 ) -> Recipe:
     """Write the files and commands that run this model with this target. Nothing is downloaded.
 
-    Args:
-        model: a local GGUF file (any of its shards), a name of the registry, or ``hf://owner/repo/file``.
-        key_variable: the environment variable that holds the server's key. By default no key is asked for;
-            a target's server that always asks gets ``DFQS_API_KEY``.
-        sizes: ``n_ctx``, ``n_gpu_layers``; by default what this machine holds, and up to 32,768 tokens.
-
-    A `DfqsError` says which of target, file, context, path and folder does not do.
+    ``model``: a local GGUF file (any of its shards), a name of the registry, or ``hf://owner/repo/file``.
+    ``key_variable``: the environment variable that holds the server's key. By default no key is asked for; a
+    target's server that always asks gets ``DFQS_API_KEY``. ``sizes``: ``n_ctx``, ``n_gpu_layers``; by default
+    what this machine holds, and up to 32,768 tokens. A `DfqsError` says which of target, file, context, path
+    and folder does not do.
     """
     if target not in targets():
         raise DfqsError(f"no target is called {target!r}", hint=f"there are {', '.join(targets())}")

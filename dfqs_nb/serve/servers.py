@@ -27,7 +27,7 @@ import httpx2
 from pydantic import SecretStr
 
 from dfqs_nb.core import child
-from dfqs_nb.gguf.shards import open_shards
+from dfqs_nb.gguf.shards import Files, open_shards
 from dfqs_nb.llama.build import loaded_facts
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 from dfqs_nb.serve.client import Endpoint, connect
@@ -103,25 +103,22 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer", None]):
 
 
 def start(
-    path: str | Path, settings: OpenSettings, *, n_parallel: int = 1, log: str | Path | None = None
+    model: Files, settings: OpenSettings, *, n_parallel: int = 1, log: str | Path | None = None
 ) -> LocalServer:
     """Start a server for this model; it ends with its ``with`` block, or with this process at the latest.
 
-    Args:
-        path: the GGUF file, or one of its shards.
-        settings: how it opens the model; ``n_ctx`` is that of one request.
-        n_parallel: its slots, which is the number of requests that it works on at once.
-        log: the file for its log, replaced if it exists; by default a temporary one.
-
-    A `ModelError` says how it died while it started; a note has the log's last lines.
+    ``settings``: how it opens the model; ``n_ctx`` is that of one request. ``n_parallel``: its slots, which
+    is the number of requests that it works on at once. ``log``: the file for its log, replaced if it exists;
+    by default a temporary one. A `ModelError` says how it died while it started; a note has the log's last
+    lines.
     """
-    model, key = open_shards(path).paths[0].absolute(), secrets.token_urlsafe(24)
-    job = {"path": str(model), "name": model.stem, "n_parallel": n_parallel, "key": key}
+    path, key = open_shards(model).paths[0].absolute(), secrets.token_urlsafe(24)
+    job = {"path": str(path), "name": path.stem, "n_parallel": n_parallel, "key": key}
     if log:
         Path(log).parent.mkdir(parents=True, exist_ok=True)
     file: Any = Path(log).open("w+b") if log else tempfile.TemporaryFile()  # noqa: SIM115 (it stays open)
     process = child.start(__name__, job | {"settings": settings.as_dict()}, log=file, start_new_session=True)
-    server = LocalServer(model.stem, SecretStr(key), process, file)
+    server = LocalServer(path.stem, SecretStr(key), process, file)
     assert process.stdout is not None
     try:
         with child.killed_after(START_SECONDS, process) as late:
@@ -134,7 +131,7 @@ def start(
                 process.wait()
         if not server.alive:
             cause = "timeout" if late.is_set() else child.ending(process.returncode)
-            raise child.died(cause, model, [], server.log_lines(), doing="while it started as a server")
+            raise child.died(cause, path, [], server.log_lines(), doing="while it started as a server")
     except BaseException:
         server.stop(0.5)
         raise

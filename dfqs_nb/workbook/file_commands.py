@@ -17,7 +17,7 @@ from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, 
 from dfqs_nb.core.machine import available_memory, memory_bandwidth
 from dfqs_nb.gguf import facts, memory, models, placement, remote
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.shards import ShardSet
+from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
 
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
@@ -167,7 +167,7 @@ def quantize(
     from dfqs_nb.ladder.imatrix import collect, read_imatrix
     from dfqs_nb.ladder.recipes import load_recipe
 
-    path, chosen = models.resolve(source)[0], load_recipe(recipe)
+    shards, chosen = open_shards(models.resolve(source)[0]), load_recipe(recipe)
     if not (output or dry_run):
         raise DfqsError("no output was named", hint="pass -o FILE, or --dry-run to see what it would be")
     if imatrix and calibrate:
@@ -176,11 +176,11 @@ def quantize(
         matrix = read_imatrix(imatrix) if imatrix else None
         if calibrate and chosen.weights:
             kept = f"{folder}/imatrix.gguf" if dry_run else f"{output}.imatrix.gguf"
-            matrix = collect(path, calibrate, kept)
+            matrix = collect(shards, calibrate, kept)
         if dry_run:
-            plan = ladder.plan(path, chosen, matrix)
+            plan = ladder.plan(shards, chosen, matrix)
         else:
-            plan = ladder.quantize(path, chosen, output, imatrix=matrix, overwrite=overwrite)
+            plan = ladder.quantize(shards, chosen, output, imatrix=matrix, overwrite=overwrite)
     say_table(plan.by_class(), ".2f")
     total = f"{plan.nbytes:,} bytes of tensors, {plan.bits_per_weight:.2f} bits a weight"
     say(f"would be {total}" if dry_run else f"{output}: {total}")
