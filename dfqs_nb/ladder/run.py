@@ -265,8 +265,8 @@ class _Climber(ExitStack):
     def measured(self, step: str, name: str, path: Path, sha256: str) -> dict[str, Any]:
         """A step, done now in this thread's child or by an earlier run."""
         place, base = self._place(name).resolve(), self._place(self.top).resolve()
-        gone = place == base and not all((self.folder / kept).exists() for kept in (PREDICTIONS, TRACE))
-        fresh = self.fresh or (gone and step == "predict")
+        lost = place == base and not all((self.folder / kept).exists() for kept in (PREDICTIONS, TRACE))
+        fresh = self.fresh or (lost and step == "predict")
         job: dict[str, Any] = {"work": step, "path": str(path.absolute()), "sha256": sha256, "fresh": fresh}
         job |= {"place": str(place), "base": str(base), "settings": asdict(self.settings)}
         note, conditions = place / f"{step}.json", {**self.conditions, "model": sha256}
