@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,18 @@ def split_like_llama(path: str | Path, n_tensors_per_shard: int, out_prefix: str
             gguf_bytes([*fields, *split_fields(number, len(groups), len(header.tensors))], specs)
         )
     return paths
+
+
+def linked(paths: Iterable[Path], folder: Path) -> list[Path]:
+    """The files as a cache of the hub holds them: links with their names, to copies that are named otherwise."""
+    links = []
+    for name in ("blobs", "snapshot"):
+        (folder / name).mkdir()
+    for number, path in enumerate(paths, 1):
+        shutil.copy(path, folder / "blobs" / f"c0ffee{number}")
+        links.append(folder / "snapshot" / path.name)
+        links[-1].symlink_to(f"../blobs/c0ffee{number}")
+    return links
 
 
 def split_fields(number: int, count: int, n_tensors: int) -> list[bytes]:

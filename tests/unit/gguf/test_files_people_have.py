@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
 from pathlib import Path
 
 import psutil
 import pytest
-from gguf_fixtures import Spec, field, gguf_bytes, header_bytes
+from gguf_fixtures import Spec, field, gguf_bytes, header_bytes, linked
 from models_apart import Apart
 from no_hang import no_hang
 from read_chars import read_chars
@@ -315,14 +314,7 @@ def test_shards_of_a_recipe_by_layer_are_one_model(tmp_path):
 
 
 def test_links_of_the_hubs_cache_keep_their_names(tmp_path):
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
-    links = []
-    for number in (1, 2):
-        source = shard_path(REFERENCE / "DFQS-Nano-IQ1_S-XL", number, 2)
-        shutil.copy(source, tmp_path / "blobs" / f"c0ffee{number}")
-        links.append(tmp_path / "snapshot" / source.name)
-        links[-1].symlink_to(f"../blobs/c0ffee{number}")
+    links = linked((shard_path(REFERENCE / "DFQS-Nano-IQ1_S-XL", number, 2) for number in (1, 2)), tmp_path)
     assert resolve(links[0]) == (links[0],)
     assert open_shards(links[1]).paths == tuple(links)
 

@@ -14,7 +14,7 @@ import gguf
 import llama_cpp_tools
 import numpy as np
 import pytest
-from gguf_fixtures import split_like_llama
+from gguf_fixtures import linked, split_like_llama
 
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.paths import data_dir
@@ -359,13 +359,7 @@ def test_every_tensor_is_byte_for_byte_llama_quantize_s(tmp_path, matrix, name):
 
 
 def test_shards_are_planned_by_their_links_as_in_a_cache_of_the_hub(tmp_path):
-    """The targets have names from which llama.cpp finds no other shard."""
-    (tmp_path / "blobs").mkdir()
-    links = []
-    for number, shard in enumerate(split_like_llama(F16, 64, tmp_path / "f16")):
-        links.append(tmp_path / "snapshot" / shard.name)
-        links[-1].parent.mkdir(exist_ok=True)
-        links[-1].symlink_to(shard.rename(tmp_path / "blobs" / f"c0ffee{number}"))
+    links = linked(split_like_llama(F16, 64, tmp_path / "f16"), tmp_path)
     planned = plan(links[0], "Q8_0")
     assert len(links) > 1 and planned.nbytes == plan(F16, "Q8_0").nbytes
 

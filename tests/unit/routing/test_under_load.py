@@ -10,18 +10,20 @@ import moe_models
 import numpy as np
 import pandas as pd
 import pytest
+from gguf_fixtures import linked
 from moe_models import ARCHITECTURES, PlainReader, write_model
 from test_routing_verdict import only
 
 from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.experiment import run_experiment
 from dfqs_nb.routing.plan import Condition, conditions, fit, loads, read_texts, seconds
 from dfqs_nb.routing.recorder import RecordedModel, Recorder, Together, cut, open_recorded, record
-from dfqs_nb.routing.trace import joined
+from dfqs_nb.routing.trace import compare, joined
 from dfqs_nb.routing.verdict import Verdict, compared, judge_loads, load_table
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -200,6 +202,13 @@ def test_what_cannot_work_is_refused(tmp_path):
 
 
 CHOSEN = ["prefill, fresh process", "alone, fresh process", "n_batch 7"]
+
+
+def test_shards_behind_links_are_recorded_as_the_files_are(tmp_path):
+    links = linked(open_shards(NANO).paths, tmp_path)
+    options = {"n_tokens": 60, "n_output": 2, "budget_minutes": 1e-4}
+    a, b = (run_experiment(path, tmp_path / name, **options) for name, path in (("a", NANO), ("b", links[0])))
+    assert compare(a.reference, b.reference)["logits_equal"] == 1
 
 
 def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys, monkeypatch):
