@@ -32,6 +32,7 @@ from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.gguf import memory, placement
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.header import GGUFHeader, read_header
+from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.serve import recipes as deploy
 from dfqs_nb.serve.recipes import write_recipe
 
@@ -375,9 +376,10 @@ def real_size(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def unstored(monkeypatch):
+def unstored(real_size, monkeypatch):
     """A recipe for a file whose bytes were never stored, which is not sound."""
-    monkeypatch.setattr("dfqs_nb.merge.diagnose", lambda path: types.SimpleNamespace(sound=True))
+    found = types.SimpleNamespace(sound=True, shards=lambda: open_shards(real_size))
+    monkeypatch.setattr("dfqs_nb.merge.diagnose", lambda path: found)
 
 
 def test_context_follows_the_machines_memory(real_size, unstored, tmp_path, monkeypatch):
