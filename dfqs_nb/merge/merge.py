@@ -242,9 +242,10 @@ def _check_consumable(plan: Plan) -> None:
     for path in plan.sources:
         if reason := _shared(path):
             raise OutputError(f"must not be deleted: {reason}", where=path, hint=hint)
-        if not disk.can_punch(path.parent):
+    for folder in {path.parent for path in plan.sources}:
+        if not disk.can_punch(folder):
             what = "this file system cannot give back parts of a file (punch holes)"
-            raise OutputError(what, where=path.parent, hint=hint)
+            raise OutputError(what, where=folder, hint=hint)
 
 
 def _shared(path: Path) -> str:

@@ -132,6 +132,7 @@ def score_set(
 
     A `PromptError`: the model was opened with fewer tokens of context than the longest item needs.
     """
+    item_set = item_set.part(options.limit)
     answerer = Answerer.of(model, item_set, options, model_id)
     requests = (answerer.request(item_set, item, options) for item in item_set.items)
     longest = max(len(request.tokens(model)) + request.max_tokens for request in requests)
