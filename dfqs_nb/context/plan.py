@@ -18,10 +18,9 @@ from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.machine import available_memory, usable_cores
 from dfqs_nb.core.stage import Stage, read_stage
-from dfqs_nb.gguf.memory import estimate
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
-from dfqs_nb.llama.check import plan_memory
-from dfqs_nb.llama.model import MEMORY_SETTINGS, Model, open_model
+from dfqs_nb.llama.check import needs_of, plan_memory
+from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings, own_context, threads_for
 from dfqs_nb.llama.timing import probe, random_tokens, seconds_of
 
@@ -260,12 +259,11 @@ def predict_failure(
     llama.cpp plans the buffer in a child process and allocates nothing: the file has not been tried yet.
     """
     available = available_memory().available_bytes if available_bytes is None else available_bytes
-    kept = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
-    plans = plan_memory(shards.paths[0], [replace(settings, n_ctx=n_ctx) for n_ctx in lengths])
-    for n_ctx, plan in zip(lengths, plans, strict=True):
-        needs = estimate(shards.as_one, n_ctx, min(n_ctx, settings.n_batch, settings.n_ubatch), **kept)
-        needs = replace(needs, compute_bytes=plan["compute_bytes"])
-        if (required := needs.must_fit_bytes + needs.kv.total) > available:
+    by_length = [replace(settings, n_ctx=n_ctx) for n_ctx in lengths]
+    plans = plan_memory(shards.paths[0], by_length)
+    for n_ctx, each, plan in zip(lengths, by_length, plans, strict=True):
+        needs = needs_of(shards.as_one, each, plan)
+        if (required := needs.must_fit_bytes + plan["kv_bytes"]) > available:
             needed = f"{n_ctx:,} tokens need {required:,} bytes beside the weights"
             return RuntimeFailure(n_ctx, "oom", f"{needed}, and {available:,} are free")
     return None

@@ -1,13 +1,11 @@
-"""The child process that `check` and `ChatTemplate` ask: ``python -m dfqs_nb.llama``.
-
-A hostile header can abort it, or ask for all memory: `parse` and `load` have a ceiling on address space.
-"""
+"""The child process that `check` and `ChatTemplate` ask, as a hostile file can abort it."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import random
+import signal
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -24,8 +22,7 @@ from dfqs_nb.llama.settings import OpenSettings
 CEILING_BYTES = 8 << 30  # of address space: a hostile header asks for more
 SMALL_CTX, PREFILL_TOKENS = 256, 8
 CLOCK = datetime(2026, 1, 1, 12)  # of a chat template
-MAX_CHARACTERS = 1 << 24  # of a rendered chat
-TEMPLATE_BYTES = 1 << 30  # of address space that a template may take
+MAX_CHARACTERS, TEMPLATE_BYTES = 1 << 24, 1 << 30  # of a rendered chat; of address space beside the import
 
 
 class GgufParams(ctypes.Structure):
@@ -74,26 +71,27 @@ def trial(job: dict[str, Any]) -> None:
         llama.eval(part)
         logits = np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(n_vocab,))
         if not np.isfinite(logits).all():
-            what = "the first decode gives logits that are not numbers"
             hint = "the weights are damaged: verify the file's hash, or get it again"
-            raise ModelError(what, where=job["path"], hint=hint)
+            raise ModelError(
+                "the first decode gives logits that are not numbers", where=job["path"], hint=hint
+            )
 
 
 def render(job: dict[str, Any]) -> dict[str, str]:
-    """Render one chat by llama-cpp-python's formatter: the text, or the fault; without a template, begin."""
+    """Render one chat by llama-cpp-python's formatter: the text, or the fault. A signal ends it in time."""
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     random.seed(0)
-    if not job["source"]:
-        used = psutil.Process().memory_info().vms  # by the import
-        child.limit_memory(used + TEMPLATE_BYTES)
-        return {"text": ""}
+    child.limit_memory(psutil.Process().memory_info().vms + TEMPLATE_BYTES)
+    signal.setitimer(signal.ITIMER_REAL, job["seconds"])
     try:
         formatter: Any = Jinja2ChatFormatter(job["source"], eos_token=job["eos"], bos_token=job["bos"])
         formatter.strftime_now = CLOCK.strftime
         text = formatter(**job["chat"]).prompt
     except Exception as error:  # the template is code: it may raise anything; Jinja raises its own errors
         return {"fault": (str(error) or type(error).__name__)[:300]}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     if len(text) > MAX_CHARACTERS:
         return {"fault": f"its text exceeds {MAX_CHARACTERS:,} characters"}
     return {"text": text}

@@ -11,9 +11,10 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch  # which puts back what it replaces
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.shards import Files, ShardSet
@@ -23,6 +24,9 @@ from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 
 DEBUG, WARNING, ERROR, CONTINUES = 1, 3, 4, 5  # ggml_log_level of ggml.h
 MAX_LINES, MAX_LINE = 500, 2000  # that are kept, and their characters: a model's name can have 100,000
+BUFFER = re.compile(r"(\S+) +(?:DSV4 \w+ )?(model|KV|RS|state|compute) buffer size = +([\d.]+) MiB")
+KINDS = {"model": "weights", "KV": "KV cache", "compute": "compute buffers"}
+HERE, HERE_NAMES = "in memory", re.compile(r"^(?:CPU|AMX|MTL)|_Host$")  # a Mac's GPU (MTL) has no other
 _NO_DEVICES = (ctypes.c_void_p * 1)()  # a list of devices that ends at once
 _building = threading.RLock()  # a context's parameters are set around its model's
 
@@ -59,28 +63,35 @@ LOG = LlamaLog()
 
 
 def loaded_facts(log: Sequence[str]) -> dict[str, Any]:
-    """Layers that ran on a GPU, and if weights were ``repacked`` for this processor. None: not logged.
-
-    >>> loaded_facts(["load_tensors: offloaded 5/9 layers to GPU"])["offloaded_layers"]
-    5
-    """
+    """Layers that ran on a GPU, and if weights were ``repacked`` for this processor. None: not logged."""
     text = "\n".join(log)
     layers = re.search(r"offloaded (\d+)/\d+ layers to GPU", text)
-    buffers = re.findall(r"(\S+) +model buffer size =", text)
+    names = re.findall(r"(\S+) +model buffer size =", text)
     return {
-        "offloaded_layers": int(layers[1]) if layers else 0 if buffers else None,
-        "repacked": any(re.search("REPACK|AMX|KLEIDIAI", name) for name in buffers) if buffers else None,
+        "offloaded_layers": int(layers[1]) if layers else 0 if names else None,
+        "repacked": bool(re.search("REPACK|AMX|KLEIDIAI", " ".join(names))) if names else None,
     }
 
 
+def buffers(log: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Bytes of weights, KV cache and compute buffers that llama.cpp logged, in memory and on each card."""
+    places = {HERE: dict.fromkeys(KINDS.values(), 0)}
+    for name, kind, mib in BUFFER.findall("\n".join(log)):
+        place = HERE if HERE_NAMES.search(name) else f"on {name}"
+        sizes = places.setdefault(place, dict.fromkeys(KINDS.values(), 0))
+        sizes[KINDS.get(kind, "KV cache")] += round(float(mib) * 2**20)
+    return places
+
+
 def planned_bytes(log: Sequence[str]) -> dict[str, int]:
-    """Add up llama.cpp's logged buffers: KV cache with its state, and compute buffers in this memory."""
-    text = "\n".join(log)
+    """What a `dry_run` logs: the whole KV cache and its state, compute buffers in memory, layers on cards."""
+    found, text, layers = buffers(log), "\n".join(log), loaded_facts(log)["offloaded_layers"]
     kv = re.findall(r": size = +([\d.]+) MiB \(| state buffer size = +([\d.]+) MiB", text)
-    compute = re.findall(r"(\S+) compute buffer size = +([\d.]+) MiB", text)
-    here = [size for name, size in compute if name.startswith("CPU") or re.search("_Host$|MTL", name)]
-    mebibytes = {"kv_bytes": [a or b for a, b in kv], "compute_bytes": here}
-    return {name: round(sum(map(float, sizes)) * 2**20) for name, sizes in mebibytes.items()}
+    return {
+        "kv_bytes": round(sum(float(cache or state) for cache, state in kv) * 2**20),
+        "compute_bytes": found[HERE]["compute buffers"],
+        "card_layers": layers if len(found) > 1 else 0,
+    }
 
 
 REFUSAL_HINTS = {  # by a word of llama.cpp's reason; the first that fits
@@ -89,6 +100,7 @@ REFUSAL_HINTS = {  # by a word of llama.cpp's reason; the first that fits
     "example) or lacks some: get a conversion made for llama.cpp",
     "key not found": "the file is in another dialect of its architecture: get a newer conversion",
     "quantized V cache": "pass flash_attn=True, or type_v='f16'",
+    "allocat": "close programs, or lower n_ctx, n_ubatch or n_gpu_layers (the layers on a GPU)",
     "": "inspect its header (02_inspect_header), or update llama-cpp-python",
 }
 
@@ -97,25 +109,12 @@ def refusal(path: str | Path) -> ModelError:
     """The error for a file that llama.cpp has just declined in an orderly way, from what it logged."""
     reason = reason_of(LOG.tail(40, ERROR)) or "no reason given"
     hint = next(hint for word, hint in REFUSAL_HINTS.items() if word in reason)
-    error = ModelError(f"{REFUSES}{reason}", where=path, hint=hint)
-    lines = [line for line in LOG.tail(40) if line.strip(" .")][-12:]
-    error.add_note("llama.cpp's last lines:\n  " + "\n  ".join(lines or ["(none)"]))
-    return error
+    cards = re.findall(r"using device (.* MiB free)", "\n".join(LOG.tail()))
+    free = f" ({', '.join(cards)})" if cards and "allocat" in reason else ""
+    return ModelError(f"{REFUSES}{reason}{free}", where=path, hint=hint)
 
 
 # ---- a model, and a plan of one ----
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Pass what the function ``owner.name`` returns through ``change``. It is put back, also on errors."""
-    with _building:
-        original = getattr(owner, name)
-        setattr(owner, name, lambda *arguments: change(original(*arguments)))
-        try:
-            yield
-        finally:
-            setattr(owner, name, original)
 
 
 def filled(params: Any, fields: Mapping[str, Any]) -> Any:
@@ -130,18 +129,21 @@ def default_params(model: Mapping[str, Any] | None = None, **context: Any) -> It
     """Make llama.cpp's default parameters of a model and of a context carry these while one is built."""
     import llama_cpp.llama_cpp as api
 
+    def changed(name: str, fields: Mapping[str, Any]) -> Any:
+        original = getattr(api, name)
+        return patch.object(api, name, lambda: filled(original(), fields))
+
     with (
-        _replaced(api, "llama_model_default_params", lambda params: filled(params, model or {})),
-        _replaced(api, "llama_context_default_params", lambda params: filled(params, context)),
+        _building,
+        changed("llama_model_default_params", model or {}),
+        changed("llama_context_default_params", context),
     ):
         yield
 
 
 def model_params(settings: OpenSettings) -> dict[str, Any]:
-    """llama.cpp's parameters of a model that ``llama_cpp.Llama`` does not take.
-
-    Without a layer on a GPU it gets no device: else it computes large batches on a GPU that it was built for.
-    """
+    """llama.cpp's parameters of a model that ``llama_cpp.Llama`` does not take."""
+    # without a device: else llama.cpp computes large batches on a GPU even if no layer is there
     devices = {} if settings.n_gpu_layers else {"devices": ctypes.addressof(_NO_DEVICES)}
     return {"use_extra_bufts": settings.use_extra_bufts, **devices}
 
@@ -160,10 +162,9 @@ def set_context(params: Any, settings: OpenSettings) -> Any:
 
 
 def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) -> Any:
-    """A ``llama_cpp.Llama`` of this model with exactly these settings, opened in this process.
+    """A ``llama_cpp.Llama`` of this model with exactly these settings, and its ``paging`` help, or None.
 
-    Its ``paging`` is the `Paging` help, or None. `ModelError`: llama.cpp refuses the file; it may also abort,
-    see `check.trial`. ``verbose``: standard error gets the assertion.
+    `ModelError`: llama.cpp refuses the file. It may also abort; ``verbose``: standard error gets the reason.
     """
     import llama_cpp
     import llama_cpp.llama_cpp as api
@@ -177,7 +178,7 @@ def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) 
         with (
             default_params(model_params(settings), **listening),
             # it would parse every chat template, and fail on any; we render them ourselves
-            _replaced(LlamaModel, "metadata", lambda metadata: {}),
+            patch.object(LlamaModel, "metadata", lambda _model: {}),
             paging.loading() if paging else contextlib.nullcontext(),
         ):
             llama: Any = llama_cpp.Llama(str(path), verbose=verbose, **fields, **context_fields(settings))
@@ -187,15 +188,13 @@ def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) 
     llama.paging = paging
     if paging is not None:
         llama._stack.callback(paging.close)
-        paging.start(sum(planned_bytes(LOG.tail()).values()))
+        sizes = buffers(LOG.tail())[HERE]
+        paging.start(sizes["KV cache"] + sizes["compute buffers"])
     return llama
 
 
 def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
-    """Bytes of KV cache and compute buffer that llama.cpp plans, without loading, in this process.
-
-    The file must have passed a `trial`. Raises `ModelError` for a refusal.
-    """
+    """What llama.cpp plans (see `planned_bytes`), without loading. Raises `ModelError` for a refusal."""
     import llama_cpp.llama_cpp as api
 
     LOG.install()
@@ -204,11 +203,10 @@ def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
     fields["no_alloc"] = True  # llama.cpp reads the header, builds the graph, and adds up
     params = filled(api.llama_model_default_params(), fields | model_params(settings))
     size = set_context(api.llama_context_default_params(), settings)
-    with contextlib.ExitStack() as stack:
-        model = api.llama_model_load_from_file(os.fsencode(path), params)
-        stack.callback(api.llama_model_free, model)
-        context = model and api.llama_init_from_model(model, size)
-        stack.callback(api.llama_free, context)
-        if not context:
-            raise refusal(path)
-        return planned_bytes(LOG.tail())
+    model = api.llama_model_load_from_file(os.fsencode(path), params)
+    context = model and api.llama_init_from_model(model, size)
+    api.llama_free(context)
+    api.llama_model_free(model)
+    if not context:
+        raise refusal(path)
+    return planned_bytes(LOG.tail())

@@ -1,7 +1,4 @@
-"""Will llama.cpp accept this file? Ask llama.cpp, in a child process (`__main__`), and keep the answer.
-
-This module imports nothing heavy: an answer that is kept takes milliseconds.
-"""
+"""Will llama.cpp accept this file? Ask it in a child process (`__main__`), and keep its answer."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import platform
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,33 +17,28 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import canonical_sha256
 from dfqs_nb.core.journal import holds, remembered
 from dfqs_nb.core.paths import outputs_dir
-from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits
+from dfqs_nb.gguf import placement
+from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits, estimate
+from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.llama.settings import OpenSettings
 
 MODULE, REFUSES = "dfqs_nb.llama", "llama.cpp refuses it: "
-TIMEOUT_SECONDS = 60.0
-TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 120.0, 1 / 50e6  # a slow disk
+TIMEOUT_SECONDS, TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 60.0, 120.0, 1 / 50e6  # a slow disk
 FIELDS: dict[str, dict[str, type]] = {  # of an answer that is kept
     "load": {"accepted": bool, "reason": str, "death": str},
-    "plan": {"kv_bytes": int, "compute_bytes": int},
+    "plan": {"kv_bytes": int, "compute_bytes": int, "card_layers": int},
     "trial": {},
 }
+MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap")
 OF_CONTEXT = {"n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed"}  # nothing of the file
-# Names of functions, and words that only pass an error on.
-_PREFIXES = re.compile(
-    r"^(?:(?:\w+|error loading model(?: hyperparameters| vocabulary)?|failed to initialize the context): )+"
-)
-_PASSED_ON = re.compile(
-    r"(?:llama_model_loader: )?failed to (?:load model(?: from .*)?|load GGUF split .*|read tensor data)"
-)
+# Names of functions and steps before a reason, and lines that only pass an error on.
+_PREFIXES = re.compile(r"^(?:(?:\w+|error loading model[ a-z]*|failed to initialize the context): )+")
+_PASSED_ON = re.compile(r"failed to (?:load model(?: from .*)?|load GGUF split .*|read tensor data)")
 
 
 def reason_of(log: Sequence[str]) -> str:
-    """The line that says why: an assertion, else the first error that does not just pass a failure on.
-
-    >>> reason_of(["gguf_init_from_file_ptr: failed to read magic", "x: error loading model: y"])
-    'failed to read magic'
-    """
+    """The line that says why: an assertion, else the first error that does not just pass a failure on."""
     lines = [_PREFIXES.sub("", child.SOURCE_FOLDER.sub("", line).strip()) for line in log]
     asserted = [line for line in lines if "GGML_ASSERT" in line or "fatal error" in line]
     telling = [line for line in lines if line and not _PASSED_ON.fullmatch(line)]
@@ -57,15 +50,14 @@ class Verdict:
     """llama.cpp's verdict on one file, by its parser or by its loader."""
 
     accepted: bool
-    reason: str = ""  # why not, without the names of functions and folders
+    reason: str = ""  # why not, without the names of functions and folders, and with the death
     death: str = ""  # the signal, or "timeout", that ended the process
 
     @property
     def sentence(self) -> str:
         """The loader's verdict for people."""
-        if self.accepted:
-            return "llama.cpp's loader takes this file"
-        return f"llama.cpp refuses this file: {self.reason}{f' ({self.death})' if self.death else ''}"
+        takes = "llama.cpp's loader takes this file"
+        return takes if self.accepted else f"llama.cpp refuses this file: {self.reason}"
 
 
 def parse(path: str | Path) -> Verdict:
@@ -84,10 +76,7 @@ def kept_verdict(files: Iterable[Path], ask: Callable[[], Verdict]) -> Verdict:
 
 
 def verdicts(paths: Sequence[str | Path], question: str = "load") -> list[Verdict]:
-    """Ask (``load`` or ``parse``) about files, in one process as long as they leave it alive.
-
-    Raises `ModelError` where llama-cpp-python is not installed, or does not run at all.
-    """
+    """Ask (``load`` or ``parse``) about files. A `ModelError`: llama-cpp-python does not run at all."""
     answers = list[Verdict]()
     with child.Worker(MODULE) as worker:
         for path in map(Path, paths):
@@ -101,7 +90,7 @@ def verdicts(paths: Sequence[str | Path], question: str = "load") -> list[Verdic
                     hint = "delete .venv and type `make run`: it installs llama-cpp-python again"
                     raise ModelError(what, hint=hint) from error
                 death = error.cause
-                reason = reason_of(error.log) or f"llama.cpp died ({death})"
+                reason = f"{reason_of(error.log) or 'llama.cpp died'} ({death})"
             except ModelError as error:
                 reason = error.what.removeprefix(REFUSES)
             reason = reason.replace(f"{path.parent.absolute()}{os.sep}", "")
@@ -119,22 +108,41 @@ def plan_memory(
     return list(answer["plans"])
 
 
-def trial(paths: Sequence[Path], settings: OpenSettings, needs: MemoryEstimate) -> MemoryEstimate:
-    """Plan, load and decode a model (its shards, first one first) in a child: 9 tokens, in a context of 256.
+def needs_of(
+    header: GGUFHeader, settings: OpenSettings, plan: Mapping[str, int] | None = None
+) -> MemoryEstimate:
+    """What a model (by the header of all its shards) takes of this memory under these settings.
 
-    Returns the estimate with llama.cpp's own figures. Raises `ModelError` where llama.cpp refuses the file,
-    dies on it, or computes logits that are not numbers, and `SpaceError` where cache and compute buffer
-    exceed the free memory.
+    With a ``plan`` of llama.cpp's (`build.dry_run`) compute buffers count, and layers on a card do not.
     """
-    path, fields = paths[0], settings.as_dict()
+    options = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
+    needs = estimate(header, settings.n_ctx, min(settings.n_batch, settings.n_ubatch), **options)
+    if plan is None:
+        return needs
+    weights, kv, n = needs.weights_bytes, needs.kv, max(1, header.n_layers)
+    if kv.exactness != "exact":
+        kv = KvCacheBytes([plan["kv_bytes"] // n] * n)
+    if plan["card_layers"]:
+        model, here = placement.Model(header), n + 1 - plan["card_layers"]  # the output is the last layer
+        weights = model.dense[-1] + sum(model.dense[:here]) + sum(model.experts[:here])  # and the embedding
+        kv = replace(kv, layers=kv.layers[:here])
+    resident = 0 if settings.use_mmap else weights
+    return MemoryEstimate(weights, resident, kv, settings.n_ctx, plan["compute_bytes"])
+
+
+def trial(shards: ShardSet, settings: OpenSettings) -> MemoryEstimate:
+    """Plan, load and decode a model in a child: 9 tokens, in a context of 256. Returns what it takes.
+
+    Raises `ModelError` where llama.cpp refuses the file, dies on it, or computes logits that are not numbers,
+    and `SpaceError` where cache and compute buffer exceed the free memory.
+    """
+    paths, path, fields = shards.paths, shards.paths[0], settings.as_dict()
     loads = {name: value for name, value in fields.items() if name not in OF_CONTEXT}
     job = {"question": "trial", "path": str(path), "settings": fields}
-    limit = TRIAL_SECONDS + needs.weights_bytes * TRIAL_SECONDS_PER_BYTE
+    limit = TRIAL_SECONDS + shards.nbytes * TRIAL_SECONDS_PER_BYTE
     with child.Worker(MODULE) as worker:
         plan = _kept("plan", paths, fields, lambda: plan_memory(path, [settings], worker)[0])
-        kv = needs.kv if needs.kv.exactness == "exact" else KvCacheBytes([plan["kv_bytes"]])
-        needs = replace(needs, kv=kv, compute_bytes=plan["compute_bytes"])
-        check_fits(needs, where=path)
+        check_fits(needs := needs_of(shards.as_one, settings, plan), where=path)
         _kept("trial", paths, loads, lambda: worker.run(job, where=path, timeout_seconds=limit))
     return needs
 
@@ -143,18 +151,13 @@ def _kept(
     question: str, paths: Sequence[Path], facts: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
     """What ``make`` answers, from a note if files, facts, llama.cpp and the machine are the same."""
-    folder, fields, made = outputs_dir() / ".llama_cpp", FIELDS[question], list[dict[str, Any]]()
-
-    def once() -> dict[str, Any]:
-        made[:] = made or [dict(make())]
-        return made[0]
-
+    fields, once = FIELDS[question], cache(lambda: dict(make()))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := outputs_dir() / ".llama_cpp").mkdir(parents=True, exist_ok=True)
         stats = [(os.path.realpath(path), Path(path).stat()) for path in paths]
         files = [(name, st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino) for name, st in stats]
         machine = [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES")]
-        same = {"files": files, "llama.cpp": _build(), "machine": machine, **facts}
+        same = {"files": files, "fields": list(fields), "llama.cpp": _build(), "machine": machine, **facts}
         name = canonical_sha256([question, [name for name, _ in stats], facts])[:24]
         answer = remembered(note := folder / f"{name}.json", same, once)
         if answer.get("accepted") is False:  # perhaps the machine was busy, or had no memory

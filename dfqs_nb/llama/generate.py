@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy: the most likely token, and the lowest id of equals.
-
-    ``top_k``, ``top_p``, ``min_p`` and ``seed`` count only above temperature 0; there is no repeat penalty.
-    """
+    """How tokens are chosen. Temperature 0: the most likely token, whatever the other fields are."""
 
     temperature: float = 0.0
     top_k: int = 40
@@ -38,8 +35,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
-BAR_SECONDS = 2.0  # an answer that takes longer gets a progress bar
-PROMPT_END = 16  # tokens, which hold any mark that begins a thinking
+BAR_SECONDS, PROMPT_END = 2.0, 16  # before a progress bar; tokens that hold any mark of thinking
 
 
 @dataclass(frozen=True)
@@ -65,14 +61,12 @@ def generate(
     stop: Sequence[str] = (),
     until: float = math.inf,
 ) -> Completion:
-    """Continue the prompt's tokens from a cleared context. Raises what `Model.evaluate` raises.
+    """Continue the prompt's tokens from a cleared context, until the time ``until`` (`time.monotonic`).
 
-    ``stop``: texts, which count only behind the thinking of a model that thinks. ``until``: the time by
-    `time.monotonic` behind which no further token is generated.
+    ``stop``: texts that end it, behind the thinking of a model that thinks. Errors: of `Model.evaluate`.
     """
-    text, reason, tokens = "", "length", list[int]()
+    text, reason, tokens, stops = "", "length", list[int](), [*filter(None, stop)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    stops = [mark for mark in stop if mark]
     end = b"".join(map(model.token_bytes, prompt[-PROMPT_END:])) if stops else b""
     opened = opens_thinking(end.decode("utf-8", "replace"))
     for token in _tokens(model, prompt, max_tokens, sampling):
@@ -88,8 +82,7 @@ def generate(
         if time.monotonic() > until:
             reason = "time"
             break
-    text += decoder.decode(b"", final=True)
-    return Completion(text, tuple(tokens), reason, len(prompt))
+    return Completion(text + decoder.decode(b"", final=True), tuple(tokens), reason, len(prompt))
 
 
 def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling) -> Iterator[int]:
@@ -108,26 +101,25 @@ def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling)
             logits = model.evaluate([token])
 
 
-def chat_prompt(model: Model, prompt: str, **variables: bool) -> list[int]:
-    """Token ids of `chat_text`, with at most one BOS."""
-    return model.with_bos(model.tokenize(chat_text(model, prompt, **variables)))
-
-
 def chat_text(model: Model, prompt: str, **variables: bool) -> str:
-    """The text of a chat in the model's own template, up to where the answer begins.
+    """The text of a chat in the model's own template, or `PLAIN_CHAT`, up to where the answer begins.
 
-    A file without a template, as a base model's, gets the prompt in `PLAIN_CHAT`. A template may ask for
-    ``variables``, such as ``enable_thinking``. Raises `ModelError` when it fails, or leaves the prompt out.
+    A template may ask for ``variables``, such as ``enable_thinking``. `ModelError`: it fails, or leaves the
+    prompt out.
     """
-    if not model.has_template:
-        return PLAIN_CHAT.replace("{prompt}", prompt)
-    return model.template.render(prompt, variables)
+    plain = PLAIN_CHAT.replace("{prompt}", prompt)
+    return model.template.render(prompt, variables) if model.has_template else plain
+
+
+def chat_prompt(model: Model, prompt: str) -> list[int]:
+    """Token ids of `chat_text`, with at most one BOS."""
+    return model.with_bos(model.tokenize(chat_text(model, prompt)))
 
 
 def chat(
     model: Model, prompt: str, max_tokens: int = 256, sampling: Sampling = GREEDY, until: float = math.inf
 ) -> Completion:
-    """The answer to a chat in the model's own template, greedy by default; options as `generate`."""
+    """The answer to a chat in the model's own template; options as `generate`."""
     stop = () if model.has_template else (PLAIN_STOP,)
     return generate(model, chat_prompt(model, prompt), max_tokens, sampling, stop, until)
 
@@ -156,20 +148,12 @@ MARKS += [("[THINK]", "[/THINK]")]
 
 
 def opens_thinking(prompt: str) -> bool:
-    r"""Whether a rendered prompt ends with the mark that begins a thinking, as some templates do.
-
-    >>> opens_thinking("<|Assistant|><think>\n"), opens_thinking("<|Assistant|>")
-    (True, False)
-    """
+    """Whether a rendered prompt ends with the mark that begins a thinking, as some templates do."""
     return prompt.rstrip().endswith(tuple(opening for opening, _ in MARKS))
 
 
 def answer_start(text: str, opened: bool = False) -> int | None:
-    """Where the answer begins: behind the last thinking, which the prompt may have opened; None within it.
-
-    >>> answer_start("<think>12?</think>12"), answer_start("It is 12."), answer_start("<think>so maybe")
-    (18, 0, None)
-    """
+    """Where the answer begins: behind the last thinking, which the prompt may have opened; None within it."""
     start = max((at + len(end) for _, end in MARKS if (at := text.rfind(end)) >= 0), default=0)
     inside = any(text.find(opening, start) >= 0 for opening, _ in MARKS)
     return None if inside or (opened and not start) else start

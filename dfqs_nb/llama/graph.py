@@ -1,7 +1,7 @@
 """llama.cpp's graph, seen through ctypes: its tensors, and a watch on its routers.
 
-llama.cpp asks a callback (``cb_eval``) about every node of its graph. A watch says yes to one node a layer,
-``ffn_moe_topk`` (of ``build_moe_ffn`` in llama.cpp's src/llama-graph.cpp), where the graph then stops.
+llama.cpp asks a callback (``cb_eval``) about every node of its graph, and stops behind those that it wants: a
+layer's ``ffn_moe_topk`` (of ``build_moe_ffn`` in llama.cpp's src/llama-graph.cpp).
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ class Tensor(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("name", ctypes.c_char * 64),
     ]
-
-
-NAME_OFFSET = Tensor.name.offset
 
 
 @functools.cache
@@ -79,9 +76,8 @@ class Router:
     """One layer's router: the node with the ids that it chose, and what must lie where for it to hold."""
 
     def __init__(self, address: int) -> None:
-        self.ids = View(address)
+        self.ids, self.stopped = View(address), False
         self.layer = int(self.ids.name.rsplit(b"-", 1)[1])
-        self.stopped = False
         self.marks = [(self.ids.tensor, self.ids.name)]
 
 
@@ -128,8 +124,12 @@ class Watch(dict[int, bool]):
                 router.stopped = not router.stopped
                 if not router.stopped:
                     self._chosen(router)
-            elif self._first not in (0, address):
-                router = self._learn(address)
+            elif self._first not in (0, address):  # met for the first time
+                if ctypes.string_at(address + Tensor.name.offset, len(_TOPK)) == _TOPK:
+                    router = self._routers[address] = self._router(address)
+                    router.stopped = True
+                else:
+                    self[address] = False
             else:
                 marks = (mark for known in self._routers.values() for mark in known.marks)
                 if not all(tensor.name == name for tensor, name in marks):
@@ -139,15 +139,6 @@ class Watch(dict[int, bool]):
         except Exception as error:
             self._error = error
         return router is not None
-
-    def _learn(self, address: int) -> Router | None:
-        """A node by its name; None where llama.cpp need not stop."""
-        if ctypes.string_at(address + NAME_OFFSET, len(_TOPK)) != _TOPK:
-            self[address] = False
-            return None
-        router = self._routers[address] = self._router(address)
-        router.stopped = True
-        return router
 
     def _router(self, address: int) -> Router:
         return Router(address)

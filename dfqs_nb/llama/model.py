@@ -21,21 +21,20 @@ from dfqs_nb.core.display import heartbeat
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.gguf.facts import require_model
-from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate
+from dfqs_nb.gguf.memory import check_fits
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama import check
-from dfqs_nb.llama.build import LOG, WARNING, build_llama, loaded_facts
+from dfqs_nb.llama.build import LOG, WARNING, buffers, build_llama, loaded_facts
 from dfqs_nb.llama.graph import ggml_function, interrupts_held
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 
 Floats = NDArray[np.float32]
 TOLERANCE = 1e-2  # of a logit, at a quarter of the tokens; the logits of a vocabulary spread over about 2
-MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap")
 PLAIN_CHAT = "Question: {prompt}\nAnswer:"  # what a file without a chat template is asked
+PLAIN_STOP = "\nQuestion:"  # there a base model would ask itself the next question
 SECONDS, START_SECONDS = 10.0, 120.0  # of a template's prompt, and of its child's start
 PLAIN = "use a file with a sound chat template"
-PLAIN_STOP = "\nQuestion:"  # there a base model would ask itself the next question
 HARMLESS = re.compile(r"full capacity of the model will not be utilized")  # a warning: of n_ctx, as asked for
 
 
@@ -65,24 +64,26 @@ class SavedState(NamedTuple):
 
 
 @dataclass(repr=False)
-class Model:
+class Model(contextlib.AbstractContextManager["Model"]):
     """An open model. Close it (or use it in a ``with`` block) to free its memory.
 
-    It has also ``path``, its first file; ``header``, of all shards; ``n_vocab``; ``n_past``, the tokens in
-    the context now; ``bos``, the token that begins every text (-1: none does); ``has_template``: without one
-    in the file, a chat's prompt goes into `PLAIN_CHAT`.
+    ``path``: its first file. ``header``: of all shards. ``n_past``: tokens in the context now. ``bos``: the
+    token that begins every text (-1: none does). Without ``has_template`` it is asked in `PLAIN_CHAT`.
     """
 
     llama: Any  # llama-cpp-python's `Llama`; None when closed
     shards: ShardSet
     settings: OpenSettings
-    memory: MemoryEstimate  # with llama.cpp's own figures after a trial
+    buffers: dict[str, dict[str, int]]  # bytes by place and kind, as llama.cpp logged them
     load_seconds: float
     loaded: dict[str, Any] = field(default_factory=dict)  # `loaded_facts`, and ``paging``, a sentence
-    paging: Paging | None = None  # None where it is not wanted
+    paging: Paging | None = None
     warnings: tuple[str, ...] = ()  # of llama.cpp while it loaded the model, and ours
 
     def __post_init__(self) -> None:
+        import llama_cpp.llama_cpp as api
+
+        self.api: Any = api
         self.path, self.header = self.shards.paths[0], self.shards.as_one
         source, vocabulary = self.header.text("tokenizer.chat_template"), self.llama._model
         special = self.llama.token_bos(), self.llama.token_eos()
@@ -95,9 +96,6 @@ class Model:
         """In a notebook: the file's name, without the folders of this machine."""
         how = f"n_ctx={self.settings.n_ctx}, n_threads={self.settings.n_threads}"
         return f"Model({self.path.name}, {self.header.architecture}, {how}{'' if self.llama else ', closed'})"
-
-    def __enter__(self) -> Model:
-        return self
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
@@ -114,8 +112,6 @@ class Model:
             raise ModelError("the model is closed", where=self.path, hint="open it again")
         return self.llama
 
-    # ---- tokens ----
-
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of ``text``, without a BOS; ``special``: the text of a control token is that token."""
         raw = text.encode("utf-8", "replace")  # a lone surrogate becomes "?"
@@ -128,21 +124,15 @@ class Model:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token's text; control tokens have none."""
-        from llama_cpp import llama_token_to_piece as piece_of  # `Llama.detokenize` cuts at 32 bytes
-
-        vocab = self._open()._model.vocab
+        piece_of, vocab = self.api.llama_token_to_piece, self._open()._model.vocab
         size = -piece_of(vocab, token, None, 0, 0, False)  # the room that it asks for
-        buffer = ctypes.create_string_buffer(size)
+        buffer = ctypes.create_string_buffer(size)  # `Llama.detokenize` cuts at 32 bytes
         piece_of(vocab, token, buffer, size, 0, False)
         return buffer.raw
 
     def ends(self, token: int) -> bool:
         """Whether this token ends a generation."""
-        import llama_cpp
-
-        return bool(llama_cpp.llama_vocab_is_eog(self._open()._model.vocab, token))
-
-    # ---- evaluation ----
+        return bool(self.api.llama_vocab_is_eog(self._open()._model.vocab, token))
 
     def clear(self) -> None:
         """Empty the context, wholly: ``deepseek4`` refuses to forget a part of it."""
@@ -150,15 +140,10 @@ class Model:
         self.n_past = 0
 
     def decode(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens after those in the context, without fetching logits.
-
-        Raises `ContextFullError` when they do not fit in ``n_ctx``, and `DecodeError` when llama.cpp fails.
-        """
-        import llama_cpp
-
+        """Evaluate tokens after those in the context; a `ContextFullError` where they do not fit in it."""
         for _ in self._batches(tokens):
             pass
-        llama_cpp.llama_synchronize(self.llama.ctx)  # a GPU works on its own
+        self.api.llama_synchronize(self.llama.ctx)  # a GPU works on its own
 
     def evaluate(self, tokens: Sequence[int]) -> Floats:
         """As `decode`; the logits after the last token, float32 ``(n_vocab,)``, or `NanLogitsError`."""
@@ -171,10 +156,7 @@ class Model:
         return logits
 
     def logits(self, tokens: Sequence[int]) -> Iterator[Floats]:
-        """As `decode`, and yield the logits after each token, in chunks of at most ``n_batch`` tokens.
-
-        Each chunk is a view, float32 ``(n, n_vocab)``, that the next one overwrites: copy what you keep.
-        """
+        """As `decode`; yields the logits after each token, up to ``n_batch`` rows that the next overwrite."""
         for n in self._batches(tokens, every_logit=True):
             yield np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(n, self.n_vocab))
 
@@ -190,10 +172,8 @@ class Model:
 
     def _batches(self, tokens: Sequence[int], *, every_logit: bool = False) -> Iterator[int]:
         """One ``llama_decode`` after another, with logits for each token or the last; yields their sizes."""
-        import llama_cpp.llama_cpp as api
-
         self.check_room(tokens)
-        llama = self._open()
+        llama, api = self._open(), self.api
         for start in range(0, len(tokens), self.settings.n_batch):
             part = tokens[start : start + self.settings.n_batch]
             if self.paging is not None:
@@ -216,29 +196,20 @@ class Model:
             self.n_past += n
             yield n
 
-    # ---- the state of the sequence ----
-
     def save(self) -> SavedState:
         """Copy the context's state, so that several questions can follow one evaluated text."""
-        import llama_cpp.llama_cpp as api
-
-        size = api.llama_state_seq_get_size(self._open().ctx, 0)
-        data = (ctypes.c_uint8 * size)()
-        if size == 0 or api.llama_state_seq_get_data(self.llama.ctx, data, size, 0) != size:
+        data = (ctypes.c_uint8 * self.api.llama_state_seq_get_size(self._open().ctx, 0))()
+        if not data or self.api.llama_state_seq_get_data(self.llama.ctx, data, len(data), 0) != len(data):
             raise DecodeError("llama.cpp does not give its state", where=self.path, hint="use reuse=False")
         return SavedState(self.n_past, data)
 
     def restore(self, state: SavedState) -> None:
         """Put a saved state back; the tokens evaluated since are forgotten."""
-        import llama_cpp.llama_cpp as api
-
         self.clear()
         size = len(state.data)
-        if api.llama_state_seq_set_data(self.llama.ctx, state.data, size, 0) != size:
+        if self.api.llama_state_seq_set_data(self.llama.ctx, state.data, size, 0) != size:
             raise DecodeError("llama.cpp refuses its own state", where=self.path, hint="use reuse=False")
         self.n_past = state.n_tokens
-
-    # ---- what answers are kept under ----
 
     def sha256(self) -> str:
         """SHA-256 of the model, of all its shards one after another."""
@@ -246,11 +217,9 @@ class Model:
 
     def conditions(self) -> dict[str, Any]:
         """What a measurement with this model depends on, beside the model and the prompts; closed, too."""
-        import llama_cpp
-
         return {
             "runtime": f"llama-cpp-python {llama_version()}",
-            "system_info": llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip(),
+            "system_info": self.api.llama_print_system_info().decode("utf-8", "replace").strip(),
             **self.settings.as_dict(),
             "paging": "on" if self.paging else "off",
             "offloaded_layers": self.loaded.get("offloaded_layers"),
@@ -262,32 +231,30 @@ class Model:
 def open_model(model: Files, settings: OpenSettings | None = None, *, trial: bool = True) -> Model:
     """Check a model's files, its memory and its first decode, and only then open it in this process.
 
-    ``model``: see `shards.Files`. Without a ``trial`` in a child it can end this process. A RuntimeWarning
-    tells that weights exceed the free memory, or what llama.cpp warns of.
-
-    Raises `HeaderError` or `ShardError` for an incomplete file, `SpaceError` where KV cache and compute
-    buffer exceed the free memory, and `ModelError` where llama.cpp refuses it, dies on it, or computes NaN.
+    ``model``: see `shards.Files`. Without a ``trial`` it can end this process. A RuntimeWarning: weights
+    exceed the free memory, or llama.cpp warns. Errors: of `open_shards` and `check.trial`.
     """
-    settings = settings or OpenSettings()
-    shards = open_shards(model)
+    settings, shards = settings or OpenSettings(), open_shards(model)
     header, first = shards.as_one, shards.paths[0]
     require_model(header)
-    kept = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
-    needs = estimate(header, settings.n_ctx, min(settings.n_batch, settings.n_ubatch), **kept)
+    needs = check.needs_of(header, settings)
     # a certain shortage is refused early; llama.cpp's own plan judges others, and a GPU has its own memory
     certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
     slow = check_fits(needs, where=first) if certain else ""
     if trial:
         with heartbeat(f"trying {first.name}", shards.nbytes):
-            needs = check.trial(shards.paths, settings, needs)
+            slow = check_fits(check.trial(shards, settings), where=first)
     started = time.perf_counter()
     with heartbeat(f"loading {first.name}", shards.nbytes):
         llama = build_llama(shards, settings)
-    seconds = time.perf_counter() - started
-    opened = Model(llama, shards, settings, needs, seconds, loaded_facts(LOG.tail()), llama.paging)
-    opened.warnings = _warnings(opened)
-    parts = "; ".join(llama.paging.parts) if llama.paging else ""
-    help_ = f"paging help is on ({parts}). paging='off' opens without it" if parts else ""
+    seconds, log = time.perf_counter() - started, LOG.tail()
+    opened = Model(llama, shards, settings, buffers(log), seconds, loaded_facts(log), llama.paging)
+    lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(level=WARNING)]
+    texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
+    if not opened.has_template:
+        texts.append(f"it has no chat template, as base models: a prompt is asked as {PLAIN_CHAT!r}")
+    opened.warnings = tuple(dict.fromkeys(texts))
+    help_ = llama.paging.sentence if llama.paging else ""
     opened.loaded["paging"] = help_ or "no help needed, wanted or possible here"
     own = [f"{first.name}: {text}" for text in opened.warnings]
     for text in filter(None, (". ".join(filter(None, (slow, help_))), *own)):
@@ -295,57 +262,40 @@ def open_model(model: Files, settings: OpenSettings | None = None, *, trial: boo
     return opened
 
 
-def _warnings(model: Model) -> tuple[str, ...]:
-    """What llama.cpp warned of while it loaded the model, each line once, and what we have to say."""
-    lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(level=WARNING)]
-    texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
-    if not model.has_template:
-        texts.append(f"it has no chat template, as base models: a prompt is asked as {PLAIN_CHAT!r}")
-    return tuple(dict.fromkeys(texts))
-
-
 # ---- its chat template ----
 
 
 class ChatTemplate:
-    """A model's chat template, with the texts of its tokens; ``where``: its file, for messages.
+    """A model's chat template: its author's code, so a child renders it in a sandbox, with limits.
 
-    It is code of the file's author, so a child renders it, in Jinja's sandbox, with limits on time, memory
-    and length. A prompt is the same in every run: clock and random choices repeat.
+    A prompt is the same in every run: clock and random choices repeat. ``where``: its file, for messages.
     """
 
     def __init__(self, source: str, bos: str, eos: str, where: Path) -> None:
         self._job = {"question": "render", "source": source, "bos": bos, "eos": eos}
         self._worker, self._lock, self.where = child.Worker("dfqs_nb.llama"), threading.Lock(), where
-        self._started = False
-        self._fault = ""  # that of a child that had to be killed: no other prompt waits for that long
+        self._fault = ""  # of a child that died: no other prompt waits for that long
 
     def render(self, question: str, variables: Mapping[str, bool] | None = None) -> str:
-        """The text of a chat, up to where the answer begins; see `generate.chat_text`.
-
-        Raises `ModelError`, also when the template exceeds its limits of time, memory and length.
-        """
+        """As `generate.chat_text`; a `ModelError` also when the template exceeds its limits."""
         chat = {"messages": [{"role": "user", "content": question}], **(variables or {})}
+        job, limit = {**self._job, "seconds": SECONDS, "chat": chat}, START_SECONDS + SECONDS
         with self._lock:
             answer = {"fault": self._fault}
             try:
                 if not self._fault:
-                    if not self._started:  # a busy machine needs longer for that than a template may take
-                        nothing = {**self._job, "source": "", "chat": {"messages": []}}
-                        self._worker.run(nothing, timeout_seconds=START_SECONDS)
-                        self._started = True
-                    answer = self._worker.run({**self._job, "chat": chat}, timeout_seconds=SECONDS)
+                    answer = self._worker.run(job, timeout_seconds=limit)
             except child.ChildDied as error:
-                limit = f"{SECONDS:.0f} seconds" if error.cause == "timeout" else "memory"
-                answer["fault"] = self._fault = f"it exceeds its limit of {limit}"
+                late = error.cause in ("SIGALRM", "timeout")
+                self._fault = f"it exceeds its limit of {f'{SECONDS:.0f} seconds' if late else 'memory'}"
+                answer["fault"] = self._fault
         if (text := answer.get("text")) is None:
             raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
         at = 0  # a template may quote the question, or strip its lines: its words must be there, in order
         for word in re.findall(r"\w+", question):
             at = text.find(word, at) + len(word)
             if at < len(word):
-                what = "its chat template leaves out the question"
-                raise ModelError(what, where=self.where, hint=PLAIN)
+                raise ModelError("its chat template leaves out the question", where=self.where, hint=PLAIN)
         return text
 
     def close(self) -> None:
@@ -385,13 +335,15 @@ def check_reuse(model: Model, text: Sequence[int], question: Sequence[int]) -> R
 
     Both evaluate the text first, then the question: other calls would round differently, saved state or not.
     """
+
+    def logits() -> Floats:
+        return np.concatenate([rows.copy() for rows in model.logits(question)])
+
     model.clear()
     model.decode(text)
-    state = model.save()
-    fresh = np.concatenate([rows.copy() for rows in model.logits(question)])
+    state, fresh = model.save(), logits()
     model.restore(state)
-    reused = np.concatenate([rows.copy() for rows in model.logits(question)])
+    moved, n = np.abs(fresh - logits()).max(axis=1), len(question)
     model.clear()
-    moved, n = np.abs(fresh - reused).max(axis=1), len(question)
     n_close = int((moved <= TOLERANCE).sum())
     return ReuseCheck(len(text), n, n_close, float(moved.max()), len(text) + 2 * n)

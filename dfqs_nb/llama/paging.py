@@ -1,7 +1,6 @@
-"""Help for a file larger than memory: read what a token needs before it is asked for, and nothing else.
+"""Help for a file larger than memory: dense weights are locked, and a router's choice is read at once.
 
-The dense weights are locked into memory, and each router's choice is read as soon as it is known. No result
-changes. How it works, numbers, and what did not pay: docs/paging.md.
+No result changes. How it works, numbers, and what did not pay: docs/paging.md.
 """
 
 from __future__ import annotations
@@ -36,28 +35,26 @@ WHOLE_SHARE = 0.7  # of a layer's experts chosen, from which on the kernel's own
 
 
 class Paging:
-    """The help for one model, while it is open.
-
-    ``parts``: what is on, and what the system does not allow, for people. ``pinned_bytes``: of dense weights
-    locked into memory.
-    """
+    """The help for one model, while it is open; ``pinned_bytes`` of its dense weights are locked."""
 
     def __init__(self, shards: ShardSet) -> None:
         self.paths, self.layout = shards.paths, Layout.of(shards.headers)
-        self.parts, self.pinned_bytes = list[str](), 0
+        self.pinned_bytes, self._parts = 0, list[str]()
         self._files, self._window, self._pins = list[int](), list[int](), list[np.ndarray]()
         self._watch: Watch | None = None
         void, number = ctypes.c_void_p, ctypes.c_size_t
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, number, number)
 
-    # ---- around the load ----
+    @property
+    def sentence(self) -> str:
+        """What is on, and what the system does not allow."""
+        return f"paging help is on ({'; '.join(self._parts)}). paging='off' opens without it"
 
     @classmethod
     def of(cls, model: Files, settings: OpenSettings) -> Paging | None:
         """The help, if asked for, or if weights exceed the free memory; None where it cannot work."""
         copied = settings.use_extra_bufts or not settings.use_mmap  # not read from the mapped file
-        on_card = settings.n_gpu_layers and has_gpu_support()
-        if settings.paging == "off" or copied or on_card or not LINUX:
+        if settings.paging == "off" or copied or not LINUX or (settings.n_gpu_layers and has_gpu_support()):
             return None
         shards = open_shards(model)
         fits = shards.nbytes <= available_memory().available_bytes
@@ -69,9 +66,8 @@ class Paging:
         libc = ctypes.CDLL(None)
         locked = may_lock() is None and libc.mlockall(MCL_FUTURE | MCL_ONFAULT) == 0
         if not locked:
-            self.parts.append(
-                "opening reads the whole file once (run as root, or with `ulimit -l unlimited`)"
-            )
+            how = "(run as root, or with `ulimit -l unlimited`)"
+            self._parts.append(f"opening reads the whole file once {how}")
         try:
             yield
         finally:
@@ -86,7 +82,7 @@ class Paging:
             return {}
         self._watch = Watch() if watch is None else watch
         self._watch.listeners.append(self.chosen)
-        self.parts.append("routers' choices are read at once")
+        self._parts.append("routers' choices are read at once")
         return {"cb_eval": self._watch.callback}
 
     def start(self, buffers: int) -> None:
@@ -94,8 +90,8 @@ class Paging:
         self._files = [os.open(path, os.O_RDONLY) for path in self.paths]
         self._window = [window_bytes(file) for file in self._files]
         memory, limit, total = available_memory(), may_lock(), self.layout.dense_bytes
-        room = memory.available_bytes - buffers - round(SPARE_SHARE * memory.total_bytes)
-        room = max(0, room - self.layout.token_bytes)
+        used = buffers + self.layout.token_bytes + round(SPARE_SHARE * memory.total_bytes)
+        room = max(0, memory.available_bytes - used)
         room = room if limit is None else min(room, limit)
         lock = ctypes.CDLL(None).mlock
         lock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -115,7 +111,7 @@ class Paging:
                         self.pinned_bytes += end - start
         locked = f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory"
         hint = " (raise `ulimit -l`, close other programs, or lower n_ctx)"
-        self.parts.append(locked + hint * (self.pinned_bytes < 0.99 * total))
+        self._parts.append(locked + hint * (self.pinned_bytes < 0.99 * total))
 
     def close(self) -> None:
         """Give back what is locked and open."""
@@ -125,15 +121,12 @@ class Paging:
             os.close(file)
         self._pins, self._files = [], []
 
-    # ---- while tokens are evaluated ----
-
     def before(self, tokens: Sequence[int]) -> None:
         """Read the experts of the layers that route by token, before the tokens are evaluated."""
         if self._watch is None or not self._files:
             return
         if (error := self._watch._error) is not None:
-            what = f"the paging help failed ({error})"
-            raise ModelError(what, hint="open the model with paging='off'") from error
+            raise ModelError(f"the paging help failed ({error})", hint="open with paging='off'") from error
         for layer, (file, start, used) in self.layout.tables.items():
             places = [start + 4 * used * token for token in set(tokens)]
             rows = [os.pread(self._files[file], 4 * used, place) for place in places if place >= start]
@@ -156,25 +149,21 @@ class Paging:
 
     def _read(self, layer: int, experts: np.ndarray) -> None:
         """Read these experts in the order of use; most of a layer is left to the kernel."""
-        parts = self.layout.experts.get(layer, ())
-        if not parts or not len(experts) or len(experts) > WHOLE_SHARE * parts[0].n:
-            return
-        for part in parts:
-            for expert in experts.tolist():
+        for part in self.layout.experts.get(layer, ()):
+            for expert in experts.tolist() if len(experts) <= WHOLE_SHARE * part.n else ():
                 start = part.start + expert * part.slice_bytes
                 advise_read(self._files[part.file], start, start + part.slice_bytes, self._window[part.file])
 
 
 def may_lock() -> int | None:
-    """Bytes that this process may lock; None: no limit.
-
-    The root of a user namespace (rootless containers) has every capability, and the limit holds all the same.
-    """
+    """Bytes that this process may lock; None: no limit."""
     import resource
 
     status, users = Path("/proc/self/status").read_text(), Path("/proc/self/ns/user")
     capable = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
-    own = users.exists() and users.stat().st_ino != FIRST_USERS
+    own = (
+        users.exists() and users.stat().st_ino != FIRST_USERS
+    )  # a root for whom the limit holds all the same
     if capable and int(capable[1], 16) >> CAP_IPC_LOCK & 1 and not own:
         return None
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]

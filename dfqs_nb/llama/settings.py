@@ -14,18 +14,13 @@ from dfqs_nb.gguf.types import TENSOR_TYPES
 
 # ggml_type of the KV cache types, from ggml.h
 GGML_TYPES = {name.lower(): code for code, (name, *_) in TENSOR_TYPES.items() if name.lower() in CACHE_TYPES}
-MAX_CTX = 2**31 - 256
-SMALL_MODEL_BYTES = 64 << 20
+MAX_CTX, SMALL_MODEL_BYTES = 2**31 - 256, 64 << 20
 CHOICES = {"type_k": tuple(GGML_TYPES), "type_v": tuple(GGML_TYPES), "paging": ("auto", "on", "off")}
 
 
 @dataclass(frozen=True)
 class OpenSettings:
-    """How a model is opened: every field is a condition of what is measured with it.
-
-    ``paging``: the help for a file larger than memory (`llama.paging`), ``auto`` (where it is larger), ``on``
-    or ``off``. Raises `ModelError` for a count out of range, and for another word.
-    """
+    """How a model is opened: conditions of what is measured. `ModelError`: a value that there is not."""
 
     n_ctx: int = 4096  # tokens of context
     n_batch: int = 512  # tokens handed over at once in prefill
@@ -41,12 +36,11 @@ class OpenSettings:
     # repacked weights are a second copy in memory, and crash on CPUs with AMX (ggml-org/llama.cpp#20824)
     use_extra_bufts: bool = False
     swa_full: bool = False  # all tokens in sliding-window layers: llama.cpp's True multiplies the cache
-    paging: str = "auto"
+    paging: str = "auto"  # the help for a file larger than memory: where it is larger (auto), on or off
 
     def __post_init__(self) -> None:
-        threads = self.n_threads or usable_cores()
-        object.__setattr__(self, "n_threads", threads)
-        object.__setattr__(self, "n_threads_batch", self.n_threads_batch or threads)
+        object.__setattr__(self, "n_threads", self.n_threads or usable_cores())
+        object.__setattr__(self, "n_threads_batch", self.n_threads_batch or self.n_threads)
         for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch"):
             if not 1 <= getattr(self, name) <= MAX_CTX:
                 raise ModelError(f"{name} is {getattr(self, name):,}", hint=f"use 1 to {MAX_CTX:,}")
@@ -84,9 +78,12 @@ def own_context(header: GGUFHeader) -> int:
 
 
 def has_gpu_support() -> bool:
-    """Whether this build of llama.cpp, on this machine, can put layers on a GPU."""
+    """Whether llama.cpp finds a GPU here that it was built for."""
     import llama_cpp
 
+    from dfqs_nb.llama.build import LOG
+
+    LOG.install()  # the first call starts the GPUs' libraries, which log what they find
     return bool(llama_cpp.llama_supports_gpu_offload())
 
 

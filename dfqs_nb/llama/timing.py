@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, isnan, nan
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import psutil
 
 from dfqs_nb.core.budget import duration, fit
@@ -17,14 +17,11 @@ from dfqs_nb.core.display import quoted, size, tqdm
 from dfqs_nb.core.machine import Disk, available_memory, watched_load
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.placement import Layout
+from dfqs_nb.llama.build import HERE
 from dfqs_nb.llama.model import Model
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 PROBE_PROMPT, PROBE_ANSWER, PROBE_SECONDS = 16, 4, 10.0  # of the probe, and of every warm-up
-PROMPT_TOKENS = 32  # of a short question in its template
-METRIC_DEPTH = 512  # of ``cpu_tokens_per_sec``
+PROMPT_TOKENS, METRIC_DEPTH = 32, 512  # of a short question in its template; of ``cpu_tokens_per_sec``
 NAMES = {"n_answers": "answers", "max_tokens": "tokens of an answer", "depths": "timed depths"}
 NAMES |= {"n_tokens": "timed tokens", "repetitions": "timed repetitions"}
 # what a plan that exceeds its budget gives up, in this order
@@ -54,25 +51,14 @@ def seconds_of(model: Model, batches: Iterable[Sequence[int]]) -> float:
     return time.perf_counter() - started
 
 
-def rounds(n: int, seconds: float = inf) -> Iterator[int]:
-    """Count up to ``n`` rounds while another one should end within these seconds; the first always runs."""
-    began = time.monotonic()
-    for done in tqdm(range(n), desc="timing", leave=False):
-        if done and (time.monotonic() - began) * (done + 1) / done > seconds:
-            break
-        yield done
-
-
 def probe(model: Model) -> Pace:
     """Time a few tokens after a warm-up, twice unless that takes long; the faster time counts."""
-    best = measure_speed(model, [PROBE_PROMPT], PROBE_ANSWER, 2, seconds=PROBE_SECONDS)["max"]
-    return Pace(*(1 / best))
+    return Pace(*(1 / measure_speed(model, [PROBE_PROMPT], PROBE_ANSWER, 2, seconds=PROBE_SECONDS)["max"]))
 
 
 def random_tokens(model: Model, n: int, seed: int = 42) -> list[int]:
     """Seeded tokens of the vocabulary."""
-    tokens: list[int] = np.random.default_rng(seed).integers(0, model.n_vocab, n).tolist()
-    return tokens
+    return [int(token) for token in np.random.default_rng(seed).integers(0, model.n_vocab, n)]
 
 
 def measure_speed(
@@ -86,13 +72,9 @@ def measure_speed(
     """Time prefill of as many seeded random tokens as each depth, then decode of ``n_tokens`` one by one.
 
     No token is sampled, and each repetition starts from a cleared context, after a warm-up. A depth has fewer
-    repetitions if they do not fit in its share of the ``seconds``. Its tokens must fit in ``n_ctx``.
-
-    A row a depth and ``phase`` (prefill, decode): ``depth``, ``n_threads``, ``repetitions``, ``tokens``;
-    tokens a second as ``median``, ``min``, ``max`` and ``values`` in order; ``other_cores`` that other
-    programs used, and whether that was enough to slow it (``contended``).
+    repetitions if they do not fit in its share of the ``seconds``. A row a depth and ``phase``, in tokens a
+    second, with the ``other_cores`` that other programs used; ``contended``: enough to slow it.
     """
-    import pandas as pd
 
     def time_once(prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:
         model.clear()
@@ -100,19 +82,21 @@ def measure_speed(
 
     rows, depths = [], list(depths)
     for depth in depths:
-        tokens = random_tokens(model, depth + n_tokens, seed)
-        prompt, forced = tokens[:depth], tokens[depth:]
         model.clear()
-        model.check_room(tokens)
+        model.check_room(tokens := random_tokens(model, depth + n_tokens, seed))
+        prompt, forced = tokens[:depth], tokens[depth:]
         time_once(prompt[:PROBE_PROMPT], forced[:PROBE_ANSWER])
+        began, times = time.monotonic(), list[tuple[float, float]]()
         with watched_load() as load:
-            times = [time_once(prompt, forced) for _ in rounds(repetitions, seconds / len(depths))]
+            for done in tqdm(range(1, repetitions + 1), desc="timing"):
+                times.append(time_once(prompt, forced))
+                if (time.monotonic() - began) * (done + 1) / done > seconds / len(depths):
+                    break
         prefill, decode = zip(*times, strict=True)
         for phase, n, taken in (("prefill", depth, prefill), ("decode", n_tokens, decode)):
-            row = {"phase": phase, "depth": depth, "n_threads": model.settings.n_threads}
-            speeds = tuple(n / each for each in taken)
-            row |= {"repetitions": len(speeds), "tokens": n, "median": np.median(speeds)}
-            row |= {"min": min(speeds), "max": max(speeds), "values": speeds}
+            row, speeds = {"phase": phase, "depth": depth}, tuple(n / each for each in taken)
+            row |= {"n_threads": model.settings.n_threads, "repetitions": len(speeds), "tokens": n}
+            row |= {"median": np.median(speeds), "min": min(speeds), "max": max(speeds), "values": speeds}
             rows.append(row | {"other_cores": load.other_cores, "contended": load.contended})
     model.clear()
     return pd.DataFrame(rows)
@@ -122,8 +106,8 @@ def sentence(row: pd.Series, notebook: str, run: str) -> str:
     """A row of decode in words; where it was contended, with the command that measures this run again."""
     spread = f"({row['min']:,.1f} to {row['max']:,.1f}, n = {row['repetitions']})"
     text = f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}"
-    again = " ".join(["dfqs-nb run", notebook, "--run", quoted(run)])
-    busy = f", contended: other programs were busy. Repeat it on a quiet machine: `{again}`"
+    again = f"`dfqs-nb run {notebook} --run {quoted(run)}`"
+    busy = f", contended: other programs were busy. Repeat it on a quiet machine: {again}"
     return text + busy * bool(row["contended"])
 
 
@@ -138,8 +122,8 @@ def plan_cost(
 ) -> SimpleNamespace:
     """Plan answers of full length and `measure_speed`, cut (by `CUTS`) to these seconds; depth 512 stays.
 
-    The result has the numbers as cut, the ``depths``, the fields of `budget.Fitted`, a ``sentence``, and
-    ``until``, the time by `time.monotonic` at which answering stops, so that timing has its time.
+    The result has the numbers as cut, the fields of `budget.Fitted`, a ``sentence``, and ``until``, the time
+    by `time.monotonic` at which answering stops, so that timing has its time.
     """
     order = sorted(depths, key=lambda depth: (depth != METRIC_DEPTH, depth))
 
@@ -158,17 +142,13 @@ def plan_cost(
     at = " and ".join(f"{depth:,}" for depth in cost.depths)
     cut = f" (cut to fit the budget; {duration(cost.full_seconds)} in full)" if cost.left_out else ""
     late = f"; answering stops after {duration(left)}, also inside a question" if left < inf else ""
-    cost.sentence = (
-        f"about {duration(cost.seconds)}: answers of up to {cost.max_tokens} tokens, then "
-        f"{cost.repetitions} x {cost.n_tokens} timed tokens at depth {at}{cut}{late}"
-    )
+    timed = f"{cost.repetitions} x {cost.n_tokens} timed tokens at depth {at}{cut}{late}"
+    answers = f"answers of up to {cost.max_tokens} tokens"
+    cost.sentence = f"about {duration(cost.seconds)}: {answers}, then {timed}"
     return cost
 
 
 # ---- a file larger than memory ----
-
-# Without help the kernel reads a window before and behind each missing page. llama.cpp doubles the device's
-# read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs about S + 2 x read-ahead.
 
 
 @dataclass(frozen=True)
@@ -183,7 +163,8 @@ class Forecast:
 def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None = None) -> Forecast:
     """What a token will read, from the headers of all shards, with so much memory for weights.
 
-    ``disk``: None measures it now.
+    Without help the kernel reads a window before and behind each missing page. llama.cpp doubles the device's
+    read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs about S + 2 x read-ahead.
     """
     layout = Layout.of(headers)
     parts = [part for layer in layout.experts.values() for part in layer]
@@ -206,13 +187,16 @@ def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None
     known = "not known" if ahead is None else size(ahead)
     rows["the disk"] = f"{disk.device or 'no block device'}, read-ahead {known}"
     speed = f"{size(disk.pieces)}/s" if disk.pieces else NOT_MEASURED
-    return Forecast(missing + again, disk, {**rows, f"its speed in pieces of {size(piece)}": speed})
+    rows[f"its speed in pieces of {size(piece)}"] = speed
+    return Forecast(missing + again, disk, rows)
 
 
 def diagnose(model: Model, n_tokens: int = 4) -> tuple[str, dict[str, str]]:
     """What bounds a token, and rows for people: a forecast, and ``n_tokens`` of decode, measured."""
     pinned = model.paging.pinned_bytes if model.paging else 0
-    free = available_memory().available_bytes + pinned - (model.memory.compute_bytes or 0)
+    on_cards = sum(sizes["weights"] for place, sizes in model.buffers.items() if place != HERE)
+    compute = model.buffers[HERE]["compute buffers"]
+    free = available_memory().available_bytes + pinned + on_cards - compute
     expected = forecast(model.shards.headers, free)
     batches = [[token] for token in random_tokens(model, n_tokens + 2)]
     counters = getattr(psutil.Process(), "io_counters", None)  # macOS has none

@@ -282,7 +282,7 @@ def diagnosis_table(paths: Iterable[str | Path]) -> pd.DataFrame:
 
     diagnoses = [diagnose(path) for path in paths]
     verdicts = check.verdicts([diagnosis.path for diagnosis in diagnoses])
-    answers = [v.reason + (f" ({v.death})" if v.death else "") or "loads" for v in verdicts]
+    answers = [verdict.reason or "loads" for verdict in verdicts]
     rows = [
         (plain(d.path.name), d.nbytes, str(d.kind), d.finding, d.next_step, answer)
         for d, answer in zip(diagnoses, answers, strict=True)

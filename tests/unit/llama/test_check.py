@@ -17,9 +17,9 @@ from gguf_fixtures import Spec, gguf_bytes, header_bytes, small_gguf
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.broken import too_many_experts
-from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import MemoryEstimate, estimate
+from dfqs_nb.gguf.memory import MemoryEstimate
 from dfqs_nb.gguf.models import resolve
+from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.llama import check
 from dfqs_nb.llama.graph import ggml_function
@@ -41,6 +41,16 @@ def test_a_refusal_carries_llama_cpps_words(tmp_path):
     parsed = check.parse(path)
     assert not parsed.accepted and not parsed.death
     assert "invalid magic characters: 'vers'" in parsed.reason
+
+
+def test_the_reason_is_the_first_error_that_says_one():
+    log = ["llama_model_load: error loading model: llama_model_loader: failed to load model from m.gguf"]
+    log += ["gguf_init_from_file_ptr: failed to read magic", "x: error loading model: y"]
+    assert check.reason_of(log) == "failed to read magic"
+    assert check.reason_of(["x: error loading model hyperparameters: key not found"]) == "key not found"
+    assert check.reason_of([*log, "/tmp/a.cpp:12: GGML_ASSERT(n > 0) failed"]).startswith(
+        "a.cpp:12: GGML_ASSERT"
+    )
 
 
 def test_many_files_each_with_its_own_message(tmp_path):
@@ -140,10 +150,8 @@ def copied(merged_reference, tmp_path, monkeypatch) -> Path:
 
 
 def test_a_file_that_was_tried_is_not_loaded_again(copied, asked):
-    needs = estimate(read_header(copied), 512)
-
     def tried(n_ctx: int) -> MemoryEstimate:
-        return check.trial([copied], OpenSettings(n_ctx=n_ctx, n_threads=1), needs)
+        return check.trial(open_shards(copied), OpenSettings(n_ctx=n_ctx, n_threads=1))
 
     first = tried(512)
     assert tried(512) == first and asked == ["plan", "trial"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,11 +48,13 @@ def test_speed_has_its_spread_and_clears_up(nano):
 
 def test_repetitions_end_with_their_time_but_the_first_is_made(nano):
     assert set(timing.measure_speed(nano, [16, 32], 4, 5, seconds=0)["repetitions"]) == {1}
-    clock, steps = iter([0.0, 10.0, 20.0, 30.0]), list[int]()
+    clock = iter([0.0, 10.0, 20.0, 30.0])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(time, "monotonic", lambda: next(clock))
-        steps += timing.rounds(5, seconds=25)
-    assert steps == [0, 1], "a third round would end at 30 s"
+        patched.setattr(
+            timing, "time", SimpleNamespace(perf_counter=time.perf_counter, monotonic=clock.__next__)
+        )
+        row = timing.measure_speed(nano, [16], 4, 5, seconds=25).iloc[0]
+    assert row["repetitions"] == len(row["values"]) == 2, "a third one would end at 30 s"
 
 
 def test_a_contended_speed_names_the_command_that_repeats_it(nano, monkeypatch):
