@@ -13,5 +13,4 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenSettings", "answer_table", "chat", "check", "open_model", "timing"]
 
-_HOMES = {"answer_table": "generate", "chat": "generate", "open_model": "model", "timing": "timing"}
-__getattr__ = lazy(__name__, **_HOMES)
+__getattr__ = lazy(__name__, answer_table="generate", chat="generate", open_model="model", timing="timing")

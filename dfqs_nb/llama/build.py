@@ -1,7 +1,4 @@
-"""How a model is built or only planned through llama-cpp-python, and what llama.cpp logs of it.
-
-``llama_cpp.Llama`` takes no ``use_extra_bufts`` and no ``cb_eval``: `default_params` changes the defaults.
-"""
+"""How a model is built or only planned through llama-cpp-python, and what llama.cpp logs of it."""
 
 from __future__ import annotations
 
@@ -96,8 +93,7 @@ def planned_bytes(log: Sequence[str]) -> dict[str, int]:
 
 REFUSAL_HINTS = {  # by a word of llama.cpp's reason; the first that fits
     "unknown model architecture": "update llama-cpp-python, or convert the model again",
-    "wrong number of tensors": "it holds tensors that this llama.cpp does not use (a vision part, for "
-    "example) or lacks some: get a conversion made for llama.cpp",
+    "wrong number of tensors": "it has parts that llama.cpp does not use, or lacks some: get one made for it",
     "key not found": "the file is in another dialect of its architecture: get a newer conversion",
     "quantized V cache": "pass flash_attn=True, or type_v='f16'",
     "allocat": "close programs, or lower n_ctx, n_ubatch or n_gpu_layers (the layers on a GPU)",
@@ -114,9 +110,6 @@ def refusal(path: str | Path) -> ModelError:
     return ModelError(f"{REFUSES}{reason}{free}", where=path, hint=hint)
 
 
-# ---- a model, and a plan of one ----
-
-
 def filled(params: Any, fields: Mapping[str, Any]) -> Any:
     """The same structure of llama.cpp, with these fields."""
     for name, value in fields.items():
@@ -126,18 +119,14 @@ def filled(params: Any, fields: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def default_params(model: Mapping[str, Any] | None = None, **context: Any) -> Iterator[None]:
-    """Make llama.cpp's default parameters of a model and of a context carry these while one is built."""
+    """Change llama.cpp's default parameters while a model is built: ``llama_cpp.Llama`` lacks some."""
     import llama_cpp.llama_cpp as api
 
-    def changed(name: str, fields: Mapping[str, Any]) -> Any:
-        original = getattr(api, name)
+    def changed(kind: str, fields: Mapping[str, Any]) -> Any:
+        original = getattr(api, name := f"llama_{kind}_default_params")
         return patch.object(api, name, lambda: filled(original(), fields))
 
-    with (
-        _building,
-        changed("llama_model_default_params", model or {}),
-        changed("llama_context_default_params", context),
-    ):
+    with _building, changed("model", model or {}), changed("context", context):
         yield
 
 
@@ -167,18 +156,16 @@ def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) 
     `ModelError`: llama.cpp refuses the file. It may also abort; ``verbose``: standard error gets the reason.
     """
     import llama_cpp
-    import llama_cpp.llama_cpp as api
-    from llama_cpp._internals import LlamaModel
 
     LOG.install()
     fields = {name: getattr(settings, name) for name in ("n_gpu_layers", "flash_attn", "use_mmap")}
     path, paging = model.paths[0] if isinstance(model, ShardSet) else model, Paging.of(model, settings)
-    listening = paging.callback(api.llama_context_default_params().cb_eval) if paging else {}
+    listening = paging.callback(llama_cpp.llama_cpp.llama_context_default_params().cb_eval) if paging else {}
     try:
         with (
             default_params(model_params(settings), **listening),
             # it would parse every chat template, and fail on any; we render them ourselves
-            patch.object(LlamaModel, "metadata", lambda _model: {}),
+            patch.object(llama_cpp._internals.LlamaModel, "metadata", lambda _model: {}),
             paging.loading() if paging else contextlib.nullcontext(),
         ):
             llama: Any = llama_cpp.Llama(str(path), verbose=verbose, **fields, **context_fields(settings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -23,12 +23,12 @@ from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits, estima
 from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.llama.settings import OpenSettings
 
+Plan = dict[str, int]  # of llama.cpp's memory, as `build.planned_bytes` reads it
 MODULE, REFUSES = "dfqs_nb.llama", "llama.cpp refuses it: "
 TIMEOUT_SECONDS, TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 60.0, 120.0, 1 / 50e6  # a slow disk
 FIELDS: dict[str, dict[str, type]] = {  # of an answer that is kept
     "load": {"accepted": bool, "reason": str, "death": str},
     "plan": {"kv_bytes": int, "compute_bytes": int, "card_layers": int},
-    "trial": {},
 }
 MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap")
 OF_CONTEXT = {"n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed"}  # nothing of the file
@@ -100,7 +100,7 @@ def verdicts(paths: Sequence[str | Path], question: str = "load") -> list[Verdic
 
 def plan_memory(
     path: str | Path, settings: Sequence[OpenSettings], worker: child.Worker | None = None
-) -> list[dict[str, int]]:
+) -> list[Plan]:
     """`dry_run` under each of the settings, in a child process, which a header may abort."""
     job = {"question": "plan", "path": str(path), "settings": [each.as_dict() for each in settings]}
     limit = TIMEOUT_SECONDS * (1 + len(settings))
@@ -108,13 +108,8 @@ def plan_memory(
     return list(answer["plans"])
 
 
-def needs_of(
-    header: GGUFHeader, settings: OpenSettings, plan: Mapping[str, int] | None = None
-) -> MemoryEstimate:
-    """What a model (by the header of all its shards) takes of this memory under these settings.
-
-    With a ``plan`` of llama.cpp's (`build.dry_run`) compute buffers count, and layers on a card do not.
-    """
+def needs_of(header: GGUFHeader, settings: OpenSettings, plan: Plan | None = None) -> MemoryEstimate:
+    """What a model takes of this memory; with a ``plan`` also for compute buffers, but no layers on cards."""
     options = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
     needs = estimate(header, settings.n_ctx, min(settings.n_batch, settings.n_ubatch), **options)
     if plan is None:
@@ -133,8 +128,7 @@ def needs_of(
 def trial(shards: ShardSet, settings: OpenSettings) -> MemoryEstimate:
     """Plan, load and decode a model in a child: 9 tokens, in a context of 256. Returns what it takes.
 
-    Raises `ModelError` where llama.cpp refuses the file, dies on it, or computes logits that are not numbers,
-    and `SpaceError` where cache and compute buffer exceed the free memory.
+    `SpaceError`: that is not free. `ModelError`: llama.cpp refuses the file, dies on it, or computes NaN.
     """
     paths, path, fields = shards.paths, shards.paths[0], settings.as_dict()
     loads = {name: value for name, value in fields.items() if name not in OF_CONTEXT}
@@ -147,18 +141,16 @@ def trial(shards: ShardSet, settings: OpenSettings) -> MemoryEstimate:
     return needs
 
 
-def _kept(
-    question: str, paths: Sequence[Path], facts: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]
-) -> dict[str, Any]:
+def _kept(kind: str, paths: Sequence[Path], facts: dict[str, Any], make: Callable[[], Any]) -> dict[str, Any]:
     """What ``make`` answers, from a note if files, facts, llama.cpp and the machine are the same."""
-    fields, once = FIELDS[question], cache(lambda: dict(make()))
+    fields, once = FIELDS.get(kind, {}), cache(lambda: dict(make()))
     try:
         (folder := outputs_dir() / ".llama_cpp").mkdir(parents=True, exist_ok=True)
         stats = [(os.path.realpath(path), Path(path).stat()) for path in paths]
         files = [(name, st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino) for name, st in stats]
         machine = [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES")]
         same = {"files": files, "fields": list(fields), "llama.cpp": _build(), "machine": machine, **facts}
-        name = canonical_sha256([question, [name for name, _ in stats], facts])[:24]
+        name = canonical_sha256([kind, [name for name, _ in stats], facts])[:24]
         answer = remembered(note := folder / f"{name}.json", same, once)
         if answer.get("accepted") is False:  # perhaps the machine was busy, or had no memory
             note.unlink(missing_ok=True)

@@ -104,8 +104,7 @@ def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling)
 def chat_text(model: Model, prompt: str, **variables: bool) -> str:
     """The text of a chat in the model's own template, or `PLAIN_CHAT`, up to where the answer begins.
 
-    A template may ask for ``variables``, such as ``enable_thinking``. `ModelError`: it fails, or leaves the
-    prompt out.
+    A template may ask for ``variables``, such as ``enable_thinking``. `ModelError`: it drops the prompt.
     """
     plain = PLAIN_CHAT.replace("{prompt}", prompt)
     return model.template.render(prompt, variables) if model.has_template else plain
@@ -141,10 +140,8 @@ def answer_table(
     return pd.DataFrame(rows, columns=["prompt", "answer", "tokens", "finish_reason"])
 
 
-# ---- thinking, in the text that a model writes before its answer ----
-
 MARKS = [(f"<{word}>", f"</{word}>") for word in ("think", "thinking", "thought", "reasoning")]
-MARKS += [("[THINK]", "[/THINK]")]
+MARKS += [("[THINK]", "[/THINK]")]  # around the thinking that a model writes before its answer
 
 
 def opens_thinking(prompt: str) -> bool:

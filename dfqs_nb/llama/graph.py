@@ -27,12 +27,9 @@ class Tensor(ctypes.Structure):
         ("ne", ctypes.c_int64 * 4),
         ("nb", ctypes.c_size_t * 4),
         ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
+        ("op_params", ctypes.c_int32 * 17),  # and flags
         ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
+        ("view_src", ctypes.c_void_p * 3),  # and view_offs, data
         ("name", ctypes.c_char * 64),
     ]
 

@@ -150,9 +150,8 @@ class Model(contextlib.AbstractContextManager["Model"]):
         self.decode(tokens)
         logits = np.ctypeslib.as_array(self.llama._ctx.get_logits_ith(-1), shape=(self.n_vocab,)).copy()
         if np.isnan(logits).any():
-            what = f"the logits after {self.n_past:,} tokens hold NaN"
             hint = "the weights are damaged, or the KV type is too coarse: try type_k='f16'"
-            raise NanLogitsError(what, where=self.path, hint=hint)
+            raise NanLogitsError(f"logits after {self.n_past:,} tokens hold NaN", where=self.path, hint=hint)
         return logits
 
     def logits(self, tokens: Sequence[int]) -> Iterator[Floats]:
@@ -262,9 +261,6 @@ def open_model(model: Files, settings: OpenSettings | None = None, *, trial: boo
     return opened
 
 
-# ---- its chat template ----
-
-
 class ChatTemplate:
     """A model's chat template: its author's code, so a child renders it in a sandbox, with limits.
 
@@ -281,16 +277,14 @@ class ChatTemplate:
         chat = {"messages": [{"role": "user", "content": question}], **(variables or {})}
         job, limit = {**self._job, "seconds": SECONDS, "chat": chat}, START_SECONDS + SECONDS
         with self._lock:
-            answer = {"fault": self._fault}
             try:
-                if not self._fault:
-                    answer = self._worker.run(job, timeout_seconds=limit)
+                answer = {} if self._fault else self._worker.run(job, timeout_seconds=limit)
             except child.ChildDied as error:
-                late = error.cause in ("SIGALRM", "timeout")
+                answer, late = {}, error.cause in ("SIGALRM", "timeout")
                 self._fault = f"it exceeds its limit of {f'{SECONDS:.0f} seconds' if late else 'memory'}"
-                answer["fault"] = self._fault
         if (text := answer.get("text")) is None:
-            raise ModelError(f"its chat template fails ({answer['fault']})", where=self.where, hint=PLAIN)
+            what = f"its chat template fails ({answer.get('fault', self._fault)})"
+            raise ModelError(what, where=self.where, hint=PLAIN)
         at = 0  # a template may quote the question, or strip its lines: its words must be there, in order
         for word in re.findall(r"\w+", question):
             at = text.find(word, at) + len(word)
@@ -301,9 +295,6 @@ class ChatTemplate:
     def close(self) -> None:
         """End the child, if there is one."""
         self._worker.close()
-
-
-# ---- does a restored state compute the same? ----
 
 
 @dataclass(frozen=True)
@@ -335,15 +326,13 @@ def check_reuse(model: Model, text: Sequence[int], question: Sequence[int]) -> R
 
     Both evaluate the text first, then the question: other calls would round differently, saved state or not.
     """
-
-    def logits() -> Floats:
-        return np.concatenate([rows.copy() for rows in model.logits(question)])
-
     model.clear()
     model.decode(text)
-    state, fresh = model.save(), logits()
+    state = model.save()
+    fresh = np.concatenate([rows.copy() for rows in model.logits(question)])
     model.restore(state)
-    moved, n = np.abs(fresh - logits()).max(axis=1), len(question)
+    reused = np.concatenate([rows.copy() for rows in model.logits(question)])
     model.clear()
+    moved, n = np.abs(fresh - reused).max(axis=1), len(question)
     n_close = int((moved <= TOLERANCE).sum())
     return ReuseCheck(len(text), n, n_close, float(moved.max()), len(text) + 2 * n)

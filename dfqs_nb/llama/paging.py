@@ -27,8 +27,7 @@ from dfqs_nb.llama.graph import Router, Watch, ggml_function
 from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 
 LINUX = sys.platform == "linux"
-MCL_FUTURE, MCL_ONFAULT = 2, 4  # of Linux
-CAP_IPC_LOCK = 14
+MCL_FUTURE, MCL_ONFAULT, CAP_IPC_LOCK = 2, 4, 14  # of Linux
 FIRST_USERS = 0xEFFFFFFD  # inode of the system's own user namespace (PROC_USER_INIT_INO)
 SPARE_SHARE = 0.05  # of memory that is never locked
 WHOLE_SHARE = 0.7  # of a layer's experts chosen, from which on the kernel's own windows waste nothing
@@ -44,11 +43,6 @@ class Paging:
         self._watch: Watch | None = None
         void, number = ctypes.c_void_p, ctypes.c_size_t
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, number, number)
-
-    @property
-    def sentence(self) -> str:
-        """What is on, and what the system does not allow."""
-        return f"paging help is on ({'; '.join(self._parts)}). paging='off' opens without it"
 
     @classmethod
     def of(cls, model: Files, settings: OpenSettings) -> Paging | None:
@@ -66,8 +60,7 @@ class Paging:
         libc = ctypes.CDLL(None)
         locked = may_lock() is None and libc.mlockall(MCL_FUTURE | MCL_ONFAULT) == 0
         if not locked:
-            how = "(run as root, or with `ulimit -l unlimited`)"
-            self._parts.append(f"opening reads the whole file once {how}")
+            self._parts.append("opening reads the whole file once (run as root or `ulimit -l unlimited`)")
         try:
             yield
         finally:
@@ -111,7 +104,8 @@ class Paging:
                         self.pinned_bytes += end - start
         locked = f"{size(self.pinned_bytes)} of {size(total)} of dense weights locked in memory"
         hint = " (raise `ulimit -l`, close other programs, or lower n_ctx)"
-        self._parts.append(locked + hint * (self.pinned_bytes < 0.99 * total))
+        parts = "; ".join([*self._parts, locked + hint * (self.pinned_bytes < 0.99 * total)])
+        self.sentence = f"paging help is on ({parts}). paging='off' opens without it"
 
     def close(self) -> None:
         """Give back what is locked and open."""

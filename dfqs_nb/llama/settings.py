@@ -52,10 +52,7 @@ class OpenSettings:
     def of(
         cls, model: Files, *, n_ctx: int = 0, n_threads: int = 0, n_gpu_layers: int = -1, **fields: Any
     ) -> OpenSettings:
-        """Settings that suit a model on this machine: its own limit of context, threads, GPU layers.
-
-        0 stands for that limit, and for the threads that suit it; without GPU support no layer is on a GPU.
-        """
+        """Settings that suit a model on this machine. 0: its limit of context, the threads that suit it."""
         header, layers = open_shards(model).as_one, n_gpu_layers if has_gpu_support() else 0
         limit, n_threads = own_context(header), n_threads or threads_for(header)
         n_ctx = min(n_ctx or limit, limit) if limit else n_ctx or cls.n_ctx

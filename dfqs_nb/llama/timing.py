@@ -24,10 +24,9 @@ PROBE_PROMPT, PROBE_ANSWER, PROBE_SECONDS = 16, 4, 10.0  # of the probe, and of 
 PROMPT_TOKENS, METRIC_DEPTH = 32, 512  # of a short question in its template; of ``cpu_tokens_per_sec``
 NAMES = {"n_answers": "answers", "max_tokens": "tokens of an answer", "depths": "timed depths"}
 NAMES |= {"n_tokens": "timed tokens", "repetitions": "timed repetitions"}
-# what a plan that exceeds its budget gives up, in this order
 CUTS = [{"repetitions": 3}, {"n_tokens": 32}, {"max_tokens": 32}, {"depths": 2}, {"n_tokens": 8}]
 CUTS += [{"max_tokens": 8}, {"repetitions": 1}, {"depths": 1}, {"max_tokens": 2}, {"n_answers": 3}]
-CUTS += [{"n_answers": 1}]
+CUTS += [{"n_answers": 1}]  # what a plan that exceeds its budget gives up, in this order
 NOT_MEASURED = "not measured"
 
 
@@ -106,9 +105,8 @@ def sentence(row: pd.Series, notebook: str, run: str) -> str:
     """A row of decode in words; where it was contended, with the command that measures this run again."""
     spread = f"({row['min']:,.1f} to {row['max']:,.1f}, n = {row['repetitions']})"
     text = f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}"
-    again = f"`dfqs-nb run {notebook} --run {quoted(run)}`"
-    busy = f", contended: other programs were busy. Repeat it on a quiet machine: {again}"
-    return text + busy * bool(row["contended"])
+    busy = ", contended: other programs were busy. Repeat it on a quiet machine: "
+    return text + f"{busy}`dfqs-nb run {notebook} --run {quoted(run)}`" * bool(row["contended"])
 
 
 def plan_cost(
@@ -148,9 +146,6 @@ def plan_cost(
     return cost
 
 
-# ---- a file larger than memory ----
-
-
 @dataclass(frozen=True)
 class Forecast:
     """What a token of decode will read. Experts are taken to be chosen evenly: bytes are upper bounds."""
@@ -186,8 +181,7 @@ def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None
         rows[f"a token reads, {how}"] = f"{size(n)}{seconds}"
     known = "not known" if ahead is None else size(ahead)
     rows["the disk"] = f"{disk.device or 'no block device'}, read-ahead {known}"
-    speed = f"{size(disk.pieces)}/s" if disk.pieces else NOT_MEASURED
-    rows[f"its speed in pieces of {size(piece)}"] = speed
+    rows[f"its speed in pieces of {size(piece)}"] = f"{size(disk.pieces)}/s" if disk.pieces else NOT_MEASURED
     return Forecast(missing + again, disk, rows)
 
 
