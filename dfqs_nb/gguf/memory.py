@@ -125,7 +125,7 @@ def weights_bytes(header: GGUFHeader) -> int:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What an open model takes, in bytes."""
+    """What an open model takes of this memory, in bytes; layers on graphics cards take none."""
 
     weights_bytes: int
     weights_resident_bytes: int  # that must lie in memory; others the kernel reads and drops as it needs
