@@ -72,12 +72,12 @@ def loaded_facts(log: Sequence[str]) -> dict[str, Any]:
 
 def buffers(log: Sequence[str]) -> dict[str, dict[str, int]]:
     """Bytes of weights, KV cache and compute buffers that llama.cpp logged, in memory and on each card."""
-    places = {HERE: dict.fromkeys(KINDS.values(), 0)}
+    places = {HERE: dict.fromkeys(KINDS.values(), 0.0)}
     for name, kind, mib in BUFFER.findall("\n".join(log)):
         place = HERE if HERE_NAMES.search(name) else f"on {name}"
-        sizes = places.setdefault(place, dict.fromkeys(KINDS.values(), 0))
-        sizes[KINDS.get(kind, "KV cache")] += round(float(mib) * 2**20)
-    return places
+        sizes = places.setdefault(place, dict.fromkeys(KINDS.values(), 0.0))
+        sizes[KINDS.get(kind, "KV cache")] += float(mib)
+    return {place: {kind: round(n * 2**20) for kind, n in sizes.items()} for place, sizes in places.items()}
 
 
 def planned_bytes(log: Sequence[str]) -> dict[str, int]:
