@@ -105,8 +105,9 @@ def sentence(row: pd.Series, notebook: str, run: str) -> str:
     """A row of decode in words; where it was contended, with the command that measures this run again."""
     spread = f"({row['min']:,.1f} to {row['max']:,.1f}, n = {row['repetitions']})"
     text = f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}"
-    busy = ", contended: other programs were busy. Repeat it on a quiet machine: "
-    return text + f"{busy}`dfqs-nb run {notebook} --run {quoted(run)}`" * bool(row["contended"])
+    again = " ".join(["dfqs-nb run", notebook, "--run", quoted(run)])
+    busy = f", contended: other programs were busy. Repeat it on a quiet machine: `{again}`"
+    return text + busy * bool(row["contended"])
 
 
 def plan_cost(
