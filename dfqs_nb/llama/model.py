@@ -290,7 +290,7 @@ class ChatTemplate:
             at = text.find(word, at) + len(word)
             if at < len(word):
                 raise ModelError("its chat template leaves out the question", where=self.where, hint=PLAIN)
-        return text
+        return str(text)
 
     def close(self) -> None:
         """End the child, if there is one."""
