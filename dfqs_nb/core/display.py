@@ -224,6 +224,7 @@ def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
         text = f"{value:,}" if type(value) is int else plain(value)
         return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
+    pd.set_option("display.max_colwidth", MAX_SHOWN)  # else pandas cuts the shown text at 50
     return pd.DataFrame({name: {key: shown(value) for key, value in values.items()}})
 
 
