@@ -140,7 +140,7 @@ def plan_cost(
     cost.depths = sorted(order[: cost.depths])
     at = " and ".join(f"{depth:,}" for depth in cost.depths)
     cut = f" (cut to fit the budget; {duration(cost.full_seconds)} in full)" if cost.left_out else ""
-    late = f"; answering stops after {duration(left)}, also inside a question" if left < inf else ""
+    late = f"; answering stops after {duration(left)}, even in the middle of an answer" if left < inf else ""
     timed = f"{cost.repetitions} x {cost.n_tokens} timed tokens at depth {at}{cut}{late}"
     answers = f"answers of up to {cost.max_tokens} tokens"
     cost.sentence = f"about {duration(cost.seconds)}: {answers}, then {timed}"
@@ -172,7 +172,7 @@ def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None
     again = min(max(0, -room), layout.dense_bytes)
     missing = round(token * (1 - cached))
     windows = min(total, missing * (1 + 2 * (ahead or 0) / piece))  # of no more than there is
-    reads = {"with help": missing + again, "without": round(max(missing, windows)) + again}
+    reads = {"with help": missing + again, "without help": round(max(missing, windows)) + again}
     rows = {
         "a token uses": f"{size(layout.dense_bytes)} of dense weights, {size(token)} of experts",
         "experts that stay in memory": f"{cached:.0%}",
@@ -203,17 +203,17 @@ def diagnose(model: Model, n_tokens: int = 4) -> tuple[str, dict[str, str]]:
     model.clear()
     times = f", {read / expected.helped:.1f} x what is needed" if expected.helped else ""
     rows = {**expected.rows, "measured, a token": f"{seconds:.3g} s"}
-    rows["read"] = NOT_MEASURED if isnan(read) else f"{size(round(read))}{times}"
+    rows["read, a token"] = NOT_MEASURED if isnan(read) else f"{size(round(read))}{times}"
     return bound(expected, seconds, read), rows
 
 
 def bound(expected: Forecast, seconds: float, read_bytes: float) -> str:
-    """What bounds a token that took these seconds and read these bytes, and what would make it faster."""
+    """Whether the disk bounds a token of these seconds and bytes read, and what would make it faster."""
     if not expected.helped:
-        return "Memory holds it: computing bounds it, or other work on this machine."
+        return "The disk is not the bottleneck: the model fits in memory."
     if isnan(read_bytes) or not expected.disk.pieces:
-        return f"Whether the disk bounds it was {NOT_MEASURED} here."
+        return f"Whether the disk is the bottleneck was {NOT_MEASURED} here."
     if read_bytes / expected.disk.pieces < seconds / 2:
-        return "Reading takes less than half of the time: computing bounds it, or other work here."
+        return "The disk is not the bottleneck: reading takes less than half of the time."
     lower = f", or as root `{command}`" if (command := expected.disk.command) else ""
-    return f"The disk bounds it: a faster disk or more free memory helps, paging='on'{lower}."
+    return f"The disk is the bottleneck: a faster disk or more free memory helps, paging='on'{lower}."

@@ -278,7 +278,7 @@ def test_the_forecast_agrees_with_the_placement(moe, share):
     memory = round(share * sum(model.experts)) + sum(model.dense[:-1])
     placed = placement.place(model, 256, memory + model.dense[-1] + sum(model.caches(256)))
     expected = forecast(headers, memory, Disk("vda", 0, None))
-    reads = [expected.rows[f"a token reads, {how}"] for how in ("with help", "without")]
+    reads = [expected.rows[f"a token reads, {how}"] for how in ("with help", "without help")]
     assert expected.helped == pytest.approx(placed.disk_token_bytes, abs=1) and len(set(reads)) == 1
     assert expected.rows["experts that stay in memory"] == f"{min(1, share):.0%}"
     parts = [part for layer in Layout.of(headers).experts.values() for part in layer]
@@ -286,7 +286,7 @@ def test_the_forecast_agrees_with_the_placement(moe, share):
     larger = forecast(headers, memory, Disk("vda", piece, None))
     assert larger.helped == expected.helped
     without = size(min(3 * expected.helped, sum(model.experts)))
-    assert larger.rows["a token reads, without"] == without, "a window before and behind each slice"
+    assert larger.rows["a token reads, without help"] == without, "a window before and behind each slice"
 
 
 def test_places_count_from_the_start_of_the_file(tmp_path):
@@ -318,7 +318,7 @@ def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
 @pytest.mark.parametrize(
     ("helped", "seconds", "read_bytes", "words"),
     [
-        (0, 2.0, 0.0, "Memory holds it"),
+        (0, 2.0, 0.0, "the model fits in memory"),
         (
             10**9,
             1.6,
@@ -337,7 +337,7 @@ def test_what_bounds_a_token_is_named_with_its_remedy(helped, seconds, read_byte
 def test_an_open_model_is_diagnosed(moe, monkeypatch):
     with open_model(moe, settings("on")) as model:
         sentence, rows = diagnose(model, n_tokens=2)
-        assert sentence.startswith("Memory holds it") and rows["a token reads, with help"] == "0 B"
+        assert sentence.endswith("fits in memory.") and rows["a token reads, with help"] == "0 B"
         assert float(rows["measured, a token"].split()[0]) > 0 and model.n_past == 0
         monkeypatch.setattr(psutil, "Process", lambda: None)
-        assert diagnose(model, n_tokens=1)[1]["read"] == "not measured", "this system does not count it"
+        assert diagnose(model, n_tokens=1)[1]["read, a token"] == "not measured", "not counted here"

@@ -78,7 +78,7 @@ def test_a_plan_is_cut_in_the_stated_order_until_it_fits():
     assert whole.seconds == whole.full_seconds == pytest.approx(9 * (32 + 96) * 0.01 + timed)
     assert whole.n_answers == 9 and whole.until == pytest.approx(time.monotonic() + 3600 - timed, abs=60)
     assert "cut" not in whole.sentence and "5 x 128 timed tokens at depth 256" in whole.sentence
-    assert whole.sentence.endswith("; answering stops after 60 min, also inside a question")
+    assert whole.sentence.endswith("; answering stops after 60 min, even in the middle of an answer")
     tight = plan_cost(pace, [256], 0.7 * whole.seconds, **wanted)
     assert tight.repetitions == 3 and tight.seconds < tight.full_seconds
     none = plan_cost(pace, [256], 0, **wanted)
@@ -87,7 +87,7 @@ def test_a_plan_is_cut_in_the_stated_order_until_it_fits():
         none.n_answers == 1 and none.until <= time.monotonic() and "1 answer in place of 9" in none.left_out
     )
     assert "cut to fit the budget" in none.sentence and "1 x 8 timed tokens" in none.sentence
-    assert none.sentence.endswith("; answering stops after 0 s, also inside a question")
+    assert none.sentence.endswith("; answering stops after 0 s, even in the middle of an answer")
     assert "answering stops" not in plan_cost(pace, [256], math.inf, **wanted).sentence
 
 
