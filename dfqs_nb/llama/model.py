@@ -315,10 +315,10 @@ class ReuseCheck:
     @property
     def sentence(self) -> str:
         """The verdict for people, with what was compared."""
-        so = "one text serves all its questions" if self.allowed else "each question is evaluated afresh"
+        so = "asked from its saved state" if self.allowed else "evaluated afresh, each with its text"
         how = f"{self.n_close} of {self.n_tokens} tokens have the same logits to within {TOLERANCE:g}"
-        largest = f"the largest difference is {self.largest_difference:.2g}"
-        return f"a question after a text of {self.n_text:,} tokens or its saved state: {how}, {largest}; {so}"
+        after = f"after a text of {self.n_text:,} tokens, and after its saved state"
+        return f"{after}, {how} (largest difference {self.largest_difference:.2g}). So questions are {so}"
 
 
 def check_reuse(model: Model, text: Sequence[int], question: Sequence[int]) -> ReuseCheck:
