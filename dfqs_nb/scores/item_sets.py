@@ -142,6 +142,7 @@ class ItemSet:
         if not items:
             raise PromptError(f"{self.name} has no {N_CHOICES} answers a family", hint="take a reasoning set")
         asked: dict[str, Any] = {"kind": "choice", "mode": "chat", "instruction": "", "delimiter": ""}
+        asked["guess_rule"] = f"one of {N_CHOICES} choices"
         return replace(self, name=f"{self.name}-choices", **asked, items=tuple(items), n_whole=len(items))
 
     def identity(self) -> dict[str, Any]:
