@@ -198,7 +198,7 @@ class _Runs:
         """Everything without a budget, or where all was recorded; an earlier plan; else what fits."""
         names = [each.name for each in self.planned]
         if not self.budget_seconds or all(self._kept(each) for each in self.planned):
-            sentence = f"{len(names)} runs in {n_processes} processes, each of which loads once."
+            sentence = f"{len(names)} runs in {n_processes} processes, each of which loads the model once."
             return {"scale": 1.0, "kept": names, "sentence": sentence}
 
         def make() -> dict[str, Any]:
