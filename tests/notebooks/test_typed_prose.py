@@ -63,7 +63,7 @@ ALONE = {
     "07": {METHOD: ["A verdict is given only"], "a command to type": ["For another machine"]},
     "09": {
         BY_CONSTRUCTION: ["It is the reference for", "Keys are never"],
-        OPEN: ["This did **not show** how a large", "Start llama.cpp's server with", "That server keeps its cache", "What does the check"],
+        OPEN: ["This did **not show** how a large", "That server keeps its cache", "What does the check"],
     },
     "words.txt": {
         METHOD: ["A score is the share", "The curve is the accuracy", "The number of keys", "The boundary is"]
