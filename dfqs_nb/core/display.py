@@ -198,7 +198,7 @@ kld_tail: 99 % of tokens under |
 boundary: boundary (tokens) | decode: decode (tokens/s) | bits_per_weight: bits a weight |
 expert_bits: bits a weight of experts | bits_a: bits a weight of a | bits_b: bits a weight of b |
 logit_drift: logits move by at most | llama_cpp: llama.cpp |
-finish_reason: ended by
+finish_reason: ended by | tokens_per_sec: tokens/s
 """
 LABELS = entries(_LABELS)
 

@@ -163,6 +163,7 @@ def _serve(job: dict[str, Any]) -> None:
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     params.no_extra_bufts = not settings.use_extra_bufts
     params.fit_params = params.ui = False  # what is asked for is what runs, and no web page
+    params.n_threads_http = 64  # a connection holds one for seconds after its request; clients would wait
     params.verbosity = 4  # llama.cpp's own lines about the model, for `loaded`
     params.api_keys = [job["key"]]
     params.cors_origins = NO_ORIGIN  # no web page reads an answer

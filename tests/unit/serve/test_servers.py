@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from http.client import HTTPConnection
 from pathlib import Path
 
 import gguf
@@ -131,6 +132,18 @@ def test_the_same_items_in_process_and_through_it(server, model, tmp_path):
 def test_speed_under_clients(server):
     table = server_checks.speed_of_all({"s": server.connect()}, (1, 2), 16, {})
     assert (table["tokens_per_sec"] > 0).all() and table["tokens"].tolist() == [32, 64]
+
+
+def test_an_idle_connection_makes_no_other_client_wait(server):
+    """By default a server with one slot has five threads, and each idle connection holds one for seconds."""
+    with contextlib.ExitStack() as idle:
+        began = time.monotonic()
+        for _ in range(12):
+            connection = HTTPConnection(servers.HOST, server.port)
+            idle.callback(connection.close)
+            connection.request("GET", "/health")
+            assert connection.getresponse().read()
+        assert time.monotonic() - began < 4
 
 
 def test_an_answer_that_fills_the_context_is_no_wrong_answer(server, tmp_path):
