@@ -243,4 +243,4 @@ def test_llama_cpps_own_random_models_are_read_as_the_plain_reader_reads_them(tm
         trace, plain = recorded(path), read_plainly(path)
         for column, layer in enumerate(trace.layers):
             np.testing.assert_array_equal(trace.experts[:, column], plain.rows("topk", layer))
-        shutil.rmtree(tmp_path)
+    shutil.rmtree(tmp_path)
