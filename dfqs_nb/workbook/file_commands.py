@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -73,7 +74,7 @@ def _outlook(shards: ShardSet, glued: bool, is_far: bool) -> dict[str, Any]:
     from dfqs_nb.llama.check import kept_verdict, loader_verdict
 
     def ask() -> Any:
-        with remote.outline(shards.paths[0]) as laid_out:
+        with remote.outline(shards.paths[0]) if glued else nullcontext(shards) as laid_out:
             return loader_verdict(laid_out.paths[0])
 
     verdict = (ask() if is_far else kept_verdict(dict.fromkeys(shards.paths), ask)).sentence
