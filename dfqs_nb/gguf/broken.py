@@ -7,9 +7,8 @@ import struct
 from pathlib import Path
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.header import FORMATS, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
-from dfqs_nb.gguf.types import FORMATS
 
 NAME = "DFQS-Nano-IQ1_S-XL"
 
@@ -42,9 +41,8 @@ def too_many_experts(folder: str | Path) -> Path:
     return with_field(first, target, "deepseek4.expert_used_count", 200)
 
 
-def collection(folder: str | Path) -> list[Path]:
+def collection(folder: Path) -> list[Path]:
     """Files that people take for a model: a sound shard, glued shards, a part, and no model at all."""
-    folder = Path(folder)
     folder.mkdir(exist_ok=True)
     first, second = reference_shards().paths
     body, pointer = first.read_bytes(), "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ expert width: expert_feed_forward_length | indexer heads: attention.indexer.head
 indexer top-k: attention.indexer.top_k | hyper-connection streams: hyper_connection.count
 """)
 INTEGER_TYPES = ("I8", "I16", "I32", "I64")  # tables, not weights
+OTHER_TYPES = ("adapter", "imatrix", "controlvector", "mmproj", "clip")  # of files beside a model
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of weights."""
+    """The weights, as numbers or in bytes."""
 
     total: int
     active: int  # in one token: used / total of the routed experts, and of the embedding the row that is read
@@ -103,11 +104,15 @@ def token_shares(header: GGUFHeader) -> Iterator[tuple[Tensor, bool, float]]:
             yield tensor, False, 1 / max(tensor.shape[-1], 1) if is_table else 1.0
 
 
-def parameters(header: GGUFHeader) -> Parameters:
-    """Count the weights from the tensor shapes."""
-    rows = [row for row in token_shares(header) if row[0].type not in INTEGER_TYPES]
-    total, active = sum(t.n_elements for t, *_ in rows), sum(t.n_elements * share for t, _, share in rows)
-    return Parameters(total, round(active), sum(t.n_elements for t, is_routed, _ in rows if is_routed))
+def parameters(header: GGUFHeader, *, in_bytes: bool = False) -> Parameters:
+    """Count the weights from the tensor shapes, or the bytes of all tensors."""
+    rows = [
+        (tensor.nbytes if in_bytes else tensor.n_elements, is_routed, share)
+        for tensor, is_routed, share in token_shares(header)
+        if in_bytes or tensor.type not in INTEGER_TYPES
+    ]
+    active = round(sum(n * share for n, _, share in rows))
+    return Parameters(sum(n for n, *_ in rows), active, sum(n for n, is_routed, _ in rows if is_routed))
 
 
 def bits_per_weight(tensors: Iterable[Tensor]) -> float:
@@ -137,12 +142,6 @@ def types_by_bytes(tensors: Iterable[Tensor]) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def main_type(tensors: Sequence[Tensor]) -> str:
-    """The type that holds the most bytes of the layers; a small model's embedding can outweigh them."""
-    layers = [tensor for tensor in tensors if layer_of(tensor.name) is not None]
-    return next(iter(types_by_bytes(layers or tensors)), "no tensors")
-
-
 def identity(header: GGUFHeader) -> dict[str, Any]:
     """The header's identity: name, architecture, licence, sizes, quantization, provenance."""
     count = parameters(header)
@@ -166,30 +165,24 @@ def architecture(header: GGUFHeader) -> dict[str, Any]:
     return {label: header.arch(key, "not stated") for label, key in SIZES.items()}
 
 
-MODEL = "a language model"
-OTHER_TYPES = ("adapter", "imatrix", "controlvector", "mmproj", "clip")
-
-
 def role(header: GGUFHeader) -> str:
-    """What the file is: `MODEL`, or something that belongs to a model."""
+    """What the file is if it is no language model, such as an adapter; else empty."""
     kind = header.text("general.type")
     if kind in ("", "model"):
         kind = header.architecture if header.architecture in OTHER_TYPES else ""
     if not header.tensors and "tokenizer.ggml.tokens" in header:
         return "a vocabulary without weights"
-    return f"a file of the type {kind[:40]!r}" if kind else MODEL
+    return kind and f"a file of the type {kind[:40]!r}"
 
 
 def require_model(header: GGUFHeader) -> None:
-    """Raise a ModelError for a file that is not a model, such as an adapter; see `role`."""
-    if role(header) != MODEL:
-        what = f"{role(header)}, not a language model"
-        raise ModelError(what, where=header.path, hint="name the model it was made for")
+    """Raise a ModelError for a file that is not a language model; see `role`."""
+    if what := role(header):
+        raise ModelError(f"{what}, not a language model", where=header.path, hint="name the model it is for")
 
 
 def model_header(path: str | Path) -> GGUFHeader:
-    """Read a model's header, check that its tensors lie where it says, and that it is a language model."""
-    header = read_header(path)
-    check_layout(header)
+    """Read a header, and check that its tensors lie where it says and that it is of a language model."""
+    check_layout(header := read_header(path))
     require_model(header)
     return header

@@ -1,17 +1,16 @@
 """The header of a GGUF file: metadata fields, tensor table, data section.
 
-We read only the header's bytes, and decode an array (such as 129,280 token strings) when it is asked for.
-Every count and length is checked against the bytes that are there before anything is allocated, so a hostile
-file costs nothing. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+We decode an array (such as 129,280 token strings) when it is asked for, and check each count before we
+allocate, so a hostile file costs nothing. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,27 +18,36 @@ from typing import Any, BinaryIO
 
 from dfqs_nb.core.errors import HeaderError, LayoutError
 from dfqs_nb.core.files import is_file, there_is
-from dfqs_nb.gguf.types import FORMATS, TENSOR_TYPES, VALUE_TYPES
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-DEFAULT_ALIGNMENT = 32
-MAX_DIMENSIONS = 4
-MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less its terminating zero
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+# Types of metadata values in the order of their codes, with the struct format of a number.
+FORMATS = dict(UINT8="B", INT8="b", UINT16="H", INT16="h", UINT32="I", INT32="i", FLOAT32="f", BOOL="?")
+FORMATS |= dict(STRING="", ARRAY="", UINT64="Q", INT64="q", FLOAT64="d")
+VALUE_TYPES = dict(enumerate(FORMATS))
+# Tensor types: code, name, elements and bytes of a block, by ggml's type traits (gguf-py has 40 for Q8_1).
+_TYPES = """
+0 F32 1 4 | 1 F16 1 2 | 2 Q4_0 32 18 | 3 Q4_1 32 20 | 6 Q5_0 32 22 | 7 Q5_1 32 24 | 8 Q8_0 32 34 |
+9 Q8_1 32 36 | 10 Q2_K 256 84 | 11 Q3_K 256 110 | 12 Q4_K 256 144 | 13 Q5_K 256 176 | 14 Q6_K 256 210 |
+15 Q8_K 256 292 | 16 IQ2_XXS 256 66 | 17 IQ2_XS 256 74 | 18 IQ3_XXS 256 98 | 19 IQ1_S 256 50 |
+20 IQ4_NL 32 18 | 21 IQ3_S 256 110 | 22 IQ2_S 256 82 | 23 IQ4_XS 256 136 | 24 I8 1 1 | 25 I16 1 2 |
+26 I32 1 4 | 27 I64 1 8 | 28 F64 1 8 | 29 IQ1_M 256 56 | 30 BF16 1 2 | 34 TQ1_0 256 54 | 35 TQ2_0 256 66 |
+39 MXFP4 32 17 | 40 NVFP4 64 36 | 41 Q1_0 128 18 | 42 Q2_0 64 18
+"""
+TENSOR_TYPES = {
+    int(code): (name, int(elements), int(n_bytes))
+    for code, name, elements, n_bytes in (row.split() for row in _TYPES.split("|"))
+}
+
+MAGIC, DEFAULT_ALIGNMENT = b"GGUF", 32
+MAX_NAME_BYTES, MAX_LAYERS = 63, 512  # GGML_MAX_NAME less its terminating zero, LLAMA_MAX_LAYERS
 MAX_HEADER_BYTES = 1 << 28  # real headers stay under 50 MB; a larger claim is a hostile or broken file
 MAX_STRINGS = 1 << 22  # in one array: the largest vocabularies and merge lists have under a million
-
 GET_AGAIN = "get the file from its source again"
 OTHER_TOOL = "the file was converted by another tool or an older one: convert it again"
-WRITTEN_WRONGLY = "the file was written wrongly, or by a fork of llama.cpp with other type numbers"
 CUT_OFF = "the download was cut off (download it again), or it is a part of a file: `dfqs-nb inspect FILE`"
 FORK = "a fork (ik_llama.cpp, bitnet.cpp), an old or a newer llama.cpp made it: run it there, or requantize"
 OTHER_ORDER = "convert it with gguf-py's gguf-convert-endian"
 OTHER_VERSION = "convert the original model again with a current llama.cpp"
-NO_GGUF = "`dfqs-nb inspect FILE` says what it is"
-FIRST_READ, ARRAY = 1 << 16, 9
-_U64 = struct.Struct("<Q")
+FIRST_READ, ARRAY, U64 = 1 << 16, 9, struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +98,6 @@ class GGUFHeader(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.fields)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.fields  # without decoding it
-
     @property
     def architecture(self) -> str:
         """``general.architecture``; empty in a header without it (shards 2 to N)."""
@@ -102,18 +107,13 @@ class GGUFHeader(Mapping[str, Any]):
         """The value of the architecture's own ``key``, as in ``arch("block_count")``."""
         return self.get(f"{self.architecture}.{key}", default)
 
-    # In a hostile file a field may have any type, so code that computes reads it through these methods.
-
     def text(self, name: str) -> str:
-        """A field's text; empty where it is missing or no text."""
+        """A field's text; empty where it is missing or, as in a hostile file, no text."""
         value = self.get(name)
         return value if isinstance(value, str) else ""
 
     def counts(self, key: str) -> list[int]:
-        """Counts (one, or one a layer) of a field or of an architecture's own key; empty where it is missing.
-
-        `HeaderError`: it holds something else.
-        """
+        """Counts (one, or one a layer) of a field or an architecture's key; empty where it is missing."""
         value = self[key] if key in self.fields else self.arch(key, [])
         values = value if isinstance(value, list) else [value]
         if not all(type(item) is int and item >= 0 for item in values):
@@ -127,8 +127,7 @@ class GGUFHeader(Mapping[str, Any]):
     @property
     def n_layers(self) -> int:
         """The architecture's ``block_count``; 0 where it is missing."""
-        count = self.count("block_count")
-        if count > MAX_LAYERS:  # a hostile number fills the memory
+        if (count := self.count("block_count")) > MAX_LAYERS:  # a hostile number fills the memory
             what = f"claims {count:,} layers; llama.cpp takes {MAX_LAYERS}"
             raise HeaderError(what, where=self.path, hint=GET_AGAIN)
         return count
@@ -158,43 +157,47 @@ def padded(nbytes: int, alignment: int) -> int:
     return -(-nbytes // alignment) * alignment
 
 
-def read_header(path: str | Path, start: int = 0, *, file: Any = None) -> GGUFHeader:
-    """Read the GGUF header that starts at byte ``start`` of the file.
+def read_header(path: str | Path) -> GGUFHeader:
+    """Read the header at the start of a GGUF file. `HeaderError`: llama.cpp could not read it."""
+    return next(headers_inside(Path(path)))
 
-    ``file``: an open binary file to read instead of the one at ``path``, such as a `remote.RemoteFile`.
-    `HeaderError`, where llama.cpp could not read it: what is wrong, at which byte, and the next step.
-    """
-    path = Path(path)
-    if not file and there_is(path) and not is_file(path):  # a pipe would never end
+
+def headers_inside(path: Path, file: Any = None) -> Iterator[GGUFHeader]:
+    """The header of a file, or of one that is open, and those of the shards that are glued behind it."""
+    start: int | None = 0
+    with nullcontext(file) if file else opened(path) as source:
+        while start is not None:
+            header = _parse(_Cursor(path, source, start))
+            yield header
+            start = header.next_start(source)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; `HeaderError`: it is none, or cannot be read."""
+    if there_is(path) and not is_file(path):  # a pipe would never end
         raise HeaderError("is a folder, or no regular file", where=path, hint="name a file")
     try:
-        with contextlib.nullcontext(file) if file else path.open("rb", buffering=0) as opened:
-            return _parse(_Cursor(path, opened, start))
+        with path.open("rb", buffering=0) as file:
+            yield file
     except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: OSError) -> HeaderError:
-    """The error for a file that cannot be opened."""
-    hint = "check the path and its permissions"
-    if re.match("(hf|https?):/", str(path)):
-        hint = "that is an address: download the file, and give its path"
-    elif isinstance(error, FileNotFoundError):
-        hint = "check the path (`dfqs-nb models` lists names, for commands that take a MODEL)"
-    return HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint)
+        hint = "check the path and its permissions"
+        if re.match("(hf|https?):/", str(path)):
+            hint = "that is an address: download the file, and give its path"
+        elif isinstance(error, FileNotFoundError):
+            hint = "check the path (`dfqs-nb models` lists names, for commands that take a MODEL)"
+        raise HeaderError(f"cannot be read ({error.strerror})", where=path, hint=hint) from error
 
 
 def check_layout(header: GGUFHeader) -> None:
-    """Check, as llama.cpp does, that the tensors lie one after another, aligned and inside the file.
-
-    `LayoutError` names the first misplaced tensor, or the missing bytes.
-    """
+    """Check, as llama.cpp does, that the tensors lie one after another, aligned and inside the file."""
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:
             kind = "overlaps the tensor before it" if tensor.offset < expected else "leaves a gap"
             what = f"tensor {tensor.name!r} {kind} (offset {tensor.offset:,}, expected {expected:,})"
-            raise LayoutError(what, where=header.path, hint=f"{WRITTEN_WRONGLY}: {GET_AGAIN}")
+            hint = "the file was written wrongly, or by a fork of llama.cpp with other type numbers"
+            raise LayoutError(what, where=header.path, hint=f"{hint}: {GET_AGAIN}")
         expected = padded(tensor.offset + tensor.nbytes, header.alignment)
     if (missing := header.data_end - header.file_size) > 0:
         what = f"{missing:,} bytes short (has {header.file_size:,}, needs {header.data_end:,})"
@@ -206,31 +209,24 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BinaryIO, start: int) -> None:
         self.path, self.file, self.start, self.size = path, file, start, file.seek(0, 2)
-        self.bytes, self.position = bytearray(), 0
+        self.most, self.bytes, self.position = self.size - start, bytearray(), 0
+        file.seek(start)
 
     def fail(self, what: str, hint: str = GET_AGAIN) -> HeaderError:
         return HeaderError(f"{what} (at byte {self.start + self.position:,})", where=self.path, hint=hint)
-
-    def claim(self, nbytes: int, what: str) -> None:
-        """Refuse a claim of more bytes than the file has left."""
-        if nbytes > self.size - self.start - self.position:
-            raise self.fail(f"{what}, more than the file has left", CUT_OFF)
 
     def need(self, end: int) -> None:
         """Read the header's bytes up to ``end``."""
         if end <= len(self.bytes):
             return
-        most = self.size - self.start
-        if end > most:
-            what = f"the header is cut off: it needs {end:,} bytes and the file has {most:,}"
+        if end > self.most:
+            what = f"the header is cut off: it needs {end:,} bytes and the file has {self.most:,}"
             raise self.fail(what, CUT_OFF)
         if end > MAX_HEADER_BYTES:
             raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
-        goal = min(max(end, 2 * len(self.bytes), FIRST_READ), most, MAX_HEADER_BYTES)
-        self.file.seek(self.start + len(self.bytes))
+        goal = min(max(end, 2 * len(self.bytes), FIRST_READ), self.most, MAX_HEADER_BYTES)
         while len(self.bytes) < goal:
-            chunk = self.file.read(goal - len(self.bytes))
-            if not chunk:
+            if not (chunk := self.file.read(goal - len(self.bytes))):
                 raise self.fail("the file shrank while it was read", "try again when it is at rest")
             self.bytes += chunk
 
@@ -242,65 +238,55 @@ class _Cursor:
 
     def text(self, what: str) -> str:
         (length,) = self.numbers("Q")
-        self.claim(length, f"{what} claims {length:,} bytes")
         start, self.position = self.position, self.position + length
         self.need(self.position)
         try:
-            return self.bytes[start : self.position].decode("utf-8")
+            return str(self.bytes[start : self.position], "utf-8")
         except UnicodeDecodeError as error:
             raise self.fail(f"{what} is not UTF-8 text") from error
 
     def skip_strings(self, count: int, what: str) -> None:
         if count > MAX_STRINGS:
             raise self.fail(f"{what} claims {count:,} texts; no tokenizer has over {MAX_STRINGS:,}")
-        position, unpack = self.position, _U64.unpack_from
-        while count:
-            held = self.bytes
-            try:
-                while count:
-                    position += 8 + unpack(held, position)[0]
-                    count -= 1
-            except (struct.error, OverflowError):  # the text ends behind the bytes read, or behind any file
-                if position + 8 > self.size - self.start:
-                    raise self.fail(f"{what} runs past the end of the file", CUT_OFF) from None
+        position, held, unpack = self.position, self.bytes, U64.unpack_from
+        for _ in range(count):  # of a large vocabulary the slowest lines of all
+            if position + 8 > len(held):
                 self.need(position + 8)
+            position += 8 + unpack(held, position)[0]
         self.need(position)
         self.position = position
 
 
 def _parse(cursor: _Cursor) -> GGUFHeader:
-    if cursor.size == cursor.start:
+    if not cursor.most:
         raise cursor.fail("an empty file", "download it again")
-    cursor.need(min(len(MAGIC), cursor.size - cursor.start))
-    if not cursor.bytes.startswith(MAGIC):
-        start = bytes(cursor.bytes[: len(MAGIC)])
-        raise cursor.fail(f"not a GGUF file: starts with {start!r}, not {MAGIC!r}", NO_GGUF)
+    cursor.need(min(len(MAGIC), cursor.most))
+    if (start := bytes(cursor.bytes[: len(MAGIC)])) != MAGIC:
+        what = f"not a GGUF file: starts with {start!r}, not {MAGIC!r}"
+        raise cursor.fail(what, "`dfqs-nb inspect FILE` says what it is")
     _, version = cursor.numbers("4sI")
     if version & 0xFFFF == 0:
-        what = "a big-endian GGUF, which this machine's llama.cpp does not read"
-        raise cursor.fail(what, OTHER_ORDER)
-    if version not in VERSIONS:
+        raise cursor.fail("a big-endian GGUF, which this machine's llama.cpp does not read", OTHER_ORDER)
+    if version not in (2, 3):
         raise cursor.fail(f"GGUF version {version}; llama.cpp reads versions 2 and 3", OTHER_VERSION)
     n_tensors, n_fields = cursor.numbers("QQ")
-    cursor.claim(n_tensors * 24, f"claims {n_tensors:,} tensors")  # each takes that many bytes, or more
-    cursor.claim(n_fields * 13, f"claims {n_fields:,} metadata fields")
+    if n_tensors * 24 + n_fields * 13 > cursor.most:  # each takes that many bytes, or more
+        what = f"claims {n_tensors:,} tensors and {n_fields:,} metadata fields, more than the file has left"
+        raise cursor.fail(what, CUT_OFF)
     fields, alignment = _read_fields(cursor, n_fields), DEFAULT_ALIGNMENT
     if entry := fields.get("general.alignment"):
-        if entry.type != "UINT32" or entry.count is not None:
-            raise cursor.fail("general.alignment is not a single UINT32")
-        alignment = _decode(cursor.bytes, entry)
-        if alignment.bit_count() != 1:
-            raise cursor.fail(f"general.alignment is {alignment}, not a power of two")
+        is_one = entry.type == "UINT32" and entry.count is None
+        if not is_one or (alignment := _decode(cursor.bytes, entry)).bit_count() != 1:
+            raise cursor.fail("general.alignment is not a power of two in a single UINT32")
     tensors = _read_tensors(cursor, n_tensors)
     raw = bytes(memoryview(cursor.bytes)[: cursor.position])
     data = cursor.start + (padded(len(raw), alignment) if n_tensors else len(raw))
     if data > cursor.size:
         raise cursor.fail("the file ends before its data section", CUT_OFF)
-    place = (cursor.path, cursor.start, version, alignment)
-    return GGUFHeader(*place, MappingProxyType(fields), tensors, data, cursor.size, raw)
+    return GGUFHeader(cursor.path, cursor.start, version, alignment, fields, tensors, data, cursor.size, raw)
 
 
-def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
+def _read_fields(cursor: _Cursor, count: int) -> Mapping[str, Field]:
     fields: dict[str, Field] = {}
     for i in range(count):
         start, name, n = cursor.position, cursor.text(f"the name of metadata field {i}"), None
@@ -311,17 +297,14 @@ def _read_fields(cursor: _Cursor, count: int) -> dict[str, Field]:
             kind, n = cursor.numbers("IQ")
         if kind not in VALUE_TYPES or kind == ARRAY:
             raise cursor.fail(f"{what} has the unknown value type {kind}")
-        form = FORMATS[VALUE_TYPES[kind]]
-        values, least = 1 if n is None else n, struct.calcsize("<" + form) or 8
-        cursor.claim(values * least, f"{what} claims {values:,} values")
-        value_start = cursor.position
+        form, values, value_start = FORMATS[VALUE_TYPES[kind]], 1 if n is None else n, cursor.position
         if form:
-            cursor.need(value_start + values * least)
-            cursor.position += values * least
+            cursor.need(end := value_start + values * struct.calcsize("<" + form))
+            cursor.position = end
         else:
             cursor.skip_strings(values, what)
         fields[name] = Field(VALUE_TYPES[kind], n, (start, cursor.position), value_start)
-    return fields
+    return MappingProxyType(fields)
 
 
 def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
@@ -333,8 +316,8 @@ def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
             raise cursor.fail(f"the name of tensor {i} is longer than {MAX_NAME_BYTES} bytes")
         if name in tensors:
             raise cursor.fail(f"{what} stands twice")
-        if n_dims > MAX_DIMENSIONS:
-            raise cursor.fail(f"{what} has {n_dims} dimensions; ggml has {MAX_DIMENSIONS}")
+        if n_dims > 4:
+            raise cursor.fail(f"{what} has {n_dims} dimensions; ggml has 4")
         shape = cursor.numbers(f"{n_dims}q") or (1,)
         code, offset = cursor.numbers("IQ")
         if code not in TENSOR_TYPES:
@@ -354,7 +337,7 @@ def _decode(raw: bytes | bytearray, entry: Field) -> Any:
     n, position, form = 1 if entry.count is None else entry.count, entry.value_start, FORMATS[entry.type]
     values = list(struct.unpack_from(f"<{n}{form}", raw, position)) if form else []
     while len(values) < n:
-        end = position + 8 + _U64.unpack_from(raw, position)[0]
+        end = position + 8 + U64.unpack_from(raw, position)[0]
         values.append(raw[position + 8 : end].decode("utf-8", errors="replace"))
         position = end
     return values[0] if entry.count is None else values

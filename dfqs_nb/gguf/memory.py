@@ -1,4 +1,4 @@
-"""Memory of a run, from the header: weights, KV cache, what a token reads, and whether it fits."""
+"""Memory of a run, from the header: weights, KV cache, and whether they fit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import HeaderError, SpaceError
 from dfqs_nb.core.machine import Memory, available_memory
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.facts import token_shares
-from dfqs_nb.gguf.header import OTHER_TOOL, GGUFHeader, padded
-from dfqs_nb.gguf.types import TENSOR_TYPES
+from dfqs_nb.gguf.header import OTHER_TOOL, TENSOR_TYPES, GGUFHeader, padded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,8 +23,7 @@ CACHE_TYPES = {
     for name, elements, n_bytes in TENSOR_TYPES.values()
     if name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
 }
-CSA_RATIO, HCA_RATIO = 4, 128
-CELL_PADDING = 256
+CSA_RATIO, HCA_RATIO, CELL_PADDING = 4, 128, 256
 ADVICE = "lower n_ctx or n_ubatch, set use_mmap=True, swa_full=False, flash_attn=True, or close programs"
 
 
@@ -50,14 +47,11 @@ def kv_cache_bytes(
     n_ubatch: int = 512,
     type_k: str = "f16",
     type_v: str = "f16",
-    swa_full: bool = False,
+    swa_full: bool = False,  # llama.cpp's own default is True: every token in sliding-window layers
 ) -> KvCacheBytes:
     """Bytes of the KV cache that llama.cpp allocates for ``n_ctx`` tokens, from the header alone.
 
-    llama.cpp rounds ``n_ctx`` up to a multiple of 256. ``n_ubatch`` sizes the sliding window's cache.
-    ``swa_full`` keeps every token in sliding-window layers, which is llama.cpp's own default, and costly.
-    Source: ``src/llama-kv-cache*.cpp`` of the llama.cpp that llama-cpp-python 0.3.36 vendors. `HeaderError`:
-    the header lacks a key. `ValueError`: an unknown element type, or a count below 1.
+    Source: ``src/llama-kv-cache*.cpp`` of llama-cpp-python 0.3.36. `HeaderError`: the header lacks a key.
     """
     if min(n_ctx, n_ubatch) < 1:
         raise ValueError("n_ctx and n_ubatch must be at least 1")
@@ -98,17 +92,16 @@ def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list
         n_heads = _stated(header, "attention.head_count")[0]  # of the first layer, as llama.cpp has it
         head_dim = max(_stated(header, "embedding_length")) // max(1, n_heads)
     value_dim = header.count("attention.value_length") or head_dim
-    latent = bool(header.arch("attention.key_length_mla"))  # 0: llama.cpp's own tools write every key
-    values = [0 if latent else _row_bytes(n * value_dim, type_v) for n in heads]
-    return [(_row_bytes(n * head_dim, type_k) + v) * cells for n, v in zip(heads, values, strict=True)]
+    if header.arch("attention.key_length_mla"):  # latent; 0: llama.cpp's own tools write every key
+        value_dim = 0
+    return [cells * (_row_bytes(n * head_dim, type_k) + _row_bytes(n * value_dim, type_v)) for n in heads]
 
 
 def _stated(header: GGUFHeader, *keys: str) -> list[int]:
     """The first of the architecture's keys that the header has: a count, or one for each layer."""
     if values := next(filter(None, map(header.counts, keys)), None):
         return values
-    what = f"the key {header.architecture}.{keys[0]} is missing"
-    raise HeaderError(what, where=header.path, hint=OTHER_TOOL)
+    raise HeaderError(f"{header.architecture}.{keys[0]} is missing", where=header.path, hint=OTHER_TOOL)
 
 
 def _row_bytes(n_elements: int, cache_type: str) -> int:
@@ -116,11 +109,6 @@ def _row_bytes(n_elements: int, cache_type: str) -> int:
         raise ValueError(f"unknown KV cache type {cache_type!r}: use one of {', '.join(CACHE_TYPES)}")
     block_bytes, block = CACHE_TYPES[cache_type]
     return -(-n_elements // block) * block_bytes
-
-
-def weights_bytes(header: GGUFHeader) -> int:
-    """Bytes of all tensors."""
-    return sum(tensor.nbytes for tensor in header.tensors)
 
 
 @dataclass(frozen=True)
@@ -143,78 +131,45 @@ def estimate(
     header: GGUFHeader, n_ctx: int, n_ubatch: int = 512, *, use_mmap: bool = True, **options: Any
 ) -> MemoryEstimate:
     """Memory that a model will take; ``options`` and errors of `kv_cache_bytes`."""
-    weights, kv = weights_bytes(header), kv_cache_bytes(header, n_ctx, n_ubatch, **options)
+    weights, kv = sum(t.nbytes for t in header.tensors), kv_cache_bytes(header, n_ctx, n_ubatch, **options)
     return MemoryEstimate(weights, 0 if use_mmap else weights, kv, n_ctx)
 
 
 def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str | Path | None = None) -> str:
-    """A warning if the weights will be paged, which is slow; else ``""``.
-
-    `SpaceError`: resident weights, KV cache and compute buffer exceed the available memory.
-    """
+    """A warning if weights will be paged, which is slow; `SpaceError`: what cannot be paged does not fit."""
     memory = memory or available_memory()
     free, must_fit = memory.available_bytes, needs.must_fit_bytes
     if must_fit > free:
         compute = "not counted" if needs.compute_bytes is None else size(needs.compute_bytes)
         parts = f"weights {size(needs.weights_resident_bytes)}, KV cache {size(needs.kv.total)}"
-        what = (
-            f"a context of {needs.n_ctx:,} tokens needs {size(must_fit)} ({parts}, compute buffer {compute})"
-        )
-        raise SpaceError(f"{what}, and {size(free)} are free ({memory.source})", where=where, hint=ADVICE)
+        what = f"a context of {needs.n_ctx:,} tokens needs {size(must_fit)} ({parts}, compute buffer "
+        what += f"{compute}), and {size(free)} are free ({memory.source})"
+        raise SpaceError(what, where=where, hint=ADVICE)
     missing = must_fit + needs.weights_bytes - needs.weights_resident_bytes - free
-    if missing <= 0:
-        return ""
-    return (
+    slow = (
         f"weights of {size(needs.weights_bytes)} and {size(must_fit)} beside them exceed the {size(free)} of "
         f"free memory by {size(missing)}: parts of the file will be read from the disk again and again, so "
         "expect a fraction of the usual speed"
     )
+    return slow if missing > 0 else ""
 
 
 def cache_table(header: GGUFHeader, contexts: Sequence[int]) -> pd.DataFrame:
     """KV cache in MiB (f16) by ``n_ctx``, in the columns ``swa_full=False`` and ``swa_full=True``."""
     import pandas as pd
 
-    cache = {
-        f"swa_full={full}": [kv_cache_bytes(header, n, swa_full=full).total / 2**20 for n in contexts]
-        for full in (False, True)
-    }
-    return pd.DataFrame(cache, pd.Index(contexts, name="n_ctx"))
-
-
-@dataclass(frozen=True)
-class ActiveBytes:
-    """Bytes of weights that a token of decode reads, ``total`` in all."""
-
-    dense: int  # of what every token uses; of look-up tables, a row
-    routed: int  # of the routed experts that it is sent to
-    routed_total: int  # of all routed experts
-    weights: int  # of all weights
-
-    @property
-    def total(self) -> int:
-        """Bytes a token."""
-        return self.dense + self.routed
-
-
-def active_bytes(header: GGUFHeader) -> ActiveBytes:
-    """Bytes that a token reads, from the tensor table of a model."""
-    read, routed_total = {True: 0.0, False: 0.0}, 0
-    for tensor, is_routed, share in token_shares(header):
-        read[is_routed] += tensor.nbytes * share
-        routed_total += tensor.nbytes * is_routed
-    return ActiveBytes(round(read[False]), round(read[True]), routed_total, weights_bytes(header))
+    both = (False, True)
+    mib = [[kv_cache_bytes(header, n, swa_full=full).total / 2**20 for full in both] for n in contexts]
+    return pd.DataFrame(mib, pd.Index(contexts, name="n_ctx"), [f"swa_full={full}" for full in both])
 
 
 def published() -> dict[str, Any]:
     """What DeepSeek published, and the specimen's shape: ``data/deepseek_v4_flash.json``."""
-    content: dict[str, Any] = json.loads((data_dir() / "deepseek_v4_flash.json").read_text(encoding="utf-8"))
-    return content
+    return dict(json.loads((data_dir() / "deepseek_v4_flash.json").read_text(encoding="utf-8")))
 
 
 def published_shape() -> GGUFHeader:
     """The published sizes of DeepSeek-V4-Flash as a header without tensors."""
-    content = published()
-    fields = {f"deepseek4.{key}": value for key, value in content["keys"].items()}
+    fields = {f"deepseek4.{key}": value for key, value in published()["keys"].items()}
     fields["general.architecture"] = "deepseek4"
-    return GGUFHeader(Path(content["name"]), 0, 3, 32, fields, (), 0, 0, b"")
+    return GGUFHeader(Path(published()["name"]), 0, 3, 32, fields, (), 0, 0, b"")

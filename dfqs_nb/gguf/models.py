@@ -1,33 +1,28 @@
-"""Names to files: the models that the workbook knows, any local path, and any GGUF file of the hub.
-
-The table is ``data/models.toml``. huggingface_hub downloads. It resumes a connection that closes early. After
-a reset, and in a later run, it begins that file again (huggingface/huggingface_hub#4196) and keeps complete
-files. We ask for every file before we fetch the first, so a missing file or a full disk shows at once.
-"""
+"""Names to files: the models that the workbook knows, any local path, and any GGUF file of the hub."""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from errno import EACCES, ENOSPC, EPERM, EROFS
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from dfqs_nb.core.display import did_you_mean, one_line
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, RegistryError, SpaceError
 from dfqs_nb.core.files import is_file, sha256_of, there_is
 from dfqs_nb.core.paths import data_dir, tilde
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfUri
+
 OTHER_DISK = "free some space, or set HF_HOME to a folder on another disk that you may write"
-NOT_WRITTEN = {
-    errno.ENOSPC: SpaceError,
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), OutputError),
-}
+NOT_WRITTEN = {ENOSPC: SpaceError, EACCES: OutputError, EPERM: OutputError, EROFS: OutputError}
 FORM = "hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision"
 ADDRESS = re.compile("(hf|https?)://")  # of a file on the hub or a web server; paths lose a slash
 SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.gguf(?:[@?#].*)?)", re.DOTALL | re.IGNORECASE)
@@ -74,86 +69,62 @@ def registered() -> dict[str, Model]:
         return TypeAdapter(dict[str, Model]).validate_python(rows)
     except (OSError, ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
         hint = "restore it with git, or set DFQS_DATA to a folder that has it"
-        what = f"cannot read the table of models ({error})"
-        raise RegistryError(what, where=tilde(path), hint=hint) from error
+        raise RegistryError(f"cannot read the table ({error})", where=tilde(path), hint=hint) from error
 
 
 def resolve(model: str | Path, *, local_files_only: bool = False) -> tuple[Path, ...]:
     """The local paths of a model's files, shards in order; missing files are downloaded.
 
     ``model``: a registered name; a local file (also one shard); or a file of the hub (``hf://`` or its page),
-    where one shard stands for all. ``local_files_only``: only what is in the hub's cache. `RegistryError`:
-    nothing has that name, or the hub does not give it. `SpaceError`, `OutputError`: no room, or no right.
+    where one shard stands for all. `RegistryError`, `SpaceError`, `OutputError`: why there are none.
     """
     given, known = str(model), registered()
-    path = Path(os.path.expanduser(given))  # noqa: PTH111 (pathlib raises for a user whom it does not know)
     if ADDRESS.match(given):
         return download(siblings(given), local_files_only)
-    if isinstance(model, str) and model in known:
-        return _files_of(known[model], local_files_only)
-    if is_file(path):
-        return (path,)
-    if there_is(path):
-        what, hint = "is a folder, or no regular file", "give the path of a file"
-        raise RegistryError(what, where=tilde(path), hint=hint)
-    close = did_you_mean(given.lower(), known, 0.4)
-    what = "no such file" if "/" in given or given.lower().endswith(".gguf") else "no such model"
-    hint = f"{close}known: {', '.join(known)}; or give a path or {FORM}"
-    raise RegistryError(what, where=given, hint=hint)
-
-
-def shown(address: str) -> str:
-    """An address without what may be a secret: user, password, query and fragment."""
-    if not ADDRESS.match(address):
-        return address
-    return re.sub(r"([?#]).*", r"\1***", re.sub("(?<=://)[^/]*@", "***@", address))
-
-
-def siblings(file: str) -> list[str]:
-    """The names (or addresses) of all shards in order, from that of any; without a number, only this."""
-    match = SHARD.fullmatch(file)
-    if match is None or not 1 <= int(match[2]) <= int(match[3]):
-        return [file]
-    return [f"{match[1]}{number:05d}-of-{match[3]}{match[4]}" for number in range(1, int(match[3]) + 1)]
-
-
-def _files_of(model: Model, local_files_only: bool) -> tuple[Path, ...]:
-    """The files of a registered model, here or in the hub's cache."""
-    if model.source.startswith("hf://"):
-        addresses = [f"{model.source}/{file.name}" for file in model.files]
+    if isinstance(model, str) and given in known:
+        places = [f"{known[given].source}/{file.name}" for file in known[given].files]
+        if not ADDRESS.match(places[0]):
+            return tuple(data_dir() / PurePosixPath(place).relative_to("data") for place in places)
         try:
-            return download(addresses, local_files_only=True)  # the table pins them, so the cache is enough
+            return download(places, local_files_only=True)  # the table pins them, so the cache is enough
         except RegistryError:
             if local_files_only:
                 raise
-            return download([located(address) for address in addresses])
-    folder = data_dir() / PurePosixPath(model.source).relative_to("data")
-    return tuple(folder / file.name for file in model.files)
+            return download([located(place) for place in places])
+    path = Path(os.path.expanduser(given))  # noqa: PTH111 (pathlib raises for a user whom it does not know)
+    if is_file(path):
+        return (path,)
+    if there_is(path):
+        raise RegistryError("is a folder, or no regular file", where=tilde(path), hint="name a file")
+    close = did_you_mean(given.lower(), known, 0.4)
+    what = "no such file" if "/" in given or given.lower().endswith(".gguf") else "no such model"
+    raise RegistryError(what, where=given, hint=f"{close}known: {', '.join(known)}; or give a path or {FORM}")
 
 
 def check_files(paths: Sequence[Path], model: Model) -> tuple[str, ...]:
     """The SHA-256 of a registered model's files. `IntegrityError`: one is not that of the table."""
-    hashes = tuple(map(sha256_of, paths))
-    for path, file, sha256 in zip(paths, model.files, hashes, strict=True):
-        if sha256 != file.sha256:
+    for path, file in zip(paths, model.files, strict=True):
+        if (sha256 := sha256_of(path)) != file.sha256:
             what = f"not the published file: its SHA-256 is {sha256[:16]}..., not {file.sha256[:16]}..."
             hint = f"delete {tilde(path.resolve())} and download it again"  # the hub's cache has links
             raise IntegrityError(what, where=tilde(path), hint=hint)
-    return hashes
+    return tuple(file.sha256 for file in model.files)
 
 
-# ---- the hub ----
+def shown(address: str) -> str:
+    """An address without what may be a secret: user, password, query and fragment."""
+    public = re.sub(r"([?#]).*", r"\1***", re.sub("(?<=://)[^/]*@", "***@", address))
+    return public if ADDRESS.match(address) else address
 
 
-class HubFile(NamedTuple):
-    """A file on the hub: ``owner/name`` of its repository, its path there, a revision (None: main)."""
+def siblings(file: str) -> list[str]:
+    """The names (or addresses) of all shards in order, from that of any; without a number, only this."""
+    if not (match := SHARD.fullmatch(file)) or not 1 <= int(match[2]) <= int(match[3]):
+        return [file]
+    return [f"{match[1]}{number:05d}-of-{match[3]}{match[4]}" for number in range(1, int(match[3]) + 1)]
 
-    repo: str
-    file: str
-    revision: str | None = None
 
-
-def parse_address(address: str) -> HubFile:
+def parse_address(address: str) -> HfUri:
     """The parts of a hub file's address: ``hf://owner/repo/path/file.gguf@revision``, or that of its page."""
     from huggingface_hub import constants, parse_hf_uri
     from huggingface_hub.errors import HfUriError
@@ -161,32 +132,30 @@ def parse_address(address: str) -> HubFile:
     with suppress(HfUriError, ValueError):  # such as a bracket in a host's name
         uri = parse_hf_uri(address, endpoint=constants.ENDPOINT)
         file, _, revision = uri.path_in_repo.partition("@")
-        parts = re.split("/|%2F", f"{uri.id}/{file}/{uri.revision or revision or 'main'}")
+        uri = replace(uri, path_in_repo=file, revision=uri.revision or revision or None)
+        parts = re.split("/|%2F", f"{uri.id}/{file}/{uri.revision or 'main'}")
         # a name that begins with `-` would be an option of the hub's own command
         fine = not any(part in ("", "..") or part[0] == "-" for part in parts)
         if fine and uri.type == "model" and file.lower().endswith(".gguf"):
-            return HubFile(uri.id, file, uri.revision or revision or None)
-    what = "not the address of a GGUF file on the hub"
-    raise RegistryError(what, where=shown(address), hint=f"write {FORM}")
+            return uri
+    raise RegistryError("not the address of a GGUF on the hub", where=shown(address), hint=f"write {FORM}")
 
 
 def download(addresses: Sequence[str], local_files_only: bool = False) -> tuple[Path, ...]:
     """Paths of files of the hub in its cache: links, whose targets have other names; errors as `resolve`."""
-    import httpx2
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub import constants, hf_hub_download
 
-    after_reset = retrying(4, 30, httpx2.ReadError, httpx2.RemoteProtocolError)
+    after_reset = retrying(4, 30)  # huggingface_hub begins the file again (huggingface/huggingface_hub#4196)
 
     def fetched(address: str, **options: Any) -> Any:
-        repo, file, revision = parse_address(address)
-        options |= {"revision": revision, "local_files_only": local_files_only}
+        uri = parse_address(address)
+        options |= {"revision": uri.revision, "local_files_only": local_files_only}
         with explained(address):
-            return after_reset(hf_hub_download, repo, file, **options)
+            return after_reset(hf_hub_download, uri.id, uri.path_in_repo, **options)
 
-    plans = [fetched(address, dry_run=True) for address in addresses]
+    plans = [fetched(address, dry_run=True) for address in addresses]  # all, before the first byte
     need = sum(plan.file_size or 0 for plan in plans if plan.will_download)
-    cache = Path(HF_HUB_CACHE).expanduser().absolute()
+    cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
     folder = next(place for place in (cache, *cache.parents) if place.exists())
     if need > (free := shutil.disk_usage(folder).free):
         what = f"the download needs {need:,} bytes and the disk has {free:,} free"
@@ -198,20 +167,21 @@ def located(address: str) -> str:
     """The address of a file in the folder that has it; as given where the hub does not tell."""
     from huggingface_hub import HfApi
 
-    file = parse_address(address)
+    uri = parse_address(address)
     with suppress(DfqsError), explained(address):  # the download reports the same fault
-        names = HfApi().list_repo_files(file.repo)
-        places = [name for name in names if PurePosixPath(name).name == file.file]
-        return f"hf://{file.repo}/{places[0]}" if len(places) == 1 else address
+        places = [it for it in HfApi().list_repo_files(uri.id) if PurePosixPath(it).name == uri.path_in_repo]
+        return f"hf://{uri.id}/{places[0]}" if len(places) == 1 else address
     return address
 
 
-def retrying(tries: int, most_seconds: float, *errors: type[Exception]) -> Any:
-    """Calls a function again after one of these errors, with growing pauses; raises the last error."""
+def retrying(tries: int, most_seconds: float) -> Any:
+    """Calls a function again when a connection breaks, with growing pauses; raises the last error."""
+    import httpx2
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-    again, wait = retry_if_exception_type(errors), wait_exponential(max=most_seconds)
-    return Retrying(retry=again, stop=stop_after_attempt(tries), wait=wait, reraise=True)
+    again = retry_if_exception_type((httpx2.NetworkError, httpx2.RemoteProtocolError))
+    wait, stop = wait_exponential(max=most_seconds), stop_after_attempt(tries)
+    return Retrying(retry=again, wait=wait, stop=stop, reraise=True)
 
 
 @contextmanager

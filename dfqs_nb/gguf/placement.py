@@ -2,16 +2,16 @@
 
 The rules are llama.cpp's (``src/llama-model.cpp``, ``common/common.h``). The embedding stays in memory. With
 ``-ngl N`` the last N layers (the output counts as one more) are divided among the cards by ``-ts``. A layer's
-cache lies where the layer lies. ``--n-cpu-moe`` and ``-ot`` keep routed experts in memory. A card's compute
-buffer is unknown: some of each card is left free for it.
+cache lies where the layer lies. ``--n-cpu-moe`` and ``-ot`` keep routed experts in memory.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dfqs_nb.core.display import size
@@ -24,22 +24,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX: what --n-cpu-moe keeps in memory
-USED_IN_ORDER = ("gate_up", "up", "gate", "down")  # by build_moe_ffn
 HASH_TABLE = "ffn_gate_tid2eid"  # of a layer that routes by token id
 # Of each card, for its driver (--fit leaves 1 GiB) and compute buffer: of DeepSeek-V4-Flash an H100 planned
 # 0.9 GB at 131,072 tokens, and 2.1 GB at 1,048,576.
 SPARE_BYTES = 2 << 30
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", re.I)
 RAM = "RAM"
 
 
 def size_of(text: str) -> int:
     """Bytes of a size as people write it; ``GB`` and ``GiB`` are both 2^30 bytes, as memory is sold."""
-    match = SIZE.fullmatch(text.strip())
-    if match is None:
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", text.strip(), re.I)):
         raise DfqsError(f"{text!r} is no size", hint="write 64GB")
-    power = "KMGT".find(match[2][:1].upper()) + 1 if match[2] else 0
-    return int(float(match[1]) * 1024**power)
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2][:1].upper() or " "))
 
 
 class Device(NamedTuple):
@@ -76,30 +72,21 @@ class Placement:
         return self.ram.cache_bytes + (self.ram.compute_bytes or 0) <= self.ram.capacity_bytes
 
     def bound(self, speeds: Mapping[str, float]) -> tuple[float | None, list[str]]:
-        """At most so many tokens a second, from reading weights alone; and the devices of unknown speed.
-
-        ``speeds``: bytes a second of ``GPU``, ``RAM``, and ``disk`` for what memory lacks. With a device of
-        unknown speed there is no bound.
-        """
-        reads = [(device.name.split()[0], float(device.token_bytes)) for device in self.devices[:-1]]
+        """Tokens a second at most, by bytes a second of GPU, RAM and disk; and which of these are unknown."""
         paged = min(self.disk_token_bytes, self.ram.token_bytes)
-        reads = [(name, n) for name, n in [*reads, (RAM, self.ram.token_bytes - paged), ("disk", paged)] if n]
+        reads = [(device.name.split()[0], float(device.token_bytes)) for device in self.devices[:-1]]
+        reads = [(name, n) for name, n in (*reads, (RAM, self.ram.token_bytes - paged), ("disk", paged)) if n]
         unknown = list(dict.fromkeys(name for name, _ in reads if not speeds.get(name)))
         return (None if unknown or not reads else 1 / sum(n / speeds[name] for name, n in reads)), unknown
 
 
 class Model:
-    """What `place` needs of a model: bytes by layer of its dense part and of its routed experts.
-
-    Behind the layers come the output and the embedding. ``token``: of the dense part, as a token reads it.
-    """
+    """Bytes by layer of a model, then of output and embedding; ``token``: as a token reads the dense part."""
 
     def __init__(self, header: GGUFHeader) -> None:
         self.header, self.n_layers, self.tied = header, header.n_layers, is_tied(header)
-        layout = experts(header)
+        self.n_context, layout, count = header.count("context_length"), experts(header), self.n_layers + 2
         self.used = layout.used / layout.total if layout.total else 1.0
-        self.n_context = header.count("context_length")
-        count = self.n_layers + 2
         self.dense, self.experts, self.token = [0] * count, [0] * count, [0.0] * count
         for tensor, _, share in token_shares(header):
             layer = layer_of(tensor.name)
@@ -130,12 +117,10 @@ def place(
     compute_bytes: int | None = None,
     whole: bool = False,
 ) -> Placement:
-    """The fastest placement that the sizes allow.
+    """The fastest placement that the sizes allow; ``compute_bytes``: of llama.cpp's buffer in memory.
 
     The cards take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES`, then routed
-    experts, from the last layer of each card on; memory takes the rest.
-    ``compute_bytes``: of llama.cpp's compute buffer in memory. ``whole``: keep a layer's routed experts with
-    the layer, for programs that only know `-ngl`.
+    experts, from the last layer of each card on. ``whole``: experts stay with their layer, as with `-ngl`.
     """
     caches, count = model.caches(n_ctx), model.n_layers + 1
     rooms = [max(0, room - SPARE_BYTES) for room in vram_bytes]
@@ -152,56 +137,47 @@ def place(
 
     devices, in_ram = [], list[int]()
     for number, layers in enumerate(cards):
-        left, kept = rooms[number] - sum(beside[i] for i in layers), list[int]()
-        for i in reversed(layers):
-            if model.experts[i] > left:
-                break
-            left -= model.experts[i]
-            kept.append(i)
-        in_ram += [i for i in layers if i not in kept and model.experts[i]]
-        devices.append(device(f"GPU {number}", vram_bytes[number], layers, kept, None))
+        left = rooms[number] - sum(beside[i] for i in layers)
+        kept = bisect_right(list(accumulate(model.experts[i] for i in reversed(layers))), left)
+        away, routed = layers[: len(layers) - kept], layers[len(layers) - kept :]
+        in_ram += [i for i in away if model.experts[i]]
+        devices.append(device(f"GPU {number}", vram_bytes[number], layers, routed, None))
     here = list(range(count - n_gpu))
     embedding = [count] if n_gpu or not model.tied else []  # else it is one tensor with the output
     ram = device(RAM, ram_bytes, here + embedding, here + in_ram, compute_bytes)
     missing = max(0, -ram.left_bytes)
     cold = min(missing, ram.expert_bytes)  # memory keeps the dense part, which every token reads, first
     paged = min(missing - cold + model.used * cold, ram.dense_bytes + model.used * ram.expert_bytes)
-    flags = _flags(count, list(map(len, cards)), in_ram)
-    return Placement((*devices, ram), n_gpu, tuple(in_ram), flags, paged)
+    return Placement((*devices, ram), n_gpu, tuple(in_ram), _flags(count, cards, in_ram), paged)
 
 
 def _on_cards(needs: Sequence[int], rooms: Sequence[int]) -> list[list[int]]:
     """The most last layers that fit, in consecutive groups, one a card, in proportion to their room."""
     for first in range(len(needs) if sum(rooms) else 0):
-        groups: list[list[int]] = [[] for _ in rooms]
-        total, done, card = sum(needs[first:]), 0.0, 0
-        for i, need in enumerate(needs[first:], first):
-            while done + need / 2 > total * sum(rooms[: card + 1]) / sum(rooms) and card < len(rooms) - 1:
-                card += 1
-            groups[card].append(i)
-            done += need
+        groups, done = [list[int]() for _ in rooms], 0.0
+        ends = [sum(needs[first:]) * end / sum(rooms) for end in accumulate(rooms)]
+        for i in range(first, len(needs)):
+            groups[bisect_left(ends, done + needs[i] / 2, hi=len(rooms) - 1)].append(i)
+            done += needs[i]
         if all(sum(needs[i] for i in group) <= own for group, own in zip(groups, rooms, strict=True)):
             return groups
     return [[] for _ in rooms]
 
 
-def _flags(count: int, counts: Sequence[int], in_ram: Sequence[int]) -> tuple[str, ...]:
-    """The arguments for ``counts`` of ``count`` layers on each card, and routed experts in memory."""
-    if not (n_gpu := sum(counts)):
+def _flags(count: int, cards: Sequence[Sequence[int]], in_ram: Sequence[int]) -> tuple[str, ...]:
+    """The arguments for some of ``count`` layers on each card, and the routed experts of some in memory."""
+    if not (n_gpu := sum(map(len, cards))):
         return ("-ngl", "0")
     flags = ["-ngl", str(max(99, n_gpu) if n_gpu == count else n_gpu)]
-    if len(counts) > 1:
-        flags += ["-ts", ",".join(map(str, counts))]
+    if len(cards) > 1:
+        flags += ["-ts", ",".join(str(len(layers)) for layers in cards)]
     if list(in_ram) == list(range(count - n_gpu, count - n_gpu + len(in_ram))):  # of the first layers there
         return (*flags, "--n-cpu-moe", str(in_ram[-1] + 1)) if in_ram else tuple(flags)
     return (*flags, "-ot", rf"blk\.({'|'.join(map(str, in_ram))}){EXPERTS}=CPU")
 
 
 def largest_context(model: Model, ram_bytes: int, vram_bytes: Sequence[int] = (), **options: Any) -> int:
-    """The most tokens, in steps of 256, that move no layer off a card and start no paging; 0: not even 256.
-
-    Where weights page even at 256 tokens: the most that memory holds beside them. ``options``: of `place`.
-    """
+    """The most tokens, in steps of 256, that move no layer off a card and start no paging; 0: none."""
     least, most = place(model, 256, ram_bytes, vram_bytes, **options), model.n_context or 1 << 20
 
     def too_long(step: int) -> bool:
@@ -212,41 +188,25 @@ def largest_context(model: Model, ram_bytes: int, vram_bytes: Sequence[int] = ()
     return min(most, 256 * bisect_left(range(1, max(1, most // 256) + 1), True, key=too_long))
 
 
-def table(placement: Placement) -> pd.DataFrame:
-    """One row a device; sizes as text, because a card's compute buffer can be unknown."""
-    import pandas as pd
-
-    columns = ["dense", "routed experts", "cache", "compute", "left", "read a token"]
-    rows = {
-        device.name: ["unknown" if nbytes is None else size(nbytes) for nbytes in device[2:]]
-        for device in placement.devices
-    }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("device")
-
-
 def machines_table(
-    model: Model,
-    n_ctx: int,
-    machines: Sequence[str],
-    speeds: Mapping[str, float] | None = None,
-    **options: Any,
+    model: Model, n_ctx: int, machines: Sequence[str], speeds: dict[str, float] | None = None, **options: Any
 ) -> pd.DataFrame:
     """A row a machine (memory, then each card: ``64GB + 24GB``); with ``speeds`` also tokens a second."""
     import pandas as pd
 
-    rows = {}
+    rows = []
     for name in machines:
         ram, *cards = map(size_of, name.split("+"))
         placed = place(model, n_ctx, ram, cards, **options)
-        rows[name] = {
+        row = {
             "on cards": size(sum(card.dense_bytes + card.expert_bytes for card in placed.devices[:-1])),
             "in RAM": size(placed.ram.dense_bytes + placed.ram.expert_bytes),
             "from disk a token": size(placed.disk_token_bytes),
             "largest n_ctx": largest_context(model, ram, cards, **options),
             "flags": " ".join(placed.flags),
-            **({} if speeds is None else {"at most tokens/s": placed.bound(speeds)[0]}),
         }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("machine")
+        rows.append(row if speeds is None else row | {"at most tokens/s": placed.bound(speeds)[0]})
+    return pd.DataFrame(rows, pd.Index(machines, name="machine"))
 
 
 class Experts(NamedTuple):
@@ -262,7 +222,7 @@ class Experts(NamedTuple):
 class Layout:
     """Where a model's weights lie in its files."""
 
-    experts: dict[int, list[Experts]]  # by layer, in the order in which llama.cpp uses them
+    experts: dict[int, list[Experts]]  # by layer, in the order in which build_moe_ffn uses them
     dense: list[tuple[int, int, int]]  # (file, start, end) of the tensors that every token reads whole
     tables: dict[int, tuple[int, int, int]]  # by layer that routes by token id: file, start, experts a token
     token_bytes: int  # of the experts that a token uses
@@ -280,8 +240,8 @@ class Layout:
             if layer is not None and layer >= n_layers:
                 continue  # layers for drafting, which llama.cpp does not read
             if layer is not None and routed and tensor.shape[-1] == routing.total:
+                key = ("gate_up", "up", "gate", "down").index(routed[1]), tensor.name.endswith(".bias")
                 part = Experts(file, start, tensor.nbytes // routing.total, routing.total)
-                key = USED_IN_ORDER.index(routed[1]), tensor.name.endswith(".bias")
                 parts.setdefault(layer, {})[key] = part
             elif layer is not None and HASH_TABLE in tensor.name:
                 tables[layer] = file, start, tensor.shape[0]
@@ -289,5 +249,4 @@ class Layout:
                 dense.append((file, start, start + tensor.nbytes))
         ordered = {layer: [own[place] for place in sorted(own)] for layer, own in parts.items()}
         slices = sum(part.slice_bytes for layer in ordered.values() for part in layer)
-        dense_bytes = sum(end - start for _, start, end in dense)
-        return cls(ordered, dense, tables, routing.used * slices, dense_bytes)
+        return cls(ordered, dense, tables, routing.used * slices, sum(end - start for _, start, end in dense))

@@ -1,16 +1,14 @@
 """Shards of one model: find them all from any, and check that they belong together.
 
-llama.cpp names them ``PREFIX-00001-of-00002.gguf`` and writes three fields into each header: ``split.no``
-(from 0), ``split.count`` and ``split.tensors.count`` (of the whole model). Like llama.cpp, we need
-``split.count`` in shard 1 only. A single file is a set of one, whatever its name and ``split.no`` are.
+Their headers have ``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (of the whole model).
+Like llama.cpp, we need the count in shard 1 only. A single file is a set of one, whatever its name is.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +18,9 @@ from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import ShardError
 from dfqs_nb.core.files import CHUNK_BYTES
 from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, read_header
-from dfqs_nb.gguf.types import TENSOR_TYPES
 
 SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?i:gguf)", re.DOTALL)
 MAX_SHARDS = 65_535  # split.count is a u16
-GLUED = "files may have been glued together: `dfqs-nb inspect FILE` says more"
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,30 @@ class ShardSet:
         match = SHARD_NAME.fullmatch(self.paths[0].name)
         return match["prefix"] if match else self.paths[0].stem.removesuffix(".gguf")
 
+    def open(self, path: Path) -> Any:
+        """A shard's bytes, for reading in a ``with`` block."""
+        return path.open("rb")
+
+    def tensor_hashes(self, names: Container[str] | None = None) -> dict[str, str]:
+        """XXH64 of every tensor, or of these, by name, as ``llama-gguf-hash --xxh64`` has it."""
+        from xxhash import xxh64
+
+        digests = {tensor.name: xxh64() for tensor in self.tensors if names is None or tensor.name in names}
+        total = sum(tensor.nbytes for tensor in self.tensors if tensor.name in digests)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="hash") as bar:
+            for header in self.headers:
+                check_layout(header)
+                with self.open(header.path) as file:
+                    for tensor in (t for t in header.tensors if t.name in digests):
+                        file.seek(header.data_offset + tensor.offset)
+                        for left in range(tensor.nbytes, 0, -CHUNK_BYTES):
+                            piece = file.read(min(left, CHUNK_BYTES))
+                            if len(piece) < min(left, CHUNK_BYTES):
+                                raise _refused(f"ended inside tensor {tensor.name!r}", header.path, GET_AGAIN)
+                            digests[tensor.name].update(piece)
+                            bar.update(len(piece))
+        return {name: digest.hexdigest() for name, digest in digests.items()}
+
 
 Files = str | Path | ShardSet  # a model: the file or any of its shards, or its shards as they were opened
 
@@ -68,11 +88,23 @@ def shard_path(prefix: str | Path, number: int, count: int) -> Path:
     return Path(f"{prefix}-{number:05d}-of-{count:05d}.gguf")
 
 
-def find_shards(header: GGUFHeader) -> tuple[Path, ...]:
-    """All shards of the model that this header's file is one of, in order, by llama.cpp's naming.
+def _refused(what: str, where: Path, hint: str = "take all shards from one model") -> ShardError:
+    return ShardError(what, where=where, hint=hint)
 
-    `ShardError`: a shard is missing, or the file's name does not match its header.
-    """
+
+def open_shards(model: Files | GGUFHeader | Sequence[str | Path]) -> ShardSet:
+    """Find (from any) or take (from several paths, in any order) the shards of a model, and check them."""
+    if isinstance(model, ShardSet):
+        return model
+    if isinstance(model, (str, Path)):
+        model = read_header(model)
+    if isinstance(model, GGUFHeader):
+        return check_set([model if path == model.path else read_header(path) for path in find_shards(model)])
+    return check_set([read_header(path) for path in model])
+
+
+def find_shards(header: GGUFHeader) -> tuple[Path, ...]:
+    """All shards of the model that this header's file is one of, in order, by llama.cpp's naming."""
     path, match = header.path, SHARD_NAME.fullmatch(header.path.name)
     number, count = header.count("split.no") + 1, header.count("split.count")
     if "split.count" not in header and "split.no" in header and match:
@@ -93,46 +125,8 @@ def find_shards(header: GGUFHeader) -> tuple[Path, ...]:
     return siblings
 
 
-def headers_inside(path: Path, file: Any = None) -> Iterator[GGUFHeader]:
-    """The header of a file, and those of the shards that are glued behind it; ``file`` as of `read_header`.
-
-    `HeaderError`: the next one cannot be read.
-    """
-    start: int | None = 0
-    with nullcontext(file) if file else path.open("rb", buffering=0) as opened:
-        while start is not None:
-            header = read_header(path, start, file=opened)
-            yield header
-            start = header.next_start(opened)
-
-
-def _refused(what: str, where: Path, hint: str = "take all shards from one model") -> ShardError:
-    return ShardError(what, where=where, hint=hint)
-
-
-def open_shards(model: Files | Sequence[str | Path]) -> ShardSet:
-    """Find (from one path) or take (from several, in any order) the shards of a model, and check them.
-
-    A set that is open already is returned as it is. `HeaderError`, `LayoutError`: a file is not a sound GGUF.
-    `ShardError`: what is wrong with the set, which shard, and the next step.
-    """
-    if isinstance(model, ShardSet):
-        return model
-    if isinstance(model, (str, Path)):
-        return shards_of(read_header(model))
-    return check_set([read_header(path) for path in model])
-
-
-def shards_of(header: GGUFHeader) -> ShardSet:
-    """`open_shards` of the model that this header's file is, or is a shard of."""
-    return check_set([header if path == header.path else read_header(path) for path in find_shards(header)])
-
-
 def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet:
-    """Check that headers, in any order, are one whole set of shards; errors as `open_shards`.
-
-    ``glued``: the shards lie in one file; its name and its size prove nothing.
-    """
+    """Check that headers, in any order, are one set of shards; of ``glued`` ones, not the file's size."""
     headers = _in_order(headers)
     first, names = headers[0], Counter(tensor.name for header in headers for tensor in header.tensors)
     if not first.architecture and "general.type" not in first:
@@ -147,10 +141,9 @@ def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet
         if not glued:
             check_layout(header)  # the last tensor may lack its padding
         if not glued and (surplus := header.file_size - header.end_offset) > 0:
-            what = f"{which} has {surplus:,} bytes more than its header accounts for"
-            raise _refused(f"{what} (expected {header.end_offset:,})", header.path, GLUED)
-        total = header.count("split.tensors.count", len(names)) if len(headers) > 1 else len(names)
-        if total != len(names):
+            what = f"{which} has {surplus:,} bytes more than its header accounts for ({header.end_offset:,})"
+            raise _refused(what, header.path, "is it glued together? `dfqs-nb inspect FILE` says more")
+        if len(headers) > 1 and (total := header.count("split.tensors.count", len(names))) != len(names):
             what = f"{which} says the model has {total:,} tensors; the shards hold {len(names):,}"
             raise _refused(what, header.path)
         # Fields must agree; alignment may not: llama.cpp reads each shard by its own.
@@ -170,49 +163,9 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     for header in headers:
         if (own := max(header.count("split.count", count), 1)) != count:
             raise _refused(f"belongs to a set of {own}, not of {count}", header.path)
-    ordered = sorted(headers, key=lambda header: header.count("split.no") if count > 1 else 0)
-    numbers = [header.count("split.no") + 1 if count > 1 else 1 for header in ordered]
-    missing = ", ".join(str(number) for number in range(1, count + 1) if number not in numbers)
-    if missing or len(numbers) > count:
-        what = f"shard {missing} of {count} is missing" if missing else f"{len(numbers)} shards of {count}"
+    by_number = {header.count("split.no") + 1 if count > 1 else 1: header for header in headers}
+    missing = ", ".join(str(number) for number in range(1, count + 1) if number not in by_number)
+    if missing or len(headers) > count:
+        what = f"shard {missing} of {count} is missing" if missing else f"{len(headers)} shards of {count}"
         raise _refused(what, headers[0].path.parent, f"name each of {count} shards once")
-    return ordered
-
-
-def tensor_data(header: GGUFHeader, file: Any, names: Container[str]) -> Iterator[tuple[Tensor, bytes]]:
-    """The bytes of these tensors, from an open file, in pieces of whole quantization blocks."""
-    for tensor in header.tensors:
-        if tensor.name in names:
-            block = TENSOR_TYPES[tensor.type_code][2]
-            file.seek(header.data_offset + tensor.offset)
-            left = tensor.nbytes
-            while left:
-                wanted = min(CHUNK_BYTES // block * block, left)
-                piece, left = file.read(wanted), left - wanted
-                if len(piece) < wanted:
-                    raise _refused(f"ended inside tensor {tensor.name!r}", header.path, GET_AGAIN)
-                yield tensor, piece
-
-
-def tensor_hashes(
-    headers: Sequence[GGUFHeader],
-    names: Container[str] | None = None,
-    opened: Callable[[Path], Any] = lambda path: path.open("rb"),
-) -> dict[str, str]:
-    """XXH64 of every tensor (or of these) of the headers, by name, as ``llama-gguf-hash --xxh64`` has it.
-
-    ``opened`` opens a header's file. `LayoutError`: the data is not where a header says.
-    """
-    from xxhash import xxh64
-
-    tensors = [t for header in headers for t in header.tensors if names is None or t.name in names]
-    digests = {tensor.name: xxh64() for tensor in tensors}
-    total = sum(tensor.nbytes for tensor in tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="hash") as bar:
-        for header in headers:
-            check_layout(header)
-            with opened(header.path) as file:
-                for tensor, piece in tensor_data(header, file, digests):
-                    digests[tensor.name].update(piece)
-                    bar.update(len(piece))
-    return {name: digest.hexdigest() for name, digest in digests.items()}
+    return [by_number[number] for number in sorted(by_number)]

@@ -21,9 +21,8 @@ import pandas as pd
 from dfqs_nb.core import child, display, files, machine
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes
-from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, Tensor, check_layout, read_header
+from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, TENSOR_TYPES, Tensor, check_layout, read_header
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
-from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix
 from dfqs_nb.ladder.recipes import QuantizeError, Recipe, file_types, load_recipe
 from dfqs_nb.llama.build import ERROR, LOG

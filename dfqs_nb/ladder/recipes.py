@@ -13,8 +13,7 @@ from pydantic.dataclasses import dataclass
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.gguf.facts import INTEGER_TYPES, layer_of
-from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.types import TENSOR_TYPES
+from dfqs_nb.gguf.header import TENSOR_TYPES, GGUFHeader
 
 NO_WEIGHTS = ("Q8_1", "Q8_K", "F64", *INTEGER_TYPES)  # types of activations and tables
 WRITTEN = [name for name, *_ in TENSOR_TYPES.values() if name not in NO_WEIGHTS]

@@ -7,10 +7,9 @@ from typing import Any
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import usable_cores
-from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.header import TENSOR_TYPES, GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES
 from dfqs_nb.gguf.shards import Files, open_shards
-from dfqs_nb.gguf.types import TENSOR_TYPES
 
 # ggml_type of the KV cache types, from ggml.h
 GGML_TYPES = {name.lower(): code for code, (name, *_) in TENSOR_TYPES.items() if name.lower() in CACHE_TYPES}

@@ -8,7 +8,6 @@ holes and neighbours. It gives one sentence on what the file is, and the next st
 from __future__ import annotations
 
 import re
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -20,8 +19,8 @@ from dfqs_nb.core.display import plain, quoted
 from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf import header as reader
-from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, unreadable
-from dfqs_nb.gguf.shards import ShardSet, check_set, find_shards, headers_inside, shards_of
+from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, headers_inside, opened
+from dfqs_nb.gguf.shards import ShardSet, check_set, find_shards, open_shards
 from dfqs_nb.merge.disk import missing_bytes
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ class Diagnosis:
     def shards(self) -> ShardSet:
         """The model that this file is, or holds in its glued shards, or is a shard of, as `open_shards`."""
         glued = self.kind is Kind.RAW_CONCATENATION
-        return check_set(self.headers, glued=True) if glued else shards_of(self.headers[0])
+        return check_set(self.headers, glued=True) if glued else open_shards(self.headers[0])
 
     @property
     def parts(self) -> list[dict[str, int]]:
@@ -125,14 +124,8 @@ def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
 
 def opening(path: Path) -> tuple[bytes, int]:
     """The first bytes of a file, and its size; `HeaderError`: it cannot be read, or is no regular file."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise HeaderError("is a folder, or no regular file", where=path, hint="name a file")
-        with path.open("rb", buffering=0) as file:
-            return file.read(OPENING_BYTES), status.st_size
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with opened(path) as file:
+        return file.read(OPENING_BYTES), file.seek(0, 2)
 
 
 def unfinished(path: Path) -> str:
@@ -175,7 +168,7 @@ def shard_number(header: GGUFHeader) -> tuple[int, int]:
 def _by_headers(path: Path, size: int) -> Diagnosis:
     """Follow the headers: where one's data end, with or without padding, the next one's magic may stand."""
     headers, error = list[GGUFHeader](), None
-    with path.open("rb", buffering=0) as file:
+    with opened(path) as file:
         try:
             for header in islice(headers_inside(path, file), MAX_PARTS):
                 headers.append(header)
@@ -265,7 +258,7 @@ def _role(inside: Diagnosis) -> Finding:
             f"{what}; all {count} are here",
             f"dfqs-nb merge {quoted(path)} -o {quoted(merged)}",
         )
-    if (role := facts.role(header)) != facts.MODEL:
+    if role := facts.role(header):
         step = "give it to a runtime beside the model that it was made for"
         return Kind.COMPANION, f"{role}, not a language model", step
     return Kind.SINGLE_FILE, f"a sound model in a single file of {inside.nbytes:,} bytes", ""

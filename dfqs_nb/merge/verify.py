@@ -21,7 +21,7 @@ from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError
 from dfqs_nb.core.files import read_json, sha256_of_file, write_json
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
-from dfqs_nb.gguf.shards import Files, open_shards, tensor_hashes
+from dfqs_nb.gguf.shards import Files, open_shards
 from dfqs_nb.merge.disk import Identity
 from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
 from dfqs_nb.merge.plan import Copy, Plan, identities
@@ -96,7 +96,7 @@ def verify_model(
     if manifest:
         equal.append(_compared(path, tensors, manifest.tensors, "its manifest"))
     if against:
-        hashes = tensor_hashes(open_shards(against).headers)
+        hashes = open_shards(against).tensor_hashes()
         equal.append(_compared(path, tensors, hashes, "the tensors of its shards"))
     kept = manifest.sha256 if manifest else None
     wholes = {"the SHA-256 that was given": sha256, "the SHA-256 in its manifest": kept}

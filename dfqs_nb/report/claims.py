@@ -13,7 +13,7 @@ import pandas as pd
 
 from dfqs_nb.gguf.facts import bits_per_weight, parameters, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import CACHE_TYPES, active_bytes, kv_cache_bytes, published, published_shape
+from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, published, published_shape
 from dfqs_nb.gguf.models import Model, registered
 from dfqs_nb.report import spec
 from dfqs_nb.report.envelope import SINGLE
@@ -179,12 +179,12 @@ def _bytes(file: GGUFHeader | None) -> dict[str, Any]:
     """What the tensor table of the artifact's own file has; types are known from there alone."""
     if file is None:
         return dict.fromkeys(("mean_bits", "main_type", "type_shares"))
-    types, weights = types_by_bytes(file.tensors), active_bytes(file)
-    shares = [f"{name} {nbytes / weights.weights:.1%}" for name, nbytes in types.items()]
+    types, weights = types_by_bytes(file.tensors), parameters(file, in_bytes=True)
+    shares = [f"{name} {nbytes / weights.total:.1%}" for name, nbytes in types.items()]
     known = {"mean_bits": bits_per_weight(file.tensors), "main_type": next(iter(types), None)}
     known |= {"type_shares": ", ".join(shares[:4]), "all_tensors": len(file.tensors)}
-    known |= {"weights_gb": weights.weights / GB, "weights_gib": weights.weights / GIB}
-    return {**known, "experts_gb": weights.routed_total / GB, "layers_43_gb": weights.routed_total / GB}
+    known |= {"weights_gb": weights.total / GB, "weights_gib": weights.total / GIB}
+    return {**known, "experts_gb": weights.routed / GB, "layers_43_gb": weights.routed / GB}
 
 
 def _measurements(own: Run, run: Run) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.gguf import memory
+from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, kv_cache_bytes
 from dfqs_nb.report.spec import GB, spec_table
@@ -50,7 +50,7 @@ def hardware_envelope(
     ``compute``: buffers by context (`planned_compute`); nothing is said to fit without. ``is_artifact``: hold
     it against the table of DFQS 1.0, too.
     """
-    weights, rows, note = memory.weights_bytes(header), [], ""
+    weights, rows, note = parameters(header, in_bytes=True).total, [], ""
     limits = {f"this machine ({size(memory_bytes)})": memory_bytes}
     if is_artifact:
         ram = spec_table("requirements")["envelope"]["ram"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dfqs_nb.gguf.memory import active_bytes
+from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import METRIC_DEPTH
 
@@ -17,7 +17,7 @@ def with_roof(speeds: pd.DataFrame, model: Model, bandwidth: float) -> pd.DataFr
 
     ``bandwidth``: bytes a second that all cores read from memory together. The cache is not counted.
     """
-    timed = speeds.assign(roof=bandwidth / active_bytes(model.header).total)
+    timed = speeds.assign(roof=bandwidth / parameters(model.header, in_bytes=True).active)
     timed["roof"] = timed["roof"].where(timed["phase"] == "decode")
     return timed.assign(utilisation=timed["median"] / timed["roof"])
 

@@ -244,10 +244,10 @@ def _source(model: str | Path) -> _Source:
         words, nbytes = ("dfqs-nb", "merge", entry.name, "-o"), entry.size_bytes
         return _Source([f"{entry.name}.gguf"], "", words, nbytes, None, WEIGHTS_FROM, entry.note)
     if given.startswith("hf://"):
-        file = registry.parse_address(given)
-        names = registry.siblings(file.file)
-        revision = ["--revision", file.revision] if file.revision else []
-        return _Source(names, "", ("hf", "download", file.repo, *names, *revision, "--local-dir"))
+        uri = registry.parse_address(given)
+        names = registry.siblings(uri.path_in_repo)
+        revision = ["--revision", uri.revision] if uri.revision else []
+        return _Source(names, "", ("hf", "download", uri.id, *names, *revision, "--local-dir"))
     path = registry.resolve(model)[0]
     diagnosis = diagnose(path)
     if not diagnosis.sound:

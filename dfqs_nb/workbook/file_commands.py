@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,9 @@ from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
 MACHINES = ["64GB", "96GB", "128GB"]
 RAM, GPU, DISK = "RAM", "GPU", "disk"
+SIZES = ["dense", "routed experts", "cache", "compute", "left", "read a token"]  # of what lies on a device
+SPLIT = ("split.no", "split.count", "split.tensors.count")  # how a model is cut, not what it is
+SHOWN = 60  # characters of a value that differs
 Place = Annotated[str, Argument(help="A file, a name of `dfqs-nb models`, hf://..., https://...")]
 
 
@@ -205,6 +209,8 @@ def plan(
     Examples: `dfqs-nb plan model.gguf`,
     `dfqs-nb plan hf://owner/repo/model.gguf --ram 64GB --vram 24GB,24GB --context 32768`
     """
+    import pandas as pd
+
     from dfqs_nb.llama.timing import forecast
 
     cards = [placement.size_of(text) for text in vram.split(",") if text.strip()]
@@ -224,7 +230,9 @@ def plan(
             room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
             outlook = forecast(known.headers, room - shape.dense[-1])  # the embedding lies there, too
         speeds = _speeds(placed, outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
-        say(f"\n{placement.table(placed).to_string()}\n")
+        sizes = [["unknown" if n is None else size(n) for n in device[2:]] for device in placed.devices]
+        names = pd.Index([device.name for device in placed.devices], name="device")
+        say(f"\n{pd.DataFrame(sizes, names, SIZES).to_string()}\n")
         if note := memory.kv_cache_bytes(header, context).note:
             say(f"the cache is an estimate: {note}")
         largest = placement.largest_context(shape, ram_bytes, cards, compute_bytes=compute)
@@ -305,8 +313,50 @@ def diff(
     Exit status 1: they differ. Example: `dfqs-nb diff model-Q8_0.gguf hf://owner/repo/model-Q4_0.gguf`
     """
     with remote.outline(a) as left, remote.outline(b) as right:
-        differences, sentence = remote.compare(left, right, data=data)
+        differences, sentence = compare(left, right, data=data)
     for kind, lines in differences.items():
         say(f"{kind}: {len(lines):,}", *(f"  {line}" for line in lines))
     say(sentence)
     raise typer.Exit(int(bool(differences)))
+
+
+def compare(a: remote.Outline, b: remote.Outline, *, data: bool = False) -> tuple[dict[str, list[str]], str]:
+    """What differs between two models, line by line by its kind, and a sentence on what was compared.
+
+    ``data``: also hash the tensors of equal type and shape. This reads a remote model without storing it.
+    """
+    for model in (a, b) if data else ():  # before hours of reading the other model
+        if model.glued:
+            what, hint = "the bytes of glued shards are not compared", "`dfqs-nb repair FILE --in-place`"
+            hint = "download and repair it first" if model.places else hint
+            raise DfqsError(what, where=models.shown(model.model), hint=hint)
+    first, second = a.headers[0], b.headers[0]
+    left, right = ({t.name: f"{t.type} {' x '.join(map(str, t.shape))}" for t in it.tensors} for it in (a, b))
+    both = [name for name in left if name in right]
+    alike = {name for name in both if left[name] == right[name]}
+    fields = [name for name in {**first.fields, **second.fields} if name not in SPLIT]
+    lines = {
+        "only in the first": [f"{name}: {left[name]}" for name in left if name not in right],
+        "only in the second": [f"{name}: {right[name]}" for name in right if name not in left],
+        "other type or shape": [f"{it}: {left[it]} | {right[it]}" for it in both if it not in alike],
+        "metadata": [line for name in fields if (line := _field(name, first, second))],
+    }
+    if data:
+        hashes, others = a.tensor_hashes(alike), b.tensor_hashes(alike)
+        lines["other bytes"] = sorted(name for name in alike if hashes[name] != others[name])
+    lines = {kind: rows for kind, rows in lines.items() if rows}
+    scope = f"{len(fields):,} metadata fields and {len(left | right):,} tensors"
+    looked = f"bytes of {len(alike):,} tensors compared" if data else "bytes not compared (--data does)"
+    return lines, f"{'different' if lines else 'equal'}: {scope}; {looked}"
+
+
+def _field(name: str, *headers: GGUFHeader) -> str:
+    """The line for a field that differs; else an empty text."""
+    own = [(header, header.fields.get(name)) for header in headers]
+    texts = [f"{field.type} {header[name]!r}" if field else "missing" for header, field in own]
+    if texts[0] == texts[1]:
+        return ""
+    # of long texts and lists, the place where they begin to differ
+    start = max(0, len(os.path.commonprefix(texts)) - SHOWN // 2) if max(map(len, texts)) > SHOWN else 0
+    parts = [(text[start : start + SHOWN], len(text) > start + SHOWN) for text in texts]
+    return f"{name}: " + " | ".join(f"{'…' * (start > 0)}{part}{'…' * more}" for part, more in parts)

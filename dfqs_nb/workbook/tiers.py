@@ -16,7 +16,7 @@ from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.paths import data_dir, outputs_dir
 from dfqs_nb.core.stage import read_stage
 from dfqs_nb.gguf import models as registry
-from dfqs_nb.gguf.facts import main_type
+from dfqs_nb.gguf.facts import layer_of, types_by_bytes
 from dfqs_nb.gguf.shards import open_shards
 
 NANO, STANDARD = "nano", "standard"
@@ -52,7 +52,9 @@ def ladder_source(folder: Path) -> str:
     tensors = open_shards(path).tensors
     if {tensor.type for tensor in tensors} <= UNQUANTIZED:
         return str(path)
-    kind = main_type(tensors)
+    # a small model's embedding can outweigh its layers
+    layers = [tensor for tensor in tensors if layer_of(tensor.name) is not None]
+    kind = next(iter(types_by_bytes(layers or tensors)))
     what = f"{path.name} is quantized already (mostly {kind}), and a ladder starts from F16 weights"
     command = f"dfqs-nb run 08 --run {quoted(folder.name)} -p ladder_source=FILE"
     hint = f"to climb one, put the same model at F16 for FILE: `{command}`"

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import ActiveBytes, published
+from dfqs_nb.gguf.memory import published
+
+
+class Bytes(NamedTuple):
+    """Bytes of weights that a token reads, ``total`` in all; and those of all routed experts, and of all weights."""
+
+    dense: int
+    routed: int
+    routed_total: int
+    weights: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.routed
+
 
 # DeepSeek-V4-Flash-IQ1_S-XL. Experts: from the shapes and types of its configuration. The rest: what the
 # published file's 61,540,805,344 bytes leave, less the embedding (129,280 x 4096 at Q8_0), of which a token
 # reads a row. With everything but experts at Q8_0 or F32, shapes alone would say 8.7 GB a token, not 7.6.
-FLASH = ActiveBytes(6_301_231_840, 1_281_490_944, routed_total=54_676_946_944, weights=61_540_805_344)
+FLASH = Bytes(6_301_231_840, 1_281_490_944, routed_total=54_676_946_944, weights=61_540_805_344)
 
 
 def card_compute(header: GGUFHeader, n_ctx: int, experts: str = "all") -> int | None:

@@ -26,9 +26,8 @@ from dfqs_nb.core.display import size, tqdm
 from dfqs_nb.core.errors import DfqsError, OutputError, SpaceError
 from dfqs_nb.core.files import whole_path
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.gguf.header import padded
+from dfqs_nb.gguf.header import TENSOR_TYPES, padded
 from dfqs_nb.gguf.memory import published
-from dfqs_nb.gguf.types import TENSOR_TYPES
 
 ARCH = "deepseek4"
 SMALL_LAYERS, SMALL_EXPERTS, SMALL_TOKENS = 8, 16, 4096

@@ -53,11 +53,11 @@ HEADERS = {
     "version 1": (gguf_bytes(version=1), "GGUF version 1; llama.cpp reads versions 2 and 3", "convert"),
     "version 4": (gguf_bytes(version=4), "GGUF version 4;", "convert"),
     "more tensors than bytes": (gguf_bytes(n_tensors=HUGE), rf"claims {HUGE:,} tensors", "download it again"),
-    "more fields than bytes": (gguf_bytes(n_fields=HUGE), rf"claims {HUGE:,} metadata fields", "download it"),
+    "more fields than bytes": (gguf_bytes(n_fields=HUGE), rf"{HUGE:,} metadata fields", "download it"),
     "a negative count": (gguf_bytes(n_tensors=(1 << 64) - 1), r"claims [\d,]+ tensors", "download it again"),
     "a name longer than the file": (
         header_bytes([struct.pack("<Q", HUGE)], n_fields=1) + bytes(64),
-        rf"the name of metadata field 0 claims {HUGE:,} bytes",
+        "the header is cut off: it needs",
         "download it",
     ),
     "a text longer than the file": (
@@ -72,7 +72,7 @@ HEADERS = {
     ),
     "an array longer than the file": (
         header_bytes([array(4, HUGE)]),
-        rf"'k' claims {HUGE:,} values",
+        "the header is cut off: it needs",
         "download",
     ),
     "an array of arrays": (header_bytes([array(9, 1, struct.pack("<IQ", 4, 0))]), "unknown value type 9", ""),
@@ -88,7 +88,7 @@ HEADERS = {
     "an alignment of 24": (gguf_bytes([field("general.alignment", "UINT32", 24)]), "not a power of two", ""),
     "an alignment in 64 bits": (
         gguf_bytes([field("general.alignment", "UINT64", 32)]),
-        "not a single UINT32",
+        "not a power of two in a single UINT32",
         "",
     ),
     "a tensor twice": (gguf_bytes([], [Spec("t"), Spec("t")]), "tensor 't' stands twice", ""),

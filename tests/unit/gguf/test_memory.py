@@ -14,8 +14,9 @@ from dfqs_nb.core import machine
 from dfqs_nb.core.errors import HeaderError, SpaceError
 from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate, kv_cache_bytes, weights_bytes
+from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate, kv_cache_bytes
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.build import LOG, build_llama, dry_run
 from dfqs_nb.llama.settings import OpenSettings
@@ -181,8 +182,12 @@ def test_weights_are_the_tensors_of_all_shards():
 
     shards = open_shards(NANO)
     expected = sum(int(t.n_bytes) for path in shards.paths for t in gguf.GGUFReader(path).tensors)
-    assert weights_bytes(shards.as_one) == expected
-    assert weights_bytes(shards.headers[0]) < expected
+    assert (
+        estimate(shards.as_one, 512).weights_bytes
+        == parameters(shards.as_one, in_bytes=True).total
+        == expected
+    )
+    assert parameters(shards.headers[0], in_bytes=True).total < expected
 
 
 def test_latent_attention_keeps_k_only(tmp_path):

@@ -13,8 +13,9 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.broken import reference_shards
+from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import active_bytes, kv_cache_bytes
+from dfqs_nb.gguf.memory import kv_cache_bytes
 
 GB = 1 << 30
 MACHINES = [
@@ -44,7 +45,9 @@ def test_the_flags_put_every_tensor_where_the_plan_has_it(flash, ram, cards):
     assert sum(caches) == kv_cache_bytes(flash, 32768).total
     assert all(device.left_bytes >= placement.SPARE_BYTES for device in placed.devices[:-1])
     read = sum(device.token_bytes for device in placed.devices)
-    assert read == pytest.approx(active_bytes(flash).total, abs=4), "a token reads as much wherever it lies"
+    assert read == pytest.approx(parameters(flash, in_bytes=True).active, abs=4), (
+        "a token reads as much wherever it lies"
+    )
 
 
 def test_caches_by_layer_are_the_cache(flash):
@@ -108,7 +111,7 @@ def test_memory_for_half_of_the_experts_holds_half_of_the_reads(flash):
     routed, here = sum(model.experts), sum(model.dense) + sum(model.caches(4096))
     placed = placement.place(model, 4096, here + routed // 2)
     assert placed.disk_token_bytes == pytest.approx(0.5 * routed * 6 / 256, rel=1e-3)
-    assert placement.table(placed).loc["RAM", "compute"] == "unknown"
+    assert placed.ram.compute_bytes is None, "nobody planned it"
 
 
 def test_the_benchmark_of_a_card_asks_about_every_placement(monkeypatch):

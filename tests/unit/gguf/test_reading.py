@@ -7,9 +7,8 @@ from gguf_fixtures import real_size_header
 from published import FLASH
 
 from conftest import REFERENCE
-from dfqs_nb.gguf import facts as header_facts
-from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import active_bytes
+from dfqs_nb.gguf.facts import class_of, parameters
+from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.gguf.shards import open_shards
 
 Q8_0 = 34 / 32
@@ -20,42 +19,42 @@ def flash(tmp_path_factory):
     return read_header(real_size_header(tmp_path_factory.mktemp("flash") / "flash.gguf"))
 
 
+def dense_bytes(header: GGUFHeader) -> int:
+    """What a token reads beside routed experts: a row of each look-up table (4 bytes for each of 6 experts), and the rest."""
+    one_row = next(t for t in header.tensors if t.name == "token_embd.weight").nbytes // 129_280
+    tables = [t for t in header.tensors if t.type == "I32"]
+    kinds = ("routed experts", "embedding")
+    rest = [t.nbytes for t in header.tensors if class_of(t.name) not in kinds and t.type != "I32"]
+    return sum(rest) + one_row + 4 * 6 * len(tables)
+
+
 def test_experts_of_the_real_shape_count_by_use(flash):
-    active = active_bytes(flash)
+    weights = parameters(flash, in_bytes=True)
     layers, experts, used, width, hidden = 43, 256, 6, 2048, 4096
     matrix = width * hidden
     iq1_s, q2_k = matrix * 50 // 256, matrix * 84 // 256
-    assert active.routed_total == experts * (layers * 3 * iq1_s + 2 * (q2_k - iq1_s))
-    assert active.routed == pytest.approx(active.routed_total * used / experts, abs=1)
-    assert (active.routed, active.routed_total) == (FLASH.routed, FLASH.routed_total)
+    assert weights.routed == experts * (layers * 3 * iq1_s + 2 * (q2_k - iq1_s))
+    routed = weights.active - dense_bytes(flash)
+    assert routed == pytest.approx(weights.routed * used / experts, abs=1)
+    assert (routed, weights.routed) == (FLASH.routed, FLASH.routed_total)
 
 
 def test_the_artifacts_bytes_follow_from_its_published_size(flash):
     embedding = int(129_280 * 4096 * Q8_0)
     assert FLASH.weights == 49_952_658_368 + 11_588_146_976
     assert FLASH.dense == FLASH.weights - FLASH.routed_total - embedding
-    from_shapes = active_bytes(flash)
-    assert FLASH.dense < from_shapes.dense < 1.2 * FLASH.dense, (
-        "all at Q8_0 is a little more than was published"
-    )
+    assert FLASH.dense < dense_bytes(flash) < 1.2 * FLASH.dense, "all at Q8_0 is a little more than published"
     assert FLASH.total / 1e9 == pytest.approx(7.58, abs=0.01)
 
 
 def test_bytes_agree_with_the_count_of_active_parameters(flash):
     """A second way: active parameters times their bits, class by class."""
-    bits = 8 * active_bytes(flash).total / header_facts.parameters(flash).active
+    bits = 8 * parameters(flash, in_bytes=True).active / parameters(flash).active
     assert 1.5625 < bits < 8.6
-    one_row = next(t for t in flash.tensors if t.name == "token_embd.weight").nbytes // 129_280
-    tables = [t for t in flash.tensors if t.type == "I32"]
-    everything = active_bytes(flash)
-    rest = sum(
-        t.nbytes
-        for t in flash.tensors
-        if header_facts.class_of(t.name) not in ("routed experts", "embedding") and t.type != "I32"
-    )
-    assert everything.dense == rest + one_row + 4 * 6 * len(tables)
 
 
 def test_shards_together_read_what_the_merged_file_reads(merged_reference):
     shards = open_shards(REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf")
-    assert active_bytes(shards.as_one) == active_bytes(read_header(merged_reference))
+    assert parameters(shards.as_one, in_bytes=True) == parameters(
+        read_header(merged_reference), in_bytes=True
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import COMMIT, Cut, HubServer
+from huggingface_hub import HfUri
 
 from dfqs_nb.core import errors
 from dfqs_nb.core.errors import IntegrityError, RegistryError, SpaceError
@@ -133,7 +134,7 @@ def test_a_name_that_no_file_can_have_is_one_message(name):
 
 
 def test_a_folder_is_no_model():
-    with pytest.raises(RegistryError, match="is a folder, or no regular file; give the path of a file"):
+    with pytest.raises(RegistryError, match="is a folder, or no regular file; name a file"):
         registry.resolve(REFERENCE)
 
 
@@ -153,17 +154,21 @@ def test_unknown_names_say_what_is_known(name, answer):
     assert answer in str(caught.value)
 
 
+def hub_file(repo: str, file: str, revision: str | None = None) -> HfUri:
+    return HfUri("model", repo, revision, file)
+
+
 @pytest.mark.parametrize(
     "address, file",
     [
-        ("hf://a/b/c.gguf", registry.HubFile("a/b", "c.gguf")),
-        ("hf://a/b/d/c.gguf@refs/pr/1", registry.HubFile("a/b", "d/c.gguf", "refs/pr/1")),
-        ("hf://a/b@v1/c.gguf", registry.HubFile("a/b", "c.gguf", "v1")),
-        ("https://huggingface.co/a/b/blob/main/d/c.gguf", registry.HubFile("a/b", "d/c.gguf", "main")),
-        ("https://hf.co/a/b/resolve/v1/c.gguf?download=true", registry.HubFile("a/b", "c.gguf", "v1")),
+        ("hf://a/b/c.gguf", hub_file("a/b", "c.gguf")),
+        ("hf://a/b/d/c.gguf@refs/pr/1", hub_file("a/b", "d/c.gguf", "refs/pr/1")),
+        ("hf://a/b@v1/c.gguf", hub_file("a/b", "c.gguf", "v1")),
+        ("https://huggingface.co/a/b/blob/main/d/c.gguf", hub_file("a/b", "d/c.gguf", "main")),
+        ("https://hf.co/a/b/resolve/v1/c.gguf?download=true", hub_file("a/b", "c.gguf", "v1")),
         (
             "https://huggingface.co/a/b/resolve/refs%2Fpr%2F1/c%20d.GGUF",
-            registry.HubFile("a/b", "c d.GGUF", "refs/pr/1"),
+            hub_file("a/b", "c d.GGUF", "refs/pr/1"),
         ),
     ],
 )
@@ -268,7 +273,7 @@ def test_each_refusal_says_why_and_what_next(server, tmp_path):
         "hf://forbidden/any/x.gguf": "cannot be fetched (403",
         "hf://busy/any/x.gguf": "cannot be fetched (Server error '503",
         f"hf://someone/nano/{BIG}@v9": "Revision Not Found",
-        "hf://some--one/-nano-/x.gguf": "not the address of a GGUF file on the hub",
+        "hf://some--one/-nano-/x.gguf": "not the address of a GGUF on the hub",
     }
     answers = client(server.endpoint, tmp_path, *expected)
     for answer, (name, text) in zip(answers, expected.items(), strict=True):

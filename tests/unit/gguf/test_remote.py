@@ -157,7 +157,10 @@ def test_a_server_without_ranges_is_named(server):
     server.ranges = False
     try:
         with (
-            pytest.raises(RegistryError, match="only whole files; download the file, and inspect it here$"),
+            pytest.raises(
+                RegistryError,
+                match="only whole files; download it, and give its path$",
+            ),
             remote.headers_of(address(server, NANO[0].name)),
         ):
             pass

@@ -17,10 +17,10 @@ from gguf_fixtures import Spec, gguf_bytes, header_bytes, small_gguf
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.broken import too_many_experts
+from dfqs_nb.gguf.header import TENSOR_TYPES
 from dfqs_nb.gguf.memory import MemoryEstimate
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.gguf.types import TENSOR_TYPES
 from dfqs_nb.llama import check
 from dfqs_nb.llama.graph import ggml_function
 from dfqs_nb.llama.settings import OpenSettings

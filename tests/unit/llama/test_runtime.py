@@ -21,8 +21,8 @@ from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError, ModelError, SpaceError
 from dfqs_nb.core.machine import available_memory
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.memory import active_bytes
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama.build import LOG, build_llama, dry_run
@@ -359,7 +359,9 @@ def test_opening_prints_nothing(capfd):
 def test_any_shard_opens_the_model(nano, merged_reference):
     with open_model(REFERENCE / "DFQS-Nano-IQ1_S-XL-00002-of-00002.gguf", SETTINGS) as model:
         assert model.path.samefile(NANO)
-        assert active_bytes(model.header) == active_bytes(read_header(merged_reference)), "of all shards"
+        assert parameters(model.header, in_bytes=True) == parameters(
+            read_header(merged_reference), in_bytes=True
+        ), "of all shards"
 
 
 def test_a_notebook_shows_no_folder_of_this_machine(nano):

@@ -18,7 +18,7 @@ from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceErr
 from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.header import check_layout, read_header
-from dfqs_nb.gguf.shards import open_shards, shard_path, tensor_hashes
+from dfqs_nb.gguf.shards import open_shards, shard_path
 from dfqs_nb.llama import check
 from dfqs_nb.merge import copy, disk, merge_model
 from dfqs_nb.merge import merge as merging
@@ -65,7 +65,7 @@ def test_manifest_holds_the_hashes(tmp_path):
     result = merge_model(SHARD["IQ1_S-XL"], tmp_path / "out.gguf")
     kept = json.loads(manifest_path(result.path).read_text())
     assert kept["sha256"] == result.sha256 and kept["file"] == "out.gguf"
-    assert kept["tensors"] == tensor_hashes([read_header(result.path)])
+    assert kept["tensors"] == open_shards(result.path).tensor_hashes()
     assert str(tmp_path) not in manifest_path(result.path).read_text(), "a path of this machine was kept"
 
 

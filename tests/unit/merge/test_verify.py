@@ -15,7 +15,7 @@ from dfqs_nb.core.files import sha256_of
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.shards import shard_path, tensor_hashes
+from dfqs_nb.gguf.shards import open_shards, shard_path
 from dfqs_nb.merge import merge_model
 from dfqs_nb.merge import verify_model as verify
 from dfqs_nb.merge.verify import hash_file, manifest_path
@@ -62,7 +62,7 @@ def recorded() -> dict[str, str]:
 
 def test_hashes_are_those_of_llama_gguf_hash(model):
     assert len(recorded()) == 126
-    assert tensor_hashes([read_header(model)]) == recorded()
+    assert open_shards(model).tensor_hashes() == recorded()
     assert hash_file(model, [read_header(model)]) == (MERGED_SHA256, recorded())
 
 

@@ -11,6 +11,7 @@ import pytest
 from dfqs_nb.core.errors import RegistryError
 from dfqs_nb.gguf import memory
 from dfqs_nb.gguf.broken import reference_shards
+from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.llama import settings
 from dfqs_nb.report import envelope
@@ -92,7 +93,7 @@ def test_with_llama_cpps_plan_the_reference_model_fits(merged_reference):
     needs = hardware_envelope(header, LARGE, compute)
     assert fits(needs, 65536) == [FITS] and fits(needs, 32768) == [NOT_KNOWN]
     row = needs["rows"][0]
-    assert row["need_bytes"] == memory.weights_bytes(header) + row["kv_bytes"] + compute[8192]
+    assert row["need_bytes"] == parameters(header, in_bytes=True).total + row["kv_bytes"] + compute[8192]
 
 
 def test_a_file_that_llama_cpp_refuses_has_no_planned_buffer(tmp_path):

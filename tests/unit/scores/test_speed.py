@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from dfqs_nb.gguf.memory import active_bytes
+from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
 from dfqs_nb.llama.timing import measure_speed
@@ -25,7 +25,7 @@ def test_decode_has_a_roof_at_each_depth(model):
     table = speed.with_roof(speeds, model, bandwidth=1e12)
     assert list(table["phase"]) == ["prefill", "decode"] * 2 and list(table["depth"]) == [64, 64, 256, 256]
     decode = table[table["phase"] == "decode"]
-    assert decode["roof"].iloc[0] == pytest.approx(1e12 / active_bytes(model.header).total)
+    assert decode["roof"].iloc[0] == pytest.approx(1e12 / parameters(model.header, in_bytes=True).active)
     assert (decode["utilisation"] < 1).all() and table["contended"].dtype == bool
     assert table.loc[table["phase"] == "prefill", ["roof", "utilisation"]].isna().all(axis=None)
 

@@ -281,6 +281,8 @@ def test_plan_prints_the_command_and_other_machines_only_if_asked():
     done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10", "--vram", "8GB,8GB")
     assert "no bound on speed: GPU not measured; give --gpu-gbs, in GB/s" in done.stdout, done.stderr
     assert "the cache is an estimate" not in done.stdout
+    compute = re.findall(r"^(GPU \d|RAM) .* (unknown|\d+\.\d MB) ", done.stdout, re.M)
+    assert [name for name, size in compute if size == "unknown"] == ["GPU 0", "GPU 1"], done.stdout
     done = dfqs("plan", FIRST, "--vram", "lots")
     assert done.returncode == 1 and "'lots' is no size; write 64GB" in done.stderr
     done = dfqs("plan", FIRST, "--context", "9999999")
