@@ -27,7 +27,7 @@ MACHINES = ["64GB", "96GB", "128GB"]
 RAM, GPU, DISK = "RAM", "GPU", "disk"
 SIZES = ["dense", "routed experts", "cache", "compute", "left", "read a token"]  # of what lies on a device
 SPLIT = ("split.no", "split.count", "split.tensors.count")  # how a model is cut, not what it is
-SHOWN = 60  # characters of a value that differs
+SHOWN, LISTED = 60, 20  # characters of a value that differs, differences of a kind
 Place = Annotated[str, Argument(help="A file, a name of `dfqs-nb models`, hf://..., https://...")]
 
 
@@ -307,6 +307,7 @@ def diff(
     a: Place,
     b: str = Argument(..., help="The model to compare with."),
     data: bool = Option(False, "--data", help="Also compare the tensors' bytes, which reads all of them."),
+    full: bool = Option(False, "--all", help=f"List every difference, not the first {LISTED} of a kind."),
 ) -> None:
     """Compare two models: metadata, tensors, types, shapes, bytes.
 
@@ -315,7 +316,10 @@ def diff(
     with remote.outline(a) as left, remote.outline(b) as right:
         differences, sentence = compare(left, right, data=data)
     for kind, lines in differences.items():
-        say(f"{kind}: {len(lines):,}", *(f"  {line}" for line in lines))
+        listed = lines if full else lines[:LISTED]
+        say(f"{kind}: {len(lines):,}", *(f"  {line}" for line in listed))
+        if more := len(lines) - len(listed):
+            say(f"  and {more:,} more, which --all lists")
     say(sentence)
     raise typer.Exit(int(bool(differences)))
 

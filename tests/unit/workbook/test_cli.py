@@ -304,3 +304,16 @@ def test_diff_names_what_differs_by_its_exit_status():
     assert dfqs("diff", FIRST, "dfqs-nano-iq1_s-xl").returncode == 0
     done = dfqs("diff", FIRST, "dfqs-nano-q8_0")
     assert done.returncode == 1 and "blk.0." in done.stdout
+
+
+def test_diff_of_unlike_models_lists_the_first_of_each_kind():
+    unlike = ("diff", FIRST, "dfqs-nano-f16")
+    printed = [dfqs(*words).stdout for words in (unlike, (*unlike, "--all"))]
+    short, full = (
+        [part.splitlines() for part in re.split(r"^(?=\w)", text, flags=re.M)[1:]] for text in printed
+    )
+    for few, every in zip(short, full, strict=True):
+        assert few[:21] == every[:21], "a count, and 20 lines"
+        more = len(every) - 21
+        assert few[21:] == ([f"  and {more} more, which --all lists"] if more > 0 else [])
+    assert max(map(len, full)) > 21
