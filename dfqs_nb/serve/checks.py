@@ -134,7 +134,7 @@ class Checks:
         """Fill the context that the server reports, then exceed it: it must refuse."""
         endpoint, n_ctx = self.endpoint, self.endpoint.n_ctx
         if n_ctx is None or n_ctx > self.longest_tried:
-            return UNSEEN, f"reports {n_ctx}; not tried out"
+            return UNSEEN, f"reports {n_ctx or 'none'}; not tried out"
         each = endpoint.complete(FILLER * 16, 1).n_prompt / 16
         if each < 1:  # fewer than a token a sentence is no honest count
             return UNSEEN, f"reports {n_ctx:,}; does not count a prompt's tokens"
