@@ -119,7 +119,8 @@ def stamped_facts(text: str) -> str:
 
     if (SAMPLE_FOLDER / "report.json").exists():
         verdict = str(report.verdict(report.read_report(SAMPLE_FOLDER)))
-        text = stamp_block(text, "verdict", f"```text\n{verdict}\nopen outputs/nano/report.html\n```")
+        place = "Where it is: outputs/nano/report.html"
+        text = stamp_block(text, "verdict", f"```text\n{verdict}\n\n{place}\n```")
     text = stamp_block(text, "costs", markdown_table(workbook.overview().reset_index()))
     rows = ["| for example | what it does |", "|---|---|"]
     for name, command in cli.program().commands.items():

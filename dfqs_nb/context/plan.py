@@ -270,23 +270,36 @@ def predict_failure(
 
 
 def settings_for(
-    model: Files, longest: int, settings: OpenSettings, stage: Stage, prompt_set: str
+    model: Files,
+    longest: int,
+    settings: OpenSettings,
+    stage: Stage,
+    prompt_set: str,
+    *,
+    fresh: bool = False,
 ) -> tuple[OpenSettings, RuntimeFailure | None]:
     """Settings with room for the longest length that fits in memory, and the first that does not.
 
     ``longest``: tokens, at most the model's own limit; 0: that limit (or `NO_LIMIT`), and what the budget
-    holds at the prefill speed of notebook 03. A `PromptError`: there is no such prompt set.
+    holds at the prefill speed of notebook 03. That is kept as `Stage.plan` keeps a plan: in a context of
+    another size no earlier answer would count. A `PromptError`: there is no such prompt set.
     """
     probe_of(prompt_set)
-    shards, affordable = open_shards(model), inf
-    own = own_context(shards.as_one)
-    if not longest:
+    shards = open_shards(model)
+    limit = own_context(shards.as_one) or max(longest, NO_LIMIT)
+
+    def affordable() -> dict[str, int]:
+        speeds = list[float]()
         with suppress(StageError):  # this notebook may run alone
             rows = read_stage(stage.folder, "generate").get("speed") or []
             speeds = [row["median"] for row in rows if row.get("phase") == "prefill"]
-            affordable = max(LEAST_CONTEXT, stage.seconds_left * max(speeds, default=inf))
-    most = longest or min(own or NO_LIMIT, affordable)
-    longest = int(min(most, own or most))
+        return {"tokens": int(min(limit, max(LEAST_CONTEXT, stage.seconds_left * max(speeds, default=inf))))}
+
+    if not longest:
+        beside = Stage(stage.folder, f"{stage.name}.context", stage.budget_seconds / 60)  # the curve's plan
+        about = {**settings.as_dict(), "model": str(shards.paths[0])}
+        longest = beside.plan(about, affordable, fresh=fresh)["tokens"]
+    longest = min(longest, limit)
     failure = predict_failure(shards, octaves(256, longest) or [longest], settings)
     reach = longest if failure is None else failure.length // 2
     return replace(settings, n_ctx=reach + SPARE_TOKENS), failure

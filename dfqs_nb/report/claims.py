@@ -17,7 +17,7 @@ from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, published, publishe
 from dfqs_nb.gguf.models import Model, registered
 from dfqs_nb.report import spec
 from dfqs_nb.report.envelope import SINGLE
-from dfqs_nb.report.reading import Run
+from dfqs_nb.report.reading import Run, on_gpu
 from dfqs_nb.report.spec import CONFIRMED, CONTRADICTED, GB, GIB, IN_PART, NOT_TESTABLE, Claim, spec_table
 
 SHARDS = "deepseek-v4-flash-iq1_s-xl"  # in data/models.toml
@@ -196,7 +196,7 @@ def _measurements(own: Run, run: Run) -> dict[str, Any]:
     known: dict[str, Any] = {
         "sha256": own["merge"]["model"]["sha256"] if is_whole else recorded,
         "whose_sha256": "this run's file has" if is_whole else "an independent download is recorded with",
-        "cpu_tokens_per_sec": scored.get("cpu_tokens_per_sec"),
+        "cpu_tokens_per_sec": None if on_gpu(scored) else scored.get("cpu_tokens_per_sec"),
         "humaneval": None,
         "boundary": context.get("boundary"),
         "longest": max((row["length"] for row in context.get("curve", [])), default=None),
@@ -205,6 +205,11 @@ def _measurements(own: Run, run: Run) -> dict[str, Any]:
     shares: list[Any] = [code[name] for name in ("value", "low", "high")] if code else [None]
     if code and not code["n_missing"] and None not in shares:
         known |= {"humaneval": [100 * share for share in shares], "humaneval_n": code["n"]}
+    traced = own.get("routing", {}).get("verdict") or {}
+    load, known["routing_loads"] = traced.get("load_passed"), None
+    if load is not None:
+        known["routing_loads"] = CONFIRMED if load and traced["passed"] else CONTRADICTED
+        known["routing_loads_evidence"] = traced["load_sentence"]
     for claim in run.get("routing", {}).get("claims", []):
         key = "_".join(claim["claim"].split()[:2])
         known |= {key: claim["status"] if own else None, f"{key}_evidence": claim["evidence"]}

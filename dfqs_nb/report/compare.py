@@ -2,7 +2,8 @@
 
 Reports are compared only under equal conditions: what ``report.json`` hashes, ``system_info`` among them,
 because kernels, and so answers, may differ by it. The rest of the machine decides only whether speeds may be
-compared. One condition may differ, and is then named: a chat template belongs to a model's own file.
+compared. Two may differ: a chat template, which belongs to a model's own file and is named, and how much the
+budgets allowed: then the questions that both were asked are compared.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dfqs_nb.stats import LEVEL, holm, sign_flip
 
 RETRIEVAL = "retrieval accuracy"  # over all planned lengths, in comparisons
 TEMPLATE = "chat_template_sha256"  # the one condition that is a property of a model's own file
+AMOUNTS = {f"long_context.{name}" for name in ("grid", "n_haystacks", "n_ctx")}  # and the part of a set
 SPEED_FACTS = ("system", "processor", "usable cores")  # of the machine: equal, or speeds are not compared
 N_FLIPS, SEED = 20_000, 0  # of signs, where there are too many texts for all
 SAME_QUESTION = ["haystack", "length", "question", "expected"]  # its key, and the answer to it
@@ -95,14 +97,12 @@ def _differing_templates(runs: Sequence[RunItems]) -> list[str]:
     for run in runs:
         differ = differing_fields(runs[0].report["conditions"], run.report["conditions"])
         templates |= dict.fromkeys(name for name in differ if name.split(".")[-1] == TEMPLATE)
-        if named := ", ".join(f"{it} ({a} and {b})" for it, (a, b) in differ.items() if it not in templates):
+        wrong = [it for it in differ if not (it in templates or it in AMOUNTS or it.endswith(".part"))]
+        if named := ", ".join("{} ({} and {})".format(it, *differ[it]) for it in wrong):
             refused.append(f"{tilde(run.path)}: {named}")
     if refused:
         what = f"the conditions differ from those of {tilde(runs[0].path)} in {' | '.join(refused)}"
-        hint = "run all again under the same conditions"
-        if ".part (" in what:
-            hint += ": give each the same `-p max_items=N`, and `--budget-minutes` for N questions"
-        raise ComparisonError(what, hint=hint)
+        raise ComparisonError(what, hint="run all again under the same conditions")
     return list(templates)
 
 
@@ -122,10 +122,16 @@ def _differs(kind: str, value: float, low: float, high: float, reading: str) -> 
 
 
 def _score(metric: str, first: RunItems, run: RunItems) -> Row:
-    it = compare_runs(first.scores[metric], run.scores[metric])
-    reading = f"{it.only_a} right in the baseline alone, {it.only_b} here alone"
+    """A score over the questions that both were asked, where a budget left some out."""
+    (a, b), left = (it.scores[metric] for it in (first, run)), ""
+    both = set(a.answered["id"]) & set(b.answered["id"])
+    if both and any("part" in it.report["conditions"]["scores"].get(a.name, {}) for it in (first, run)):
+        left = f"; asked of both: {len(both)} questions, of {len(a.answered)} and {len(b.answered)}"
+        a, b = (it.only(both) for it in (a, b))
+    it = compare_runs(a, b)
+    reading = f"{it.only_a} right in the baseline alone, {it.only_b} here alone{left}"
     change = _differs("difference", it.difference, it.low, it.high, reading)
-    return {"n": it.n, "value": it.b, "p": it.p, **change}
+    return {"n": it.n, "value": it.b, "low": b.score.low, "high": b.score.high, "p": it.p, **change}
 
 
 def _retrieval(metric: str, first: RunItems, run: RunItems) -> Row:
@@ -157,11 +163,6 @@ def flip_test(a: pd.DataFrame, b: pd.DataFrame) -> float:
     return sign_flip(change, N_FLIPS, SEED) if len(change) > 1 else 1.0
 
 
-def _boundary(metric: str, first: RunItems, run: RunItems) -> Row:
-    """No ratio of two boundaries: retrieval, whose texts are paired, tells better which carries further."""
-    return {"reading": "not tested: each stands with its interval, and with what qualifies it"}
-
-
 def _speed(metric: str, first: RunItems, run: RunItems) -> Row:
     """A ratio, where machine and load are alike; threads are a condition."""
     for fact in SPEED_FACTS:
@@ -179,7 +180,8 @@ def _speed(metric: str, first: RunItems, run: RunItems) -> Row:
 ROWS: dict[str, Callable[[str, RunItems, RunItems], Row]] = {
     **dict.fromkeys(SCORES, _score),
     RETRIEVAL: _retrieval,
-    BOUNDARY: _boundary,
+    # no ratio of two boundaries: retrieval, whose texts are paired, tells better which carries further
+    BOUNDARY: lambda *_: {"reading": "not tested: each stands with its interval, and with what qualifies it"},
     SPEED: _speed,
 }
 
@@ -200,11 +202,6 @@ class Leaderboard:
     table: pd.DataFrame
     reports: Mapping[str, Mapping[str, Any]]
 
-    @property
-    def n_problems(self) -> int:
-        """Files that are no reports that count."""
-        return int((self.table["problem"] != "").sum())
-
     def __str__(self) -> str:
         """The leaderboard as Markdown: a section for each tier and conditions, then what does not count."""
         sections, first = [], None
@@ -213,9 +210,8 @@ class Leaderboard:
             first = first or conditions
             sections.append((tier, own, differing_fields(first, conditions), group.to_dict("records")))
         bad = self.table[self.table["problem"] != ""][["report", "problem"]].to_numpy().tolist()
-        return render(
-            "leaderboard.md", sections=sections, bad=bad, metrics=list(METRICS), reports=self.reports
-        )
+        facts = {"metrics": list(METRICS), "reports": self.reports}
+        return render("leaderboard.md", sections=sections, bad=bad, **facts)
 
     def write(self) -> list[Path]:
         """Write ``leaderboard.csv`` and ``leaderboard.md`` into the folder, each whole or not at all."""

@@ -80,14 +80,11 @@ def hub_form(report: Mapping[str, Any]) -> str:
         is_bound = detail.get("right_censored") or detail.get("provisional")
         if detail["withheld"] or not kind or is_few or is_bound:
             continue
-        stated, questions = sentence("metric", name, detail), detail.get("set") or f"{report['tier']}-{name}"
+        stated, asked = sentence("metric", name, detail), detail.get("set") or f"{report['tier']}-{name}"
         value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
         facts = {"conditions_sha256": report["conditions_sha256"], "n": detail["n"], "stated": stated}
         facts |= {"contended": True} if detail.get("contended") else {}
-        about: dict[str, Any] = {
-            "dataset_type": f"dfqs-{questions}",
-            "dataset_name": f"DFQS 1.0, {questions}",
-        }
+        about: dict[str, Any] = {"dataset_type": f"dfqs-{asked}", "dataset_name": f"DFQS 1.0, {asked}"}
         about |= {"task_type": "text-generation", "task_name": "Text generation", "metric_type": kind}
         index.append(hub.EvalResult(metric_name=name, metric_value=value, dataset_args=facts, **about))
     if not index:

@@ -30,7 +30,7 @@ from dfqs_nb.stats import LEVEL
 VERSIONS = ("Python", *machine.PACKAGES)
 DIGITS = 10  # of every float in report.json: more than any measurement has
 # The files with one row an answer, from which scores and curve are counted again.
-ITEMS = {"reasoning": reading.SCORE_ITEMS, "code": reading.SCORE_ITEMS, "choices": reading.SCORE_ITEMS}
+ITEMS = dict.fromkeys(("reasoning", "code", "choices"), reading.SCORE_ITEMS)
 ITEMS["long_context"] = "long_context*.jsonl"
 Detail = dict[str, Any]
 
@@ -49,11 +49,9 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
     drawn = {stage: run[stage] for stage in reading.DRAWN_ON if stage in run}
     level, details = relation(header, run), details_of(run, command)
     metrics, known = {metric: detail["value"] for metric, detail in details.items()}, machine.describe()
-    conditions = {
-        stage: {key: value for key, value in run[stage]["conditions"].items() if key != "model"}
-        for stage in ("scores", "long_context")
-        if stage in run
-    }
+    conditions = {name: dict(run[name]["conditions"]) for name in ("scores", "long_context") if name in run}
+    for own in conditions.values():
+        own.pop("model", None)
     sources = {f"{stage}.json": sha256_of_file(folder / f"{stage}.json") for stage in drawn}
     sources |= {file: digest for stage in drawn.values() for file, digest in stage["files"].items()}
     tiers = [stage["tier"] for stage in run.values() if stage.get("tier")]
@@ -92,13 +90,18 @@ def _rounded(value: Any) -> Any:
 
 def details_of(run: Run, command: Command = reading.UNKNOWN) -> dict[str, Detail]:
     """Each metric with all that stands beside it; one that cannot be given has the reason."""
-    details = {}
+    details, generate = {}, run.get("generate", {})
+    timed = run.get("scores") or generate
+    layers = reading.on_gpu(timed) if timed else ""
     for name, (stage, unit, _, measured) in METRICS.items():
         empty = dict.fromkeys(("value", "low", "high", "guess_rate", "withheld"))
         empty |= {"n": 0, "level": LEVEL, "unit": unit, "source": f"{stage}.json"}
         missing = {"withheld": reading.not_run([stage], command)}
-        details[name] = empty | (measured(run[stage], name) if stage in run else missing)
-    speed, generate = details[SPEED], run.get("generate", {})
+        found = measured(run[stage], name) if stage in run else missing
+        if name == SPEED and layers:  # it is of the CPU by definition
+            found = {"withheld": f"{layers} were on a GPU; {reading.on_cpu(command)}"}
+        details[name] = empty | found
+    speed = details[SPEED]
     speed.setdefault("contended", None)
     for row in generate.get("speed", []):
         is_better = speed["withheld"] or speed["contended"] and not row.get("contended")
@@ -166,8 +169,6 @@ def _speed(stage: Mapping[str, Any], name: str) -> Detail:
     row = next((row for row in decode if row["median"] == stage.get(name)), None)
     if row is None:
         return {"withheld": "decode was not timed"}
-    if settings_of(stage)["n_gpu_layers"]:
-        return {"withheld": "layers were on a GPU"}
     return _speed_of(row) | {"level": None, "utilisation": row.get("utilisation")}
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 
 from dfqs_nb import context
 from dfqs_nb.context import Counts
+from dfqs_nb.core.budget import counted
 from dfqs_nb.core.display import cell, one_line, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file
@@ -28,6 +29,7 @@ from dfqs_nb.core.stage import COMMAND, NOTEBOOKS, read_stage
 from dfqs_nb.scores import SetRun
 
 DRAWN_ON = ("merge", "header", "generate", "routing", "long_context", "scores")
+MEASURING = DRAWN_ON[2:]  # stages that open the model
 BESIDE = ("ladder", "serving")  # shown in the texts, and no part of the five metrics
 SCORES = ("reasoning_score", "code_score")
 CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
@@ -108,6 +110,13 @@ def settings_of(stage: Mapping[str, Any]) -> Mapping[str, Any]:
     return defaultdict(lambda: None, stage.get("conditions", {}))
 
 
+def on_gpu(stage: Mapping[str, Any]) -> str:
+    """Which layers of the model were on a GPU, in words; "" for none."""
+    n, loaded = (settings_of(stage)[name] for name in ("n_gpu_layers", "offloaded_layers"))
+    some = "all layers" if n == -1 else counted(loaded or n, "layers") if n else "unknown layers"
+    return "" if n == 0 or loaded == 0 else some
+
+
 def sha256_of(stage: Mapping[str, Any]) -> Any:
     """SHA-256 of the model that a stage is about; None where it states none."""
     return stage["model"]["sha256"] if stage.get("model") else settings_of(stage)["model"]
@@ -141,12 +150,14 @@ def rerun(stages: Sequence[str], command: Command, *, more: bool = False) -> str
     return f"`{' '.join(map(quoted, words))}`"
 
 
-def not_run(missing: Sequence[str], command: Command) -> str:
-    """Which notebooks did not run, and the command that makes up for it.
+def on_cpu(command: Command) -> str:
+    """The command that measures a run again without a GPU."""
+    again = {**command, "options": [*command["options"], "-p", "n_gpu_layers=0"]}
+    return f"{rerun(MEASURING, again)} measures all on the CPU, and replaces these results"
 
-    >>> not_run(["scores"], {"run": "nano", "options": [], "budget_minutes": None})
-    'notebook 06 did not run; `dfqs-nb run 06 07 --run nano` makes up for it'
-    """
+
+def not_run(missing: Sequence[str], command: Command) -> str:
+    """Which notebooks did not run, and the command that makes up for it."""
     *first, last = (NOTEBOOKS[name][:2] for name in missing)
     named = f"notebooks {', '.join(first)} and {last}" if first else f"notebook {last}"
     return f"{named} did not run; {rerun(missing, command)} makes up for it"

@@ -57,7 +57,8 @@ def check_requirements(
     is_dense = header is not None and not experts(header).moe_layers
     case, at = Case(run, header, metrics, declared), settings_of(generate)
     known = {"file": run.get("merge", {}).get("model"), "at": at, "declared": declared}
-    known["answered"] = sentence("answered", generate)
+    known["answered"] = sentence("answered", generate) or "no prompt got text"
+    known |= {"layers": reading.on_gpu(generate), "on_cpu": reading.on_cpu(command)}
     absent = [what for what, names in MEASURED.items() if all(metrics.get(name) is None for name in names)]
     for row in spec_table("requirements")["requirements"]:
         check = CHECKS[row["check"]]
@@ -97,7 +98,7 @@ def single_file(case: Case, merge: Any, generate: Any) -> Judgement:
 
 def cpu_only(case: Case, generate: Any) -> Judgement:
     """Ran with no layer on a GPU."""
-    return answers(generate) if settings_of(generate)["n_gpu_layers"] == 0 else judged(NOT_TESTED, "gpu")
+    return judged(NOT_TESTED, "gpu") if reading.on_gpu(generate) else answers(generate)
 
 
 def routing(case: Case, routing: Any) -> Judgement:
@@ -114,11 +115,11 @@ def routing(case: Case, routing: Any) -> Judgement:
     return judged(NOT_TESTED if it["passed"] else NOT_MET, "alone", it=it)
 
 
-def metrics(case: Case, long_context: Any, scores: Any) -> Judgement:
+def metrics(case: Case) -> Judgement:
     """Every metric is there. Its type is that of the specification, or it would be withheld."""
     values = case.metrics
     if missing := [name for name in spec_table("requirements")["metrics"] if values.get(name) is None]:
-        return judged(NOT_MET, "wrong", wrong="; ".join(f"{name} is withheld" for name in missing))
+        return judged(NOT_MET, "missing", missing=", ".join(missing))
     return judged(MET, n_points=len(values[CURVE]), **values)
 
 
@@ -145,10 +146,7 @@ def long_context(case: Case, long_context: Any) -> Judgement:
 
 def gpu(case: Case, generate: Any) -> Judgement:
     """An option: whether this run used it."""
-    layers = settings_of(generate)["n_gpu_layers"]
-    if layers == 0 or settings_of(generate)["offloaded_layers"] == 0:
-        return judged(NOT_TESTED, "unused" if layers == 0 else "idle")
-    return judged(MET, "all" if layers == -1 else "some")
+    return judged(MET) if reading.on_gpu(generate) else judged(NOT_TESTED, "unused")
 
 
 def beyond_64k(case: Case) -> Judgement:
@@ -176,11 +174,11 @@ def identical_conditions(case: Case, long_context: Any, scores: Any) -> Judgemen
 
 
 def cpu_baseline(case: Case, long_context: Any, scores: Any) -> Judgement:
-    """No layer on a GPU where metrics were measured. The curve may say otherwise; the CPU's speed may not."""
+    """No layer on a GPU, or it is stated. The CPU's speed allows no other: then it was not measured."""
     at = {"curve": settings_of(long_context), "scores": settings_of(scores)}
-    if at["scores"]["n_gpu_layers"]:
-        return judged(NOT_MET, "scores", **at)
-    return judged(MET, "curve" if at["curve"]["n_gpu_layers"] else "met", **at)
+    if layers := reading.on_gpu(scores):
+        return judged(NOT_TESTED, "scores", layers=layers, **at)
+    return judged(MET, "curve" if reading.on_gpu(long_context) else "met", **at)
 
 
 def runtime(case: Case, long_context: Any, scores: Any) -> Judgement:
@@ -209,9 +207,8 @@ def reproducible(case: Case, routing: Any, long_context: Any, scores: Any) -> Ju
         verdict, wrong = NOT_MET if wrong else NOT_TESTED, [*wrong, "alone"]
     elif not (it["passed"] and it["same_output"] and it["logits_equal"] == 1):
         wrong.append("repeats")
-    values = {"seeds": ", ".join(seeds), "temperature": hottest, "it": it}
-    values["answers"] = "equal" if it.get("same_output") else "differ"
-    return judged(verdict if wrong else MET, " ".join(wrong) or "met", **values)
+    values = {"it": it, "answers": "equal" if it.get("same_output") else "differ", "temperature": hottest}
+    return judged(verdict if wrong else MET, " ".join(wrong) or "met", seeds=", ".join(seeds), **values)
 
 
 def sets_of(run: Run) -> list[Mapping[str, Any]]:

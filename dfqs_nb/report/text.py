@@ -25,7 +25,8 @@ SYMBOLS = {YES: "✓", NO: "✗", PARTLY: "~", UNKNOWN: "?", NOT_APPLICABLE: "�
 NEAR_GUESSING = 0.1  # a score is a cross where its interval excludes more than this above guessing
 UNMEASURED = ("metrics", NOT_MET)  # the one requirement that is not met because something was not measured
 MARKS = {MET: YES, NOT_MET: NO, NOT_TESTED: UNKNOWN, NOT_APPLICABLE: NOT_APPLICABLE}  # of a requirement
-# By the macro that answers it: the question, the section that has the evidence, and the demand that decides.
+UNJUDGED = {"verdict": NOT_TESTED, "evidence": "not judged in this report"}
+# By the macro that answers it: the question, the section that has the evidence, and the demand that is it.
 QUESTIONS = {
     "sound": ("Is the file sound?", "requirements", "single-file"),
     "runs": ("Does it run here, and how fast?", "metrics", "cpu-constrained"),
@@ -71,12 +72,12 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     """The verdict on a report that `read_report` or `build_report` gave."""
     rows, details, lines = {row["id"]: row for row in report["conformance"]}, report["details"], []
     marks = {"context": _carries(details[BOUNDARY]), "scores": _scores(details), "demands": _demands(rows)}
+    timed, ran = details[SPEED].get("notebook_03") or details[SPEED], rows.get("llama-cpp", UNJUDGED)
+    is_open = timed["value"] is None or timed.get("contended")
+    marks["runs"] = PARTLY if ran["verdict"] == MET and is_open else MARKS[ran["verdict"]]  # also on a GPU
     for name, (question, section, demand) in QUESTIONS.items():
-        row = rows.get(demand, {"verdict": NOT_TESTED, "evidence": "not judged in this report"})
+        row = rows.get(demand, UNJUDGED)
         mark = marks.get(name, MARKS[row["verdict"]])
-        timed = details[SPEED].get("notebook_03") or details[SPEED]
-        if name == "runs" and mark == YES and timed.get("contended"):
-            mark = PARTLY
         answer, _, caveat = sentence(name, report, row["evidence"], mark).partition("\n")
         answer, caveat = (text[:1].upper() + text[1:] for text in (answer, caveat))
         lines.append(Line(mark, question, answer, caveat, section, SYMBOLS[mark]))
@@ -109,10 +110,8 @@ def _scores(details: Mapping[str, Any]) -> str:
 
 def _demands(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A cross where a demand is refuted. A metric that was not measured refutes none."""
-    own = [row for row in rows.values() if row["level"] in ("SHALL", "MUST", "condition")]
-    open_ = {NOT_TESTED for row in own if (row["id"], row["verdict"]) == UNMEASURED}
-    binding = {row["verdict"] for row in own if (row["id"], row["verdict"]) != UNMEASURED} | open_
-    binding -= {NOT_APPLICABLE}
+    own = [(row["id"], row["verdict"]) for row in rows.values() if row["level"] not in ("SHOULD", "MAY")]
+    binding = {NOT_TESTED if it == UNMEASURED else it[1] for it in own} - {NOT_APPLICABLE}
     if not binding:
         return UNKNOWN
     return NO if NOT_MET in binding else YES if binding == {MET} else PARTLY

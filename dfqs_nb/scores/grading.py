@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,10 @@ class SetRun:
     def answered(self) -> pd.DataFrame:
         """The items without those that the budget cut off."""
         return self.items[self.items["grade"] != CUT]
+
+    def only(self, ids: Collection[str]) -> SetRun:
+        """The part of these questions."""
+        return SetRun.of(self.kind, self.name, self.items[self.items["id"].isin(ids)], n_items=len(ids))
 
     @classmethod
     def of(cls, kind: str, name: str, items: Any, *, n_items: int, **facts: Any) -> SetRun:

@@ -25,7 +25,7 @@ class Options:
     allow_unsandboxed: bool = False
     fresh: bool = False
     progress: bool = True
-    until: float = inf  # the time by `time.monotonic` at which asking ends, within an answer, too
+    until: float = inf  # `time.monotonic` at which asking ends, within an answer, too; 0: none is asked
 
     def __post_init__(self) -> None:
         if self.thinking not in THINKING:

@@ -111,11 +111,11 @@ class Answerer:
         return SetRun.of(item_set.kind, item_set.name, rows, n_items=max(1, n), n_resumed=n_resumed, **facts)
 
     def _answers(self, todo: Mapping[str, Request], until: float) -> Iterator[tuple[str, Row]]:
-        """Answers as they come, by the id of their item; the first is begun in any case."""
+        """Answers as they come, by the id of their item; the first is begun unless ``until`` is 0."""
         began = time.monotonic()
         for n, (key, request) in enumerate(todo.items()):
             now = time.monotonic()
-            if n and now + (now - began) / n > until:
+            if (n or not until) and now + (now - began) / max(1, n) > until:
                 return  # it would hardly end in time
             row = self.answer(request)
             if not isinstance(row, dict):  # a completion
@@ -212,21 +212,24 @@ class QuestionPlan:
         """Ask each set in its share of the time; the results, and what was left out.
 
         Multiple choice takes what it needs where the model has no chat template. Questions come spread evenly
-        over the families. The answer at which the time ends is cut there.
+        over the families. The answer at which the time ends is cut there. Earlier answers always count.
         """
         end, runs, missing = time.monotonic() + self.budget_seconds, [], []
-        for number, each in enumerate(self.sets[: self.n_sets]):
-            now, left = time.monotonic(), self.n_sets - number
+        for number, each in enumerate(self.sets):
+            now, left, is_asked = time.monotonic(), self.n_sets - number, number < self.n_sets
             if each.kind == "choice" and not self.model.has_template:
                 left = 1  # a base model has the least chance in the written sets
-            options = replace(self.options, until=now + (end - now) / left)
+            options = replace(self.options, until=now + (end - now) / left if is_asked else 0.0)
             run = score_set(self.model, each, folder, options, model_id=model_id)
-            runs.append(run)
             n, most = len(run.answered), len(each.items)
+            if not (is_asked or n):
+                missing.append(f"the set {each.name}")
+                continue
+            runs.append(run)
             if n < most:
                 cut = "; 1 was cut off" if n < len(run.items) else ""
                 missing.append(f"only {n} of {most} questions of {each.name} answered{cut}")
-        return Results(runs), missing + [f"the set {each.name}" for each in self.sets[self.n_sets :]]
+        return Results(runs), missing
 
 
 def plan_questions(
@@ -249,5 +252,6 @@ def plan_questions(
     n, whole = sum(len(each.items) for each in sets), sum(map(cost, sets))
     sentence = f"{n:,} of {n:,} questions, at most {duration(whole)}"
     if whole > seconds:
-        sentence = f"as many of {n:,} questions as {duration(seconds)} hold (all: up to {duration(whole)})"
+        sentence = f"at most {duration(seconds)}: as many of {n:,} questions as that holds"
+        sentence += f" (all could take {duration(whole)})"
     return QuestionPlan(model, sets, n_sets, seconds, sentence, pace, options)

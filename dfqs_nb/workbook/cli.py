@@ -113,6 +113,8 @@ def run(
     values = workbook.parse_parameters(texts, workbook.parameter_types(paths))
     name = values.pop("run_name", "")
     name = run or name or workbook.default_run_name(values.get("model"))
+    if "model" in values and any(path.stem.startswith("01") for path in paths):
+        workbook.check_model(values["model"], Path(values.get("output_dir") or outputs_dir() / name))
     result = workbook.run_workbook(name, values, paths, fresh, sys.stderr, tier, budget_minutes, say)
     say(f"\n{workbook.summary_text(result)}")
     raise typer.Exit(int(any(notebook.failed for notebook in result.notebooks)))
@@ -209,7 +211,7 @@ def leaderboard(folder: Path | None = Argument(None, help="Default: outputs/."))
     ranked = report.leaderboard(folder or outputs_dir())
     say(ranked)
     say_written(ranked.write(), ranked.folder)
-    raise typer.Exit(int(ranked.n_problems > 0))
+    raise typer.Exit(int((ranked.table["problem"] != "").any()))
 
 
 def program() -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +80,7 @@ def score(
     n_ctx: Context = 4096,
     threads: Threads = 0,
     limit: int = Option(0, min=0, help="Questions a set, evenly from its families. 0: all."),
+    budget_minutes: float = Option(0.0, min=0, help="No question is asked after that. 0: no limit."),
     run: Run = "",
     temperature: float = Option(0.0, help="0: greedy."),
     thinking: Literal["template", "on", "off"] = Option("template", help="What the chat template is told."),
@@ -111,8 +115,11 @@ def score(
             model_id, folder = identity(opened), run_dir(run or default_run_name(model))
             score_set = scores.score_set
         place, runs = folder / "scores", []
-        for item_set in sets:
-            runs.append(score_set(opened, item_set, place, options, model_id=model_id))
+        end = time.monotonic() + (60 * budget_minutes or math.inf)
+        for number, item_set in enumerate(sets):
+            share = (end - time.monotonic()) / (len(sets) - number)
+            timed = replace(options, until=time.monotonic() + share)
+            runs.append(score_set(opened, item_set, place, timed, model_id=model_id))
             say(runs[-1].score.sentence)
         results = [vars(run.score) | {"conditions": run.conditions} for run in runs]
         say(f"wrote {tilde(write_json(place / 'results.json', results))}; the answers are beside it")

@@ -20,6 +20,7 @@ from dfqs_nb.core.files import read_json, there_is, write_json, write_text
 from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import COMMAND, Stage, read_stage
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
+from dfqs_nb.gguf import models as registry
 from dfqs_nb.workbook import tiers
 from dfqs_nb.workbook.live import Live, use
 
@@ -110,6 +111,19 @@ def default_run_name(model: str | None) -> str:
     stem = model.rstrip("/").rsplit("/", 1)[-1]
     stem = re.sub(r"(-\d{5}-of-\d{5})?(\.gguf([._-]?(part|split)?[._-]?\w{1,9})?)?$", "", stem, flags=re.I)
     return re.sub(r"[^\w.-]+", "-", stem).strip(".-")[:100] or "nano"
+
+
+def check_model(model: str, folder: Path) -> None:
+    """Refuse what is no model before a run begins; ``folder``: the run's, which may have its merge already.
+
+    `DfqsError`: no such name, no address of the hub, or no GGUF file. Nothing is downloaded.
+    """
+    from dfqs_nb.merge import open_source
+
+    if registry.ADDRESS.match(model):
+        registry.parse_address(model)
+    elif model not in registry.registered():
+        open_source(model, merged_to=folder)
 
 
 def run_workbook(
@@ -264,7 +278,8 @@ def read_summary(folder: Path) -> dict[str, list[str]]:
 
 def summary_markdown(result: WorkbookRun) -> str:
     """The verdict, what was found, and how long each notebook took."""
-    parts = {"Verdict": result.verdict.splitlines(), **result.summary}
+    found = {name: lines for name, lines in result.summary.items() if name != "dfqs_report"}  # the verdict
+    parts = {"Verdict": result.verdict.splitlines(), **found}
     parts = {title: [markdown(line) for line in lines] for title, lines in parts.items()}
     parts["Notebooks"] = [
         f"[{path.stem}]({path.name}): {markdown(left_out and f'left out: {left_out}') or f'{seconds:.1f} s'}"
@@ -278,8 +293,8 @@ def summary_markdown(result: WorkbookRun) -> str:
 def summary_text(result: WorkbookRun) -> str:
     """The same for a terminal: the verdict, or without a report what each stage found."""
     lines = [f"{stage}: {line}" for stage, found in result.summary.items() for line in found]
-    lines = [result.verdict, f"open {tilde(result.folder / 'report.html')}"] if result.verdict else lines
-    return "\n".join([*lines, f"\nWhere it is: {tilde(result.folder)}/"])
+    place = f"Where it is: {tilde(result.folder)}/{'report.html' if result.verdict else ''}"
+    return "\n".join([*([result.verdict] if result.verdict else lines), "", place])
 
 
 # ---- what notebook 00 shows ----

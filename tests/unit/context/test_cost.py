@@ -17,7 +17,15 @@ import pytest
 from test_memory import NANO, smollm2
 
 from dfqs_nb.context import plan as plans
-from dfqs_nb.context.plan import Meter, PrefillSpeed, crew, predict_failure, settings_for, side_by_side
+from dfqs_nb.context.plan import (
+    LEAST_CONTEXT,
+    Meter,
+    PrefillSpeed,
+    crew,
+    predict_failure,
+    settings_for,
+    side_by_side,
+)
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.stage import Stage
@@ -55,6 +63,13 @@ def test_the_model_memory_and_budget_bound_the_context(tmp_path):
     bounded, _ = settings_for(NANO, 0, own, stage, "nano")
     assert 1_700 <= bounded.n_ctx - 64 <= 1_800, "180 s at 10 tokens/s"
     assert settings_for(NANO, 2048, own, stage, "nano")[0].n_ctx == 2048 + 64, "the user's length stays"
+    short = Stage(tmp_path, "long_context", budget_minutes=1)
+    assert settings_for(NANO, 0, own, short, "nano")[0] == bounded, (
+        "earlier answers count in their context only"
+    )
+    assert settings_for(NANO, 0, own, short, "nano", fresh=True)[0].n_ctx == LEAST_CONTEXT + 64
+    other = dataclasses.replace(own, n_threads=2)
+    assert settings_for(NANO, 0, other, stage, "nano")[0].n_ctx - 64 > 1_700
     with pytest.raises(PromptError, match="no prompt set"):
         settings_for(NANO, 0, own, stage, "none")
 

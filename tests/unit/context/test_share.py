@@ -95,6 +95,16 @@ def test_the_least_plan_takes_the_time_of_the_other_parts(folder, monkeypatch):
     assert "the table of tasks: not measured" in made["left_out"]
 
 
+def test_a_smaller_budget_keeps_the_curve_that_a_larger_one_measured(folder, monkeypatch):
+    clock = Clock(monkeypatch, 0.3)
+    first = run_notebook(folder, clock, 11)
+    again = run_notebook(folder, clock, 4)
+    assert clock.now <= 1.2 * 60 * 4
+    for name in ("curve", "refined", "boundary", "conditions"):
+        assert again[name] == first[name], name
+    assert first["curve"] and first["boundary"]["n_items"] > 0
+
+
 @pytest.mark.slow
 def test_with_more_time_every_part_has_its_share(folder, monkeypatch):
     clock = Clock(monkeypatch, 0.1)

@@ -267,6 +267,21 @@ def test_measurements_of_the_artifact_count_as_evidence(artifact):
     assert table.loc["deterministic", "verdict"] == CONFIRMED
 
 
+@pytest.mark.parametrize(
+    ("load", "verdict"), [(True, CONFIRMED), (False, CONTRADICTED), (None, NOT_TESTABLE)]
+)
+def test_only_a_load_judges_the_demand_about_loads(artifact, load, verdict):
+    traced = run_of()["routing"]["verdict"] | {"load_passed": load}
+    assert verdict_of("shall-routing", own_run(routing={"verdict": traced}), artifact) == verdict
+    assert verdict_of("deterministic", own_run(routing={"verdict": traced}), artifact) == CONFIRMED
+
+
+def test_a_speed_with_layers_on_a_gpu_judges_no_claim_about_a_cpu(artifact):
+    at = {"conditions": run_of()["scores"]["conditions"] | {"n_gpu_layers": -1}}
+    run = own_run(scores=standard_scores(0.66, 0.58, 0.73, 0.4) | at)
+    assert verdict_of("speed-cpu", run, artifact) == NOT_TESTABLE
+
+
 def test_measurements_of_the_artifact_can_contradict(artifact):
     run = own_run(scores=standard_scores(0.31, 0.24, 0.38, 6.2))
     table = check_claims(run, artifact).set_index("id")

@@ -236,11 +236,51 @@ def test_nan_is_withheld_not_written(merged_reference, tmp_path):
     assert "NaN" not in json.dumps(built)
 
 
-def test_speed_on_a_gpu_is_no_cpu_speed(merged_reference, tmp_path):
-    conditions = {**recorded("scores")["conditions"], "n_gpu_layers": 9}
-    folder = make_run(tmp_path / "r", merged_reference, scores={"conditions": conditions})
-    built = report.build_report(folder, ask_llama_cpp=False)
-    assert built["details"]["cpu_tokens_per_sec"]["withheld"] == "layers were on a GPU"
+def on_a_card(folder: Path, model: Path, *without: str) -> dict:
+    """A report on a run whose every notebook put all layers on a GPU."""
+    names = ("generate", "routing", "long_context", "scores")
+    at = {name: {**recorded(name)["conditions"], "n_gpu_layers": -1, "offloaded_layers": 5} for name in names}
+    changed: dict = {name: {"conditions": conditions} for name, conditions in at.items()}
+    changed["generate"]["speed"] = [row | {"contended": False} for row in recorded("generate")["speed"]]
+    return report.build_report(make_run(folder, model, without=without, **changed), ask_llama_cpp=False)
+
+
+@pytest.mark.parametrize("without", [(), ("scores",)])
+def test_a_run_on_a_card_is_a_tick_with_its_speed_and_says_how_the_cpus_is_measured(
+    merged_reference, tmp_path, without
+):
+    built = on_a_card(tmp_path / "card", merged_reference, *without)
+    command = "`dfqs-nb run 03 04 05 06 07 --run card -p n_gpu_layers=0`"
+    detail = built["details"]["cpu_tokens_per_sec"]
+    assert detail["value"] is None and detail["n"] == 0 and "utilisation" not in detail
+    assert detail["withheld"].startswith(f"all layers were on a GPU; {command} measures all on the CPU")
+    line = line_of(built, "Does it run")
+    assert line.mark == "yes" and " tokens/s with all layers on a GPU at depth " in line.answer
+    assert "a speed of the CPU, which this run does not have" in line.caveat and command in line.caveat
+    assert "may have been" not in line.caveat and "?" not in line.symbol
+    name, *arguments = command.strip("`").removeprefix("dfqs-nb ").split()
+    assert cli.program().commands[name].make_context(name, arguments)
+
+
+def test_the_verdict_on_demands_names_what_is_missing_and_no_larger_budget_where_time_was_not_the_reason(
+    merged_reference, tmp_path
+):
+    caveat = line_of(on_a_card(tmp_path / "card", merged_reference, "scores"), "Which demands").caveat
+    assert "larger budget" not in caveat
+    assert "not met, because this run did not measure reasoning_score, code_score, cpu_tokens" in caveat
+    commands = re.findall(r"`dfqs-nb ([^`]+)`", caveat)
+    assert commands == ["run 06 07 --run card", "run 03 04 05 06 07 --run card -p n_gpu_layers=0"]
+
+
+def test_one_withheld_metric_and_three_get_the_same_verdict(merged_reference, tmp_path):
+    for without in ((), ("scores",)):
+        built = on_a_card(tmp_path / str(len(without)), merged_reference, *without)
+        rows = {row["id"]: row for row in built["conformance"]}
+        assert rows["metrics"]["verdict"] == "not met" and rows["metrics"]["evidence"].startswith(
+            "withheld: "
+        )
+        assert rows["cpu-baseline"]["verdict"] == "not tested"
+        assert "was measured with" not in rows["cpu-baseline"]["evidence"]
 
 
 # ---- what it refuses ----

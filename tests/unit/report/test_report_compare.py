@@ -127,15 +127,32 @@ def test_differing_conditions_are_refused_with_every_field(tmp_path, pair):
     assert "two/report.json" not in str(caught.value) and "max_items" not in str(caught.value)
 
 
-def test_two_parts_of_a_set_are_refused_with_what_makes_them_comparable(tmp_path):
-    conditions = json.loads(json.dumps(CONDITIONS))
-    runs = []
-    for n in (87, 91):
-        conditions["scores"]["standard-reasoning"] = {"part": f"{n} of 120 questions"}
-        runs.append(make_run(tmp_path / str(n), str(n), conditions=conditions))
-    with pytest.raises(REFUSED, match="87 of 120 questions and 91 of 120") as caught:
+def test_two_runs_that_their_budgets_shortened_are_compared_on_the_questions_of_both(tmp_path):
+    runs, conditions = [], json.loads(json.dumps(CONDITIONS))
+    for n, reach, seed in ((20, 3, 1), (17, 4, 2)):
+        conditions["scores"]["nano-code"]["part"] = f"{n} of 24 questions"
+        conditions["long_context"] |= {"n_ctx": 2**reach, "grid": list(LENGTHS[:reach])}
+        folder = tmp_path / str(n)
+        runs.append(make_run(folder, str(n), conditions=conditions, n_code=n, seed=seed))
+    compared = compare_reports(runs)
+    items = [pd.read_csv(folder / "score_items.csv", dtype={"id": str}) for folder in runs]
+    a, b = (entry[entry["set"] == "nano-code"].set_index("id")["correct"] for entry in items)
+    row, a = rows(compared, "code_score", "17"), a[b.index]
+    assert row["n"] == 17 and row["difference"] == pytest.approx(b.mean() - a.mean())
+    assert row["p"] == stats.mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
+    assert row["reading"].endswith("asked of both: 17 questions, of 20 and 17")
+    assert "except for how much was asked" in str(compared)
+    assert "asked of both" not in rows(compared, "reasoning_score", "17")["reading"]
+
+
+def test_two_parts_of_different_sets_are_refused(tmp_path):
+    runs, conditions = [], json.loads(json.dumps(CONDITIONS))
+    for n in (20, 17):
+        conditions["scores"]["nano-code"] |= {"part": f"{n} of 24", "prompt_set_sha256": str(n) * 32}
+        runs.append(make_run(tmp_path / str(n), str(n), conditions=conditions, n_code=n))
+    with pytest.raises(REFUSED, match="nano-code.prompt_set_sha256") as caught:
         compare_reports(runs)
-    assert "`-p max_items=N`" in caught.value.hint
+    assert ".part" not in str(caught.value)
 
 
 def test_only_a_chat_template_may_differ_and_that_is_said_first(tmp_path):

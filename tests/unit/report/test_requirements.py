@@ -76,8 +76,11 @@ def test_every_requirement_names_notebooks_that_exist():
             assert (REPOSITORY / "notebooks" / name).is_file()
 
 
-def test_without_stages_nothing_is_tested():
+def test_without_stages_nothing_is_tested_and_no_metric_is_reported():
     table = judged({})
+    assert table.loc["metrics", "verdict"] == NOT_MET
+    assert table.loc["metrics", "evidence"].startswith("withheld: reasoning_score, code_score, ")
+    table = table.drop("metrics")
     assert set(table["verdict"]) == {NOT_TESTED}
     assert (
         table["evidence"]
@@ -92,8 +95,8 @@ def test_without_stages_nothing_is_tested():
         ("merge", ["single-file"]),
         ("generate", ["single-file", "cpu-constrained", "llama-cpp", "gpu"]),
         ("routing", ["routing-deterministic", "reproducible"]),
-        ("long_context", ["long-context-analysis", "metrics", "identical-conditions"]),
-        ("scores", ["metrics", "identical-conditions", "cpu-baseline", "prompt-sets"]),
+        ("long_context", ["long-context-analysis", "identical-conditions"]),
+        ("scores", ["identical-conditions", "cpu-baseline", "prompt-sets"]),
     ],
 )
 def test_a_missing_stage_leaves_its_requirements_untested(header, stage, names):
@@ -109,7 +112,12 @@ def test_a_missing_stage_leaves_its_requirements_untested(header, stage, names):
     [
         ("single-file", changed("generate", "conditions", "model", to="0" * 64), NOT_TESTED, "not the file"),
         ("single-file", changed("generate", "answers", to=[{"tokens": 0}]), NOT_MET, "no token"),
-        ("cpu-constrained", changed("generate", "conditions", "n_gpu_layers", to=-1), NOT_TESTED, "GPU"),
+        (
+            "cpu-constrained",
+            changed("generate", "conditions", "n_gpu_layers", to=-1),
+            NOT_TESTED,
+            "notebook 03 put all layers on a GPU (n_gpu_layers -1), and 3 of 3 prompts got text",
+        ),
         ("cpu-constrained", changed("generate", "answers", to=[]), NOT_MET, "no token"),
         ("routing-deterministic", changed("routing", "verdict", "passed", to=False), NOT_MET, "of 12,288"),
         (
@@ -126,14 +134,15 @@ def test_a_missing_stage_leaves_its_requirements_untested(header, stage, names):
         ),
         ("llama-cpp", changed("generate", "conditions", "runtime", to="vLLM 1"), NOT_TESTED, "vLLM"),
         ("long-context-analysis", changed("long_context", "curve", to=[]), NOT_MET, "no length"),
-        ("gpu", changed("generate", "conditions", "n_gpu_layers", to=35), MET, "35"),
-        ("metrics", changed("scores", "scores", 1, "value", to=None), NOT_MET, "code_score is withheld"),
+        ("gpu", changed("generate", "conditions", "n_gpu_layers", to=35), MET, "35 layers on a GPU"),
+        ("gpu", changed("generate", "conditions", "offloaded_layers", to=0), NOT_TESTED, "no layer was on a"),
+        ("metrics", changed("scores", "scores", 1, "value", to=None), NOT_MET, "withheld: code_score;"),
         ("metrics", changed("scores", "cpu_tokens_per_sec", to=float("nan")), NOT_MET, "cpu_tokens_per_sec"),
         (
             "metrics",
             changed("long_context", "context_stability_curve", to=[1.0, None]),
             NOT_MET,
-            "curve is withheld",
+            "withheld: context_stability_curve;",
         ),
         (
             "identical-conditions",
@@ -144,7 +153,12 @@ def test_a_missing_stage_leaves_its_requirements_untested(header, stage, names):
         ("identical-conditions", changed("scores", "conditions", "type_k", to="q8_0"), NOT_MET, "type_k"),
         ("identical-conditions", changed("scores", "speeds", 0, "n_threads", to=2), NOT_MET, "of the speed"),
         ("identical-conditions", changed("scores", "conditions", "model", to="0" * 64), NOT_MET, "model"),
-        ("cpu-baseline", changed("scores", "conditions", "n_gpu_layers", to=9), NOT_MET, "n_gpu_layers 9"),
+        (
+            "cpu-baseline",
+            changed("scores", "conditions", "n_gpu_layers", to=9),
+            NOT_TESTED,
+            "notebook 06 put 9 layers on a GPU (n_gpu_layers 9)",
+        ),
         (
             "cpu-baseline",
             changed("long_context", "conditions", "n_gpu_layers", to=9),

@@ -59,6 +59,14 @@ def test_a_notebook_takes_over_what_the_command_asked(tmp_path, capsys):
     assert [run.score.value for run in runs] == [result["value"] for result in results]
 
 
+def test_a_budget_ends_the_asking_and_each_set_has_its_share(tmp_path, capsys):
+    asked = ["score", MODEL, "--tier", "nano", "--n-ctx", "1024", "--run", "x", "--allow-unsandboxed"]
+    assert main([*asked, "--budget-minutes", "0.01"]) == 0
+    results = json.loads((tmp_path / "x" / "scores" / "results.json").read_text())
+    assert len(results) == 3 and any("part" in it["conditions"] for it in results)
+    assert all(it["n"] >= 1 for it in results) and sum(it["n"] for it in results) < 480
+
+
 def test_a_model_that_is_not_there_leaves_no_folder(tmp_path, capsys):
     assert main(["score", "nosuch.gguf", "--set", "nano-reasoning"]) == 1
     assert "nosuch.gguf" in capsys.readouterr().err and not any(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import nbformat
 import pytest
 
 from dfqs_nb.core.errors import DfqsError, OutputError
+from dfqs_nb.gguf import broken as specimens
+from dfqs_nb.merge import merge_model
 from dfqs_nb.workbook import cli
 from dfqs_nb.workbook import run as workbook
 
@@ -169,6 +172,15 @@ def test_a_run_is_named_after_its_model():
     assert (named(None), named("/models/Qwen3-Q8_0-00001-of-00002.gguf")) == ("nano", "Qwen3-Q8_0")
 
 
+def test_the_verdict_stands_once_in_a_summary_and_the_end_of_a_run_names_a_place(tmp_path):
+    lines = {"merge": ["one file"], "dfqs_report": ["? Is the file sound? Yes"]}
+    result = workbook.WorkbookRun(tmp_path, [], lines, "A model\n? Is the file sound? Yes")
+    assert workbook.summary_markdown(result).count("Is the file sound?") == 1
+    shown = workbook.summary_text(result).splitlines()
+    assert shown[-1] == f"Where it is: {tmp_path}/report.html" and shown[-2] == ""
+    assert not any(line.startswith("open ") for line in shown)
+
+
 def test_summary_order_is_that_of_the_stages_and_other_json_is_left_out(tmp_path):
     for stage in ("generate", "merge", "header"):
         (tmp_path / f"{stage}.json").write_text(json.dumps({"stage": stage, "summary": [stage]}))
@@ -205,6 +217,34 @@ def test_the_parameter_budget_minutes_is_the_budget_of_the_whole_run(outputs, tm
     for none in (["-p", "budget_minutes=0"], ["--budget-minutes", "0"], ["-p", "budget_minutes=nan"]):
         assert cli.main(["run", *none]) == 1
         assert "give a run 1 minute or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [("bad.gguf", "is no model: "), ("gone.gguf", "no such file"), ("dfqs-nano", "did you mean dfqs-nano-")]
+    + [("hf://owner/repo", "not the address of a GGUF file on the hub")],
+)
+def test_what_is_no_model_is_refused_before_anything_is_made(
+    outputs, tmp_path, monkeypatch, capsys, model, says
+):
+    (tmp_path / "bad.gguf").write_text("<html>not found</html>")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "--model", model]) == 1
+    shown = capsys.readouterr()
+    assert says in shown.err and shown.err.count("\n") == 1 and not shown.out and not outputs.exists()
+
+
+def test_a_shard_is_a_model_and_one_that_a_merge_deleted_names_the_merge(tmp_path):
+    shards, folder = (
+        [shutil.copy(it, tmp_path) for it in specimens.reference_shards().paths],
+        tmp_path / "run",
+    )
+    workbook.check_model(str(shards[0]), folder)
+    assert not folder.exists()
+    folder.mkdir()
+    merge_model(shards[0], folder / "DFQS-Nano-IQ1_S-XL.gguf", consume=True)
+    with pytest.raises(DfqsError, match="was merged and then deleted"):
+        workbook.check_model(str(shards[0]), folder)
 
 
 def test_an_unknown_notebook_is_named_with_those_that_exist(tmp_path, pair):
