@@ -17,8 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import HTML
@@ -62,6 +60,8 @@ class Activity:
 
     def text(self) -> str:
         """The work since the last call, and all bytes read; of a process that just began, its memory."""
+        import psutil
+
         this, before, reads, seconds, resident = psutil.Process(), self.seen, 0, 0.0, 0
         self.seen = {}
         for process in [this] * self.own + this.children(recursive=True):

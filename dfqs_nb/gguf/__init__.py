@@ -1,7 +1,15 @@
 """GGUF files: their headers, the facts in them, shards that belong together, and names of models."""
 
-from dfqs_nb.gguf import broken, facts, memory, models, placement, shards
-from dfqs_nb.gguf.facts import model_header
-from dfqs_nb.gguf.remote import outline
+from typing import TYPE_CHECKING
+
+from dfqs_nb.core.doors import lazy
+
+if TYPE_CHECKING:
+    from dfqs_nb.gguf import broken, facts, memory, models, placement, shards
+    from dfqs_nb.gguf.facts import model_header
+    from dfqs_nb.gguf.remote import outline
 
 __all__ = ["broken", "facts", "memory", "model_header", "models", "outline", "placement", "shards"]
+
+_MODULES = {name: name for name in ("broken", "facts", "memory", "models", "placement", "shards")}
+__getattr__ = lazy(__name__, model_header="facts", outline="remote", **_MODULES)

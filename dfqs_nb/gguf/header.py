@@ -250,9 +250,11 @@ class _Cursor:
             raise self.fail(f"{what} claims {count:,} texts; no tokenizer has over {MAX_STRINGS:,}")
         position, held, unpack = self.position, self.bytes, U64.unpack_from
         for _ in range(count):  # of a large vocabulary the slowest lines of all
-            if position + 8 > len(held):
+            try:
+                position += 8 + unpack(held, position)[0]
+            except (struct.error, OverflowError):  # it ends behind the bytes read, or behind any file
                 self.need(position + 8)
-            position += 8 + unpack(held, position)[0]
+                position += 8 + unpack(held, position)[0]
         self.need(position)
         self.position = position
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -60,6 +59,8 @@ class Model:
 
 def registered() -> dict[str, Model]:
     """The registered models by name, in the order of ``data/models.toml``."""
+    import tomllib
+
     from pydantic import TypeAdapter
 
     path = data_dir() / "models.toml"

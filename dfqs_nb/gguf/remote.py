@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +83,8 @@ def headers_of(file: str | Path) -> Iterator[tuple[Path, dict[Path, str]]]:
     if not models.ADDRESS.match(address := str(file)):
         yield Path(file), {}
         return
+    from concurrent.futures import ThreadPoolExecutor
+
     with TemporaryDirectory(prefix=COPIES) as folder, ThreadPoolExecutor(8) as pool:
         places = {Path(folder, _located(other)[1]): other for other in models.siblings(address)}
         path = Path(folder, _located(address)[1])

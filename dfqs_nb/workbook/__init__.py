@@ -1,5 +1,11 @@
 """The workbook as a whole: run the notebooks, sweep many models, and the command line."""
 
-from dfqs_nb.workbook.run import find_notebooks, overview, parameter_table, run_workbook
+from typing import TYPE_CHECKING
+
+from dfqs_nb.core.doors import lazy
+
+if TYPE_CHECKING:
+    from dfqs_nb.workbook.run import find_notebooks, overview, parameter_table, run_workbook
 
 __all__ = ["find_notebooks", "overview", "parameter_table", "run_workbook"]
+__getattr__ = lazy(__name__, **dict.fromkeys(__all__, "run"))

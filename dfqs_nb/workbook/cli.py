@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -214,11 +215,14 @@ def leaderboard(folder: Path | None = Argument(None, help="Default: outputs/."))
     raise typer.Exit(int((ranked.table["problem"] != "").any()))
 
 
-def program() -> Any:
-    """The program with every command in it."""
+def program(typed: str = "") -> Any:
+    """The program with every command in it, or with just the one that was typed, which starts sooner."""
     from dfqs_nb.workbook import file_commands, model_commands  # noqa: F401 (they register)
 
-    return typer.main.get_command(app)
+    part = copy(app)
+    named = [it for it in app.registered_commands if it.callback and it.callback.__name__ == typed]
+    part.registered_commands = named or app.registered_commands
+    return typer.main.get_command(part)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -233,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"dfqs-nb {__version__}")
         return 0
     try:
-        status = program()(words, prog_name="dfqs-nb", standalone_mode=False)
+        status = program(*words[:1])(words, prog_name="dfqs-nb", standalone_mode=False)
         if status == INTERRUPTED:  # a newer typer makes this status of an interrupt
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0

@@ -12,12 +12,11 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from dfqs_nb import ladder
+from dfqs_nb import core, gguf, ladder
 from dfqs_nb import merge as merging
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
-from dfqs_nb.core.machine import available_memory, memory_bandwidth
-from dfqs_nb.gguf import facts, memory, models, placement, remote
+from dfqs_nb.gguf import facts, models, remote
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
@@ -84,7 +83,8 @@ def _outlook(shards: ShardSet, glued: bool, is_far: bool) -> dict[str, Any]:
     verdict = (ask() if is_far else kept_verdict(dict.fromkeys(shards.paths), ask)).sentence
     verdict += ", once it is repaired" if glued else ""
     try:
-        fits = memory.check_fits(memory.estimate(shards.as_one, OUTLOOK_N_CTX)) or "fits, weights and all"
+        needs = gguf.memory.estimate(shards.as_one, OUTLOOK_N_CTX)
+        fits = gguf.memory.check_fits(needs) or "fits, weights and all"
     except (HeaderError, SpaceError) as error:
         fits = error.what
     return {"llama.cpp": verdict, f"memory, {OUTLOOK_N_CTX:,} tokens": fits}
@@ -211,20 +211,21 @@ def plan(
     """
     import pandas as pd
 
+    from dfqs_nb.core.machine import available_memory
     from dfqs_nb.llama.timing import forecast
 
-    cards = [placement.size_of(text) for text in vram.split(",") if text.strip()]
+    cards = [gguf.placement.size_of(text) for text in vram.split(",") if text.strip()]
     machines = [text for text in ram.split(",") if text.strip()]
-    ram_bytes = placement.size_of(machines[0]) if machines else available_memory().available_bytes
+    ram_bytes = gguf.placement.size_of(machines[0]) if machines else available_memory().available_bytes
     with remote.outline(model) as known:
         header, far = known.as_one, bool(known.places)
-        shape = placement.Model(header)
+        shape = gguf.placement.Model(header)
         if shape.n_context and context > shape.n_context:
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
             raise DfqsError(what, where=models.shown(model), hint=f"give --context {shape.n_context} or less")
         say(f"{models.shown(model)}: {size(known.nbytes)}, {header.architecture}")
         compute = _runtime_rows(known, context)
-        placed = placement.place(shape, context, ram_bytes, cards, compute_bytes=compute)
+        placed = gguf.placement.place(shape, context, ram_bytes, cards, compute_bytes=compute)
         outlook = None
         if placed.disk_token_bytes and not (far or known.glued or cards):
             room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
@@ -233,9 +234,9 @@ def plan(
         sizes = [["unknown" if n is None else size(n) for n in device[2:]] for device in placed.devices]
         names = pd.Index([device.name for device in placed.devices], name="device")
         say(f"\n{pd.DataFrame(sizes, names, SIZES).to_string()}\n")
-        if note := memory.kv_cache_bytes(header, context).note:
+        if note := gguf.memory.kv_cache_bytes(header, context).note:
             say(f"the cache is an estimate: {note}")
-        largest = placement.largest_context(shape, ram_bytes, cards, compute_bytes=compute)
+        largest = gguf.placement.largest_context(shape, ram_bytes, cards, compute_bytes=compute)
         say(f"largest context: {largest:,} tokens" if largest else "no context fits")
         say(*_advice(placed, speeds, outlook))
         if cards:
@@ -249,7 +250,7 @@ def plan(
         if not machines and known.nbytes > ram_bytes:
             machines = MACHINES
         if len(machines) > 1 and not cards:
-            table = placement.machines_table(shape, context, machines, speeds, compute_bytes=compute)
+            table = gguf.placement.machines_table(shape, context, machines, speeds, compute_bytes=compute)
             say(f"\n{table.drop(columns=['on cards', 'flags']).to_string(float_format='{:.2f}'.format)}")
 
 
@@ -275,7 +276,7 @@ def _runtime_rows(known: Any, n_ctx: int) -> int | None:
 def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, float]:
     """Bytes a second by device, as given or measured here; what is neither is left out."""
     speeds = {name: 1e9 * value for name, value in given.items() if value}
-    speeds.setdefault(RAM, memory_bandwidth())
+    speeds.setdefault(RAM, core.memory_bandwidth())
     if DISK not in speeds and placed.disk_token_bytes:
         measured = outlook.disk.pieces if outlook else None
         speeds |= {DISK: measured} if measured else {}
