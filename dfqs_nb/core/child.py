@@ -28,7 +28,6 @@ from dfqs_nb.core.paths import REPOSITORY
 
 _running: set[subprocess.Popen[bytes]] = set()
 SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:cpp|c|cu|h|m):\d+)")  # of the machine that compiled llama.cpp
-GRACE_SECONDS = 10.0  # between asking a child to end and killing it
 REBUILD = "delete .venv and run `make run` again"
 HINTS = {
     "SIGABRT": "this llama.cpp expects another header: `dfqs-nb inspect FILE`, or update llama-cpp-python",
@@ -85,17 +84,13 @@ class Worker(AbstractContextManager["Worker"]):
         self._process: subprocess.Popen[bytes] | None = None
         self._log = log or tempfile.TemporaryFile()  # noqa: SIM115 (it goes with this object)
 
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_exc: object) -> None:
         """Kill the child, if there is one."""
         if self._process is not None:
             end(self._process, grace_seconds=0)
             self._process = None
 
-    def __del__(self) -> None:
-        self.close()
+    __exit__ = __del__ = close
 
     def run(
         self,
@@ -166,7 +161,7 @@ def killed_after(seconds: float | None, process: subprocess.Popen[bytes]) -> Ite
         timer.cancel()
 
 
-def end(process: subprocess.Popen[bytes], *, grace_seconds: float = GRACE_SECONDS) -> None:
+def end(process: subprocess.Popen[bytes], *, grace_seconds: float = 10) -> None:
     """Ask a child to end by closing its input; kill it if it does not."""
     if process.stdin is not None:
         with suppress(BrokenPipeError):  # it is gone already
@@ -227,8 +222,8 @@ def _error(failed: dict[str, Any], log: list[str]) -> DfqsError:
     kinds: list[type[DfqsError]] = [DfqsError]
     for kind in kinds:  # it grows by those below each
         kinds += kind.__subclasses__()
-    cls = next((kind for kind in kinds if kind.__name__ == failed["kind"]), DfqsError)
-    _add_log(error := cls(failed["what"], where=failed["where"], hint=failed["hint"]), log)
+    name = failed.pop("kind")
+    _add_log(error := next((kind for kind in kinds if kind.__name__ == name), DfqsError)(**failed), log)
     return error
 
 
@@ -258,9 +253,8 @@ def serve(work: Callable[[dict[str, Any]], Mapping[str, Any] | None]) -> NoRetur
         try:
             answer = {"answer": dict(work(job) or {})}
         except DfqsError as error:
-            where = None if error.where is None else str(error.where)
-            failed = {"kind": type(error).__name__, "what": error.what, "where": where, "hint": error.hint}
-            answer = {"failed": failed}
+            failed = {"what": error.what, "where": error.where, "hint": error.hint}
+            answer = {"failed": failed | {"kind": type(error).__name__}}
         sys.stdout.flush()
         sys.stderr.flush()
         tell(**answer)

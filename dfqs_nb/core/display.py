@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 LARGE_BYTES = 1 << 30
 BEAT_SECONDS = 1.0
-REPORTED = "{desc} {n_fmt}/{total_fmt}{postfix}"
 
 
 class _LastLine(io.StringIO):
@@ -45,11 +44,11 @@ def tqdm(*arguments: Any, **options: Any) -> Any:
     """
     import tqdm.auto
 
-    if "DFQS_PROGRESS" in os.environ:
-        options |= {"disable": False, "file": _LastLine(), "bar_format": REPORTED}
-        return tqdm.std.tqdm(*arguments, **{"leave": False, **options})
-    options |= {"disable": True} if os.environ.get("TQDM_DISABLE") else {}
-    return tqdm.auto.tqdm(*arguments, **{"leave": False, **options})
+    options = {"leave": False, **options} | ({"disable": True} if os.environ.get("TQDM_DISABLE") else {})
+    if "DFQS_PROGRESS" not in os.environ:
+        return tqdm.auto.tqdm(*arguments, **options)
+    options |= {"disable": False, "file": _LastLine(), "bar_format": "{desc} {n_fmt}/{total_fmt}{postfix}"}
+    return tqdm.std.tqdm(*arguments, **options)
 
 
 class Activity:
@@ -89,7 +88,7 @@ def heartbeat(what: str, n_bytes: int) -> Iterator[None]:
         yield
         return
     done, activity = threading.Event(), Activity(own=True)
-    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=what, leave=False) as bar:
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=what) as bar:
 
         def watch() -> None:
             while not done.wait(BEAT_SECONDS):
@@ -189,18 +188,16 @@ def entries(text: str) -> dict[str, str]:
 
 
 # Columns whose names say too little; "low" and "high" are the ends of intervals.
-_LABELS = """
+LABELS = entries("""
 n_ctx: context (tokens) | length: context (tokens) | longest: longest context (tokens) |
 depth: depth (tokens) | nbytes: bytes | expected_nbytes: bytes by its header | low: 95 % from |
 high: 95 % to | median: median (tokens/s) | min: lowest | max: highest | roof: roof (tokens/s) |
 other_cores: cores busy elsewhere | kld: KL divergence (nats) | kld_low: KL from | kld_high: KL to |
-kld_tail: 99 % of tokens under |
-boundary: boundary (tokens) | decode: decode (tokens/s) | bits_per_weight: bits a weight |
-expert_bits: bits a weight of experts | bits_a: bits a weight of a | bits_b: bits a weight of b |
-logit_drift: logits move by at most | llama_cpp: llama.cpp |
+kld_tail: 99 % of tokens under | boundary: boundary (tokens) | decode: decode (tokens/s) |
+bits_per_weight: bits a weight | expert_bits: bits a weight of experts | bits_a: bits a weight of a |
+bits_b: bits a weight of b | logit_drift: logits move by at most | llama_cpp: llama.cpp |
 finish_reason: ended by | tokens_per_sec: tokens/s
-"""
-LABELS = entries(_LABELS)
+""")
 
 
 def label(name: object) -> str:
@@ -254,9 +251,7 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     if percent:
         styler = styler.format("{:.1%}", subset=list(percent), na_rep=NONE)
     page = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
-    if named := re.search(
-        r'<tr>\s*(<th class="index_name.*?)<th class="blank col0.*?</tr>\s*', page, re.DOTALL
-    ):
+    if named := re.search(r'(?s)<tr>\s*(<th class="index_name.*?)<th class="blank col0.*?</tr>\s*', page):
         page = re.sub(r'(<th class="blank.*?</th>\s*)+', named[1], page.replace(named[0], ""), count=1)
     text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
     columns = "|".join(text) or "none"

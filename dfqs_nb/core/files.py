@@ -7,9 +7,7 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,8 @@ from dfqs_nb.core.display import tqdm
 if TYPE_CHECKING:
     import pandas as pd
 
+# For any text as a name: pathlib raises where it is too long, or holds a NUL.
+there_is, is_file = os.path.exists, os.path.isfile
 CHUNK_BYTES = 8 << 20
 STEERING = re.compile("[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # control characters without the spaces
 FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(\.\d+)?(e[+-]?\d+)?$)")  # signed numbers are none
@@ -41,16 +41,12 @@ def whole_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     stem = os.fsdecode(os.fsencode(path.name)[:80])  # in bytes: a name of 255 bytes has no room for more
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{stem}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
-    mask = os.umask(0)  # the only way to read it
-    os.umask(mask)
+    part = path.with_name(f".{stem}.{os.urandom(4).hex()}.part")
+    part.touch(exist_ok=False)  # with the rights of any new file
     try:
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~mask)
         part.replace(path)
         fsync_dir(path.parent)
     finally:
@@ -76,16 +72,6 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, value: Any) -> Path:
     """Write ``value`` as indented JSON, whole or not at all, and return the path."""
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def there_is(path: str | Path) -> bool:
-    """Whether a file or folder of that name exists; false if the name is too long or holds a NUL."""
-    return os.path.exists(path)  # noqa: PTH110 (pathlib raises on such names)
-
-
-def is_file(path: str | Path) -> bool:
-    """Whether a regular file has that name; the name may be any text."""
-    return os.path.isfile(path)  # noqa: PTH113 (pathlib raises on such names)
 
 
 def read_json(path: str | Path) -> Any:
@@ -142,6 +128,8 @@ def sha256_of_file(*paths: str | Path, on_chunk: Callable[[bytes], object] = lam
 
     A thread hashes each piece while this one reads the next piece and calls ``on_chunk`` with it.
     """
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     digest, hashing = hashlib.sha256(), Future[None]()
     hashing.set_result(None)
     with ThreadPoolExecutor(1) as beside:

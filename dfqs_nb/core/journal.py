@@ -40,8 +40,8 @@ def holds(row: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
     return all(isinstance(row.get(name), kind) for name, kind in fields.items())
 
 
-class Journal:
-    """Rows of a JSONL file that were made under the same conditions, by their id.
+class Journal(dict[str, dict[str, Any]]):
+    """Rows of a JSONL file that were made under the same conditions, by their id, in the order of writing.
 
     `add` returns after its row is on the disk. A last line that a kill cut short is removed. Rows of other
     conditions, and damaged rows, are ignored: their items are measured again. ``fields``: what each row must
@@ -60,7 +60,6 @@ class Journal:
         self.path, self.key = Path(path), conditions_hash(conditions)
         if fresh:
             self.path.unlink(missing_ok=True)
-        self._rows: dict[str, dict[str, Any]] = {}
         raw = self.path.read_bytes() if self.path.exists() else b""
         if (end := raw.rfind(b"\n") + 1) < len(raw):
             os.truncate(self.path, end)
@@ -70,17 +69,11 @@ class Journal:
                 if isinstance(row, dict) and row.pop("conditions", None) == self.key:
                     item = row.pop("id", None)
                     if isinstance(item, str) and holds(row, fields) and whole(row):
-                        self._rows[item] = row
-
-    def __contains__(self, item: str) -> bool:
-        return item in self._rows
-
-    def __getitem__(self, item: str) -> dict[str, Any]:
-        return self._rows[item]
+                        self[item] = row
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, in the order in which they were added."""
-        return [{"id": item, **row} for item, row in self._rows.items()]
+        """All rows, each with its id."""
+        return [{"id": item, **row} for item, row in self.items()]
 
     def add(self, item: str, **row: Any) -> dict[str, Any]:
         """Append a row and return it as it will be read."""
@@ -89,9 +82,8 @@ class Journal:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._rows[item] = json.loads(line)
-        del self._rows[item]["conditions"], self._rows[item]["id"]
-        return self._rows[item]
+        self[item] = json.loads(json.dumps(row))
+        return self[item]
 
 
 def remembered(
@@ -107,12 +99,10 @@ def remembered(
     """
     note, key = Path(note), conditions_hash(conditions)
     if not fresh and note.exists():
-        try:
+        with suppress(ValueError, RecursionError):  # a damaged note: the work is done again
             facts = json.loads(note.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            facts = {}  # a damaged note: the work is done again
-        if isinstance(facts, dict) and facts.pop("key", None) == key:
-            return facts
+            if isinstance(facts, dict) and facts.pop("key", None) == key:
+                return facts
     note.unlink(missing_ok=True)  # `make` may replace files that the old note describes
     facts = dict(make())
     write_json(note, {"key": key, **facts})

@@ -8,7 +8,6 @@ import platform
 import random
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,7 +131,7 @@ def memory_bandwidth(n_threads: int = 0) -> float:
     Each thread searches its own buffer for a byte that is not there, by the C library's ``memchr``, which
     reads as fast as the processor can and lets Python's other threads run.
     """
-    search = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memchr
+    search = ctypes.CDLL(None).memchr
     search.argtypes, search.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
     n_threads, seconds = n_threads or usable_cores(), []
     buffers = [bytearray(MEMORY_BYTES) for _ in range(n_threads)]
@@ -199,8 +198,6 @@ class Disk:
 
 def block_folder(file: int) -> Path | None:
     """What Linux tells of the disk under an open file; None where there is none, as on a network."""
-    if not hasattr(os, "major"):
-        return None
     device = os.fstat(file).st_dev
     folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     return next((at for at in (folder, folder.parent) if (at / "queue/read_ahead_kb").exists()), None)

@@ -76,10 +76,9 @@ class Stage:
         note = self.folder / f".{self.name}.plan.json"
         limit = None if self.budget_seconds == math.inf else self.budget_seconds
         kept = remembered(note, conditions, lambda: {"budget_seconds": limit, "plan": make()}, fresh=fresh)
-        before, plan = kept["budget_seconds"], dict(kept["plan"])
-        if before is not None and self.budget_seconds > 2 * before:
+        if (before := kept["budget_seconds"]) is not None and self.budget_seconds > 2 * before:
             return self.plan(conditions, make, fresh=True)
-        return plan
+        return dict(kept["plan"])
 
     def path(self, name: str) -> Path:
         """The path of a file that other code writes; the seal covers it."""
@@ -106,11 +105,10 @@ class Stage:
         Its title is read aloud where nobody sees it. A text in place of a figure says why there is nothing to
         draw, and is returned for display.
         """
-        if isinstance(ax, str):
-            from IPython.display import Markdown
+        from IPython.display import Image, Markdown
 
+        if isinstance(ax, str):
             return Markdown(markdown(ax))
-        from IPython.display import Image
         from matplotlib.pyplot import close
 
         from dfqs_nb.core.figures import save
@@ -129,8 +127,7 @@ class Stage:
     @cached_property
     def model(self) -> dict[str, Any]:
         """The model that notebook 01 handed on: ``name``, ``path``, ``nbytes`` and ``sha256``."""
-        model: dict[str, Any] = read_stage(self.folder, "merge")["model"]
-        return model
+        return dict(read_stage(self.folder, "merge")["model"])
 
     def finish(self, *, conditions: Mapping[str, Any], summary: list[str], **facts: Any) -> Path:
         """Write ``<stage>.json`` for the next notebooks, the report and (``summary``) the end of a run.
