@@ -114,10 +114,8 @@ class Run:
             whole = self.part.read(view, start) == len(view)
             if whole and xxhash.xxh3_64_hexdigest(view) == self.journal.windows.get(end):
                 return True
-            what = (
-                f"the sources have holes where bytes {start:,} to {end:,} come from, and the file that has "
-            )
-            what += "them, or its journal, was changed or lost meanwhile"
+            what = f"the sources have holes where bytes {start:,} to {end:,} come from, and their copy, or "
+            what += "its journal, was changed or lost meanwhile"
             hint = "put both back, if you can, and run this again; or download the sources again"
             raise IntegrityError(what, where=self.part.path, hint=hint)
         view[: max(len(self.plan.header) - start, 0)] = self.plan.header[start:end]
@@ -209,10 +207,9 @@ class Journal:
         new: Event = {"plan": plan.fingerprint, "window": WINDOW_BYTES, "sources": identities}
         head = lines[0] if lines else new
         window, recorded = head.get("window"), head.get("sources", ())
-        if type(window) is not int or not 0 < window <= MAX_WINDOW_BYTES or window % mmap.PAGESIZE:
-            raise in_the_way(Path(file.name))
+        sized = type(window) is int and 0 < window <= MAX_WINDOW_BYTES and not window % mmap.PAGESIZE
         whole = isinstance(recorded, list) and len(recorded) == len(sources)
-        if not whole or head.get("plan") != plan.fingerprint:
+        if not (sized and whole) or head.get("plan") != plan.fingerprint:
             raise in_the_way(Path(file.name))
         self.window: int = window
         # up to where in the target the earlier run gave the source bytes back
@@ -231,7 +228,7 @@ class Journal:
 
     def add(self, event: Event, *, durable: bool = False) -> None:
         """Append a line; ``durable``: and wait until it is on the disk."""
-        rest = line_of(event)
+        rest = json.dumps(event, separators=(",", ":")).encode() + b"\n"
         while rest:  # a disk that is almost full may take a part of a line
             rest = rest[self.file.write(rest) :]
         if durable:
@@ -266,11 +263,6 @@ def _events(raw: bytes) -> tuple[list[Event], int]:
         events.append(event)
         end += len(line) + 1
     return events, end
-
-
-def line_of(event: Event) -> bytes:
-    """An event as it is written."""
-    return json.dumps(event, separators=(",", ":")).encode() + b"\n"
 
 
 def in_the_way(journal: Path) -> IntegrityError:

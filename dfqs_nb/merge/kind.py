@@ -176,12 +176,11 @@ def _by_headers(path: Path, size: int) -> Diagnosis:
             error = refused
         start = headers[-1].next_start(file) if headers else 0
     if not headers and error:
-        kind = REFUSED.get(error.hint, Kind.DAMAGED)
+        kind, step = REFUSED.get(error.hint, Kind.DAMAGED), error.hint
         what = "a GGUF that llama.cpp does not read"
-        what = f"cut off inside its header, after {size:,} bytes" if kind is Kind.UNFINISHED else what
-        return Diagnosis(
-            path, kind, f"{what}: {error.what}", RESUME if error.hint == CUT_OFF else error.hint, size
-        )
+        if kind is Kind.UNFINISHED:
+            what, step = f"cut off inside its header, after {size:,} bytes", RESUME
+        return Diagnosis(path, kind, f"{what}: {error.what}", step, size)
     last = headers[-1]
     end = start or (last.end_offset if size >= last.end_offset else last.data_end)
     inside = Diagnosis(path, Kind.SINGLE_FILE, "", "", size, tuple(headers), start or size)
@@ -253,11 +252,8 @@ def _role(inside: Diagnosis) -> Finding:
                 step = f"`dfqs-nb inspect {quoted(shard)}` says what it is"
                 return Kind.SHARD, f"{what}; but {plain(shard.name)} is no GGUF", step
         merged = path.with_name(f"{path.name[: path.name.rindex('-of-') - 6]}.gguf")
-        return (
-            Kind.SHARD,
-            f"{what}; all {count} are here",
-            f"dfqs-nb merge {quoted(path)} -o {quoted(merged)}",
-        )
+        step = f"dfqs-nb merge {quoted(path)} -o {quoted(merged)}"
+        return Kind.SHARD, f"{what}; all {count} are here", step
     if role := facts.role(header):
         step = "give it to a runtime beside the model that it was made for"
         return Kind.COMPANION, f"{role}, not a language model", step

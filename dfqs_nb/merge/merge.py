@@ -327,9 +327,8 @@ def _finish_consumed(model: Given, output: Path) -> MergeResult | None:
         if earlier is None or journal[0].get("sources") != list(earlier.sources):
             return None
         folders = {path.parent for path in map(Path, _each(model))}
-        for path in (
-            folder / str(source.get("name", "")) for folder in folders for source in earlier.sources
-        ):
+        names = [str(source.get("name", "")) for source in earlier.sources]
+        for path in (folder / name for folder in folders for name in names):
             if path.is_file() and not path.is_symlink() and not path.samefile(output) and _emptied(path):
                 path.unlink()
         disk.journal_path(output).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 from dfqs_nb.gguf.header import MAGIC, padded
@@ -53,17 +54,13 @@ class Plan:
         shape = repr((self.nbytes, len(self.sources), [astuple(copy) for copy in self.copies]))
         return hashlib.sha256(self.header + shape.encode("utf-8", "surrogatepass")).hexdigest()
 
-    @cached_property
-    def _offsets(self) -> list[int]:
-        return [copy.target_offset for copy in self.copies]
-
     def within(self, start: int, nbytes: int) -> Iterator[tuple[Copy, int, int]]:
         """Those of the copies that reach into a window, and which of their bytes lie in it.
 
         Of a copy that has only padding there the range is empty.
         """
-        for index in range(max(bisect_right(self._offsets, start) - 1, 0), len(self.copies)):
-            run = self.copies[index]
+        first = bisect_right(self.copies, start, key=attrgetter("target_offset")) - 1
+        for run in self.copies[max(first, 0) :]:
             low, high = max(start - run.target_offset, 0), start + nbytes - run.target_offset
             if high <= 0:
                 return

@@ -165,10 +165,8 @@ def read_manifest(path: Path) -> MergeResult | None:
     from pydantic import TypeAdapter  # here: it is slow to import
 
     try:
-        content = read_json(place)
-        fields = content if isinstance(content, dict) else {}
-        kept = TypeAdapter(MergeResult).validate_python({**fields, "path": path})
-    except (OSError, ValueError) as error:
+        kept = TypeAdapter(MergeResult).validate_python({**read_json(place), "path": path})
+    except (OSError, ValueError, TypeError) as error:  # no file, no JSON, no object, or other fields
         hint = f"remove it; if you trust the model: `dfqs-nb verify {quoted(path)} --write-manifest`"
         raise IntegrityError("cannot be read as a manifest", where=place, hint=hint) from error
     size = path.stat().st_size
