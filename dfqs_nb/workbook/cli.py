@@ -254,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and (place := error.filename2 or error.filename):
+            return _fail(f"{tilde(str(place))}: cannot be read or written ({error.strerror})")
         what = f"unexpected {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         log = Path(tempfile.gettempdir(), LOG)
         with suppress(OSError), log.open("a", encoding="utf-8", errors="replace") as file:  # a full disk
