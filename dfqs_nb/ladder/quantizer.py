@@ -131,6 +131,16 @@ def _check_source(shards: ShardSet) -> None:
         raise QuantizeError(what, where=shards.paths[0], hint=hint)
 
 
+def check_output(output: Path, shards: ShardSet, overwrite: bool) -> None:
+    """Check that the output may have its name; errors as `quantize`."""
+    if any(output.exists() and output.samefile(path) for path in shards.paths):
+        raise OutputError("is the source itself", where=output, hint="name another file")
+    if output.exists() and not overwrite:
+        raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
+    if not output.parent.is_dir():
+        raise OutputError("its folder does not exist", where=output, hint="make the folder first")
+
+
 def quantize(
     source: Files,
     recipe: Recipe | str,
@@ -150,12 +160,7 @@ def quantize(
     source, or finds no room. An `IntegrityError`: what llama.cpp wrote is not what was planned.
     """
     output, shards = Path(output), open_shards(source)
-    if any(output.exists() and output.samefile(path) for path in shards.paths):
-        raise OutputError("is the source itself", where=output, hint="name another file")
-    if output.exists() and not overwrite:
-        raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
-    if not output.parent.is_dir():
-        raise OutputError("its folder does not exist", where=output, hint="make the folder first")
+    check_output(output, shards, overwrite)
     planned = plan(shards, recipe, imatrix, run)
     needed = planned.nbytes + shards.headers[0].data_offset + HEADER_BYTES
     free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then

@@ -170,6 +170,7 @@ def quantize(
     Example: `dfqs-nb quantize dfqs-nano-f16 iq1_s-xl -o small.gguf --calibrate calibration-nano`
     """
     from dfqs_nb.ladder.imatrix import collect, read_imatrix
+    from dfqs_nb.ladder.quantizer import check_output
     from dfqs_nb.ladder.recipes import load_recipe
 
     shards, chosen = open_shards(models.resolve(source)[0]), load_recipe(recipe)
@@ -177,6 +178,8 @@ def quantize(
         raise DfqsError("no output was named", hint="pass -o FILE, or --dry-run to see what it would be")
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
+    if not dry_run:  # calibration takes its time
+        check_output(Path(output), open_shards(path), overwrite)
     with TemporaryDirectory() as folder:
         matrix = read_imatrix(imatrix) if imatrix else None
         if calibrate and chosen.weights:
