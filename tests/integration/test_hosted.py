@@ -297,6 +297,7 @@ def test_the_oldest_packages_that_are_kept_do(tmp_path):
         "ipykernel==6.17.1",
         "diskcache",
         "nbval",
+        "nbconvert",
         "hypothesis",
         "pytest",
         "pytest-xdist",
