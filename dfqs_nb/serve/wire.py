@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-import time
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -50,6 +51,23 @@ class TemporaryError(EndpointError):
 
 class ContextOverflowError(EndpointError, ContextFullError):
     """The prompt and the answer exceed the server's context. Asking again does not help."""
+
+
+def in_time(seconds: float, work: Callable[[], Answer]) -> Answer:
+    """What the work returns; `TimeoutError`: it takes longer, and its thread is left to itself.
+
+    The client's own limits are for each read: a server that drips its headers would never reach them.
+    """
+    result = Future[Answer]()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result(seconds)
 
 
 def broken(why: str, url: str) -> TemporaryError:
@@ -102,16 +120,17 @@ class Wire:
 
         One that does not end in these seconds, or is too large, is an error.
         """
-        end, raw = time.monotonic() + seconds, bytearray()
+        return in_time(seconds, partial(self._page, url, body, seconds))
+
+    def _page(self, url: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
         timeout = httpx2.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
-        method = "POST" if body else "GET"
+        method, raw = "POST" if body else "GET", bytearray()
         with self.client.stream(method, url, json=body or None, timeout=timeout) as response:
             for chunk in response.iter_raw():  # never unpacked: a small answer must not become a large one
                 raw += chunk
-                if len(raw) > MOST_BYTES or time.monotonic() > end:
-                    why = "too many bytes" if len(raw) > MOST_BYTES else "in its time"
-                    hint = "raise --timeout (timeout_seconds) for a server that is slow, or take another one"
-                    raise EndpointError(f"the answer does not end ({why})", where=self.url, hint=hint)
+                if len(raw) > MOST_BYTES:
+                    what = f"the answer has over {MOST_BYTES:,} bytes"
+                    raise EndpointError(what, where=self.url, hint="take another server")
         text = raw.decode("utf-8", "replace")
         if not response.is_success:
             raise self._refusal(response.status_code, text or response.reason_phrase, body or {})
@@ -162,7 +181,7 @@ class Wire:
         # a ValueError: no JSON, numbers of thousands of digits, or fields of another type
         if isinstance(error, httpx2.ReadError | httpx2.RemoteProtocolError | ValueError | RecursionError):
             return broken(why, self.url)
-        if isinstance(error, httpx2.ReadTimeout):  # asked again it would take as long
+        if isinstance(error, httpx2.ReadTimeout | TimeoutError):  # asked again it would take as long
             hint = "raise --timeout (timeout_seconds), ask for fewer tokens, or read the server's log"
             return EndpointError("no answer in time", where=self.url, hint=hint)
         if not isinstance(error, httpx2.TransportError):

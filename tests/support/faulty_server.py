@@ -239,9 +239,10 @@ class _Handler(BaseHTTPRequestHandler):
         }[kind]
         self._bytes(raw)
 
-    def _drip(self, _body: dict, _extra: str) -> None:
-        """One byte after the other, for ever."""
-        self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{"id": "')
+    def _drip(self, _body: dict, where: str) -> None:
+        """One byte after the other, for ever, also of a header."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json")
+        self.wfile.write(b"" if where == "header" else b'\r\n\r\n{"id": "')
         for _ in range(300):
             self.wfile.write(b"a")
             self.wfile.flush()

@@ -99,10 +99,11 @@ def test_a_page_of_another_shape_is_no_page(server, page):
 # ---- limits ----
 
 
-def test_an_answer_that_drips_ends_in_time(server):
+@pytest.mark.parametrize("where", ["body", "header"])
+def test_an_answer_that_drips_ends_in_time(server, where):
     endpoint = client.connect(server.url, timeout_seconds=0.4, retries=3)
-    server.faults = ["drip"] * 4
-    with no_hang(), pytest.raises(EndpointError, match="does not end"):
+    server.faults = [f"drip {where}"] * 4
+    with no_hang(), pytest.raises(EndpointError, match="no answer in time"):
         endpoint.chat("x", 6)
     assert len(server.asked) == 1
 
