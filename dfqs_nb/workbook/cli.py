@@ -6,6 +6,8 @@ functions, so that a fast command starts fast.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import re
 import shutil
@@ -231,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
     1: an error, as one line on standard error; 2: the command line is wrong; 130: interrupted. An unexpected
     error is one line too, and its traceback goes to a log.
     """
+    gc.set_threshold(100_000)  # a command is short: its garbage is collected rarely,
+    atexit.register(gc.disable)  # and not when it ends
     warnings.formatwarning = lambda message, *place, **more: f"dfqs-nb: {plain(message)}\n"
     words = argv if argv is not None else sys.argv[1:]
     if "--version" in words[:1]:
