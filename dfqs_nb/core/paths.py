@@ -10,12 +10,12 @@ from dfqs_nb.core.errors import OutputError
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def public_address() -> str:
+def public_address(pyproject: Path = REPOSITORY / "pyproject.toml") -> str:
     """The repository's public address, which stands in pyproject.toml only."""
     import tomllib
 
-    content = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
-    return str(content["project"]["urls"]["Repository"]).rstrip("/")
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    return str(project["urls"]["Repository"]).rstrip("/")
 
 
 def data_dir() -> Path:

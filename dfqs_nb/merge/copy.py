@@ -211,7 +211,7 @@ class Journal:
         whole = isinstance(recorded, list) and len(recorded) == len(sources)
         if not (sized and whole) or head.get("plan") != plan.fingerprint:
             raise in_the_way(Path(file.name))
-        self.window: int = window
+        self.window: int = head["window"]
         # up to where in the target the earlier run gave the source bytes back
         self.released = max((n for line in lines if type(n := line.get("released")) is int), default=0)
         for source, then in zip(sources, recorded, strict=True):

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from dfqs_nb import merge as merging
+from dfqs_nb.core.files import write_text
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.prompts import load_prompts
 from dfqs_nb.gguf import broken as specimens
@@ -154,6 +155,13 @@ def test_quantize_plans_every_tensor_and_writes_what_it_planned(tmp_path, capsys
     assert cli.main([*asked]) == 1 and "no output was named" in capsys.readouterr().err
 
 
+def test_quantize_into_a_folder_that_does_not_exist_is_refused_before_it_calibrates(tmp_path, capsys):
+    asked = ["quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", str(tmp_path / "missing" / "x.gguf")]
+    assert cli.main([*asked, "--calibrate", "calibration-nano"]) == 1
+    assert "its folder does not exist; make the folder first" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_quantize_collects_the_importance_matrix_that_a_recipe_needs(tmp_path, capsys):
     out, text = tmp_path / "rung.gguf", tmp_path / "text.txt"
     asked = ("quantize", "dfqs-nano-f16", "iq1_s-xl", "-o", str(out))
@@ -179,6 +187,23 @@ def test_every_command_shows_what_it_does_and_an_example():
     for name, command in commands.items():
         assert name == "models" or "`dfqs-nb " in command.help, f"{name} shows no example"
         assert all(option.help for option in command.params if hasattr(option, "help")), name
+
+
+def test_the_command_that_was_typed_is_built_alone_and_any_other_word_gets_them_all():
+    assert list(cli.program("inspect").commands) == ["inspect"]
+    assert list(cli.program("inspct").commands) == list(cli.program().commands)
+
+
+def test_a_folder_where_a_file_should_be_is_one_plain_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "table.csv").mkdir()
+
+    def write():
+        write_text(tmp_path / "table.csv", "text")
+
+    monkeypatch.setattr(registry, "registered", write)
+    assert cli.main(["models"]) == 1
+    assert capsys.readouterr().err.endswith("table.csv: cannot be read or written (Is a directory)\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
 def test_an_interrupt_is_one_line_that_says_how_to_go_on(monkeypatch, capsys):
