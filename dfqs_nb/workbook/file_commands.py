@@ -179,7 +179,7 @@ def quantize(
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
     if not dry_run:  # calibration takes its time
-        check_output(Path(output), open_shards(path), overwrite)
+        check_output(Path(output), shards, overwrite)
     with TemporaryDirectory() as folder:
         matrix = read_imatrix(imatrix) if imatrix else None
         if calibrate and chosen.weights:
