@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import HTML
 
-
 LARGE_BYTES = 1 << 30
 BEAT_SECONDS = 1.0
+CODE = re.compile(r"`([\w ./=:,+-]+)`")  # a command or a name in backticks, which no format can misread
+TEXT_WIDTH = 96  # characters of a line in an output cell
+MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
+NONE = "–"  # a cell without a value
 
 
 class _LastLine(io.StringIO):
@@ -150,9 +153,6 @@ def one_line(text: object) -> str:
     return " ".join(plain(text).split())
 
 
-CODE = re.compile(r"`([\w ./=:,+-]+)`")  # a command or a name in backticks, which no format can misread
-
-
 def markdown(text: object) -> str:
     """Text from outside as Markdown that shows it literally, but for commands in backticks."""
     line = one_line(text)
@@ -209,10 +209,6 @@ def label(name: object) -> str:
     return text.replace("_", " ")
 
 
-TEXT_WIDTH = 96  # characters of a line in an output cell
-MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
-
-
 def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
     """Facts as a one-column table, with thousands separators; long texts are cut."""
     import pandas as pd
@@ -229,9 +225,6 @@ def say(*lines: object) -> None:
     """Print long lines so that they break between words, which JupyterLab's output cells do not."""
     for line in lines:
         print(textwrap.fill(str(line), TEXT_WIDTH, subsequent_indent="  " * str(line).startswith("- ")))
-
-
-NONE = "–"  # a cell without a value
 
 
 def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[str, ...] = ()) -> HTML:
