@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import html
 import io
 import os
 import re
@@ -233,6 +232,8 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     ``name``: of the table in the page, the same in every run. JupyterLab aligns all cells to the right and
     drops style sheets from stored outputs, so each text cell carries its own alignment.
     """
+    import html
+
     from IPython.display import HTML
     from pandas.io.formats.style import Styler
 

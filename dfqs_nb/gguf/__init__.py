@@ -10,6 +10,4 @@ if TYPE_CHECKING:
     from dfqs_nb.gguf.remote import outline
 
 __all__ = ["broken", "facts", "memory", "model_header", "models", "outline", "placement", "shards"]
-
-_MODULES = {name: name for name in ("broken", "facts", "memory", "models", "placement", "shards")}
-__getattr__ = lazy(__name__, model_header="facts", outline="remote", **_MODULES)
+__getattr__ = lazy(__name__, **{it: it for it in __all__} | {"model_header": "facts", "outline": "remote"})
