@@ -222,7 +222,7 @@ def test_the_parameter_budget_minutes_is_the_budget_of_the_whole_run(outputs, tm
 @pytest.mark.parametrize(
     ("model", "says"),
     [("bad.gguf", "is no model: "), ("gone.gguf", "no such file"), ("dfqs-nano", "did you mean dfqs-nano-")]
-    + [("hf://owner/repo", "not the address of a GGUF file on the hub")],
+    + [("hf://owner/repo", "not the address of a GGUF")],
 )
 def test_what_is_no_model_is_refused_before_anything_is_made(
     outputs, tmp_path, monkeypatch, capsys, model, says
