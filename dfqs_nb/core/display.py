@@ -57,7 +57,8 @@ class Activity:
     """What this process (with ``own``) and its children do: bytes read from the disk, memory, cores."""
 
     def __init__(self, *, own: bool = False) -> None:
-        self.own, self.seen, self.total, self.at = own, dict[int, tuple[int, float]](), 0, time.monotonic()
+        self.own, self.seen, self.total = own, dict[int, tuple[int, float, int]](), 0
+        self.at = time.monotonic()
 
     def text(self) -> str:
         """The work since the last call, and all bytes read; of a process that just began, its memory."""
@@ -69,12 +70,16 @@ class Activity:
             with suppress(psutil.Error):
                 read = process.io_counters().read_bytes if hasattr(process, "io_counters") else 0
                 used = sum(process.cpu_times()[:2])
-                self.seen[process.pid] = read, used
+                self.seen[process.pid] = read, used, process.ppid()
                 then = before.get(process.pid, (read, used))
                 reads, seconds = reads + read - then[0], seconds + used - then[1]
                 resident += process.memory_info().rss
-        # the kernel adds what a child has read to its parent when the child ends
-        reads = max(0, reads - sum(before[pid][0] for pid in before.keys() - self.seen.keys()))
+        for pid in before.keys() - self.seen.keys():
+            heir = pid  # when a process ends, the kernel adds what it has read to its parent
+            while heir in before and heir not in self.seen:
+                heir = before[heir][2]
+            reads -= before[pid][0] if heir in self.seen else 0
+        reads = max(0, reads)
         now, self.total = time.monotonic(), self.total + reads
         elapsed, self.at = max(now - self.at, 1e-3), now
         facts = [f"{size(self.total)} read from the disk, {size(reads / elapsed)}/s"] if self.total else []

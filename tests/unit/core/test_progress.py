@@ -72,6 +72,33 @@ def test_what_a_child_has_read_counts_once_when_it_ends(tmp_path):
     assert activity.total < during + (4 << 20)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts what a process reads")
+def test_a_child_that_ends_takes_nothing_from_what_another_reads(tmp_path):
+    """Nobody here counts for this process, so what the kernel adds to it is not to be taken off."""
+    files = [tmp_path / name for name in ("first", "second")]
+    for file in files:
+        file.write_bytes(os.urandom(8 << 20))
+    os.sync()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    code = f"import sys\nsys.stdin.readline()\n{READ}"
+    first, second = (
+        subprocess.Popen([sys.executable, "-c", code, file], **pipes, text=True) for file in files
+    )
+    activity = display.Activity()
+    with first, second:
+        activity.text()
+        for child in (first, second):
+            child.stdin.write("\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == "read\n"
+            if child is first:
+                activity.text()
+        first.communicate("\n")
+        activity.text()
+        assert activity.total > 12 << 20, "all that both have read"
+        second.communicate("\n")
+
+
 def test_the_bar_that_moved_last_is_reported_and_none_after_its_end(tmp_path, monkeypatch):
     place, seen = tmp_path / ".progress", []
     monkeypatch.setenv("DFQS_PROGRESS", str(place))
