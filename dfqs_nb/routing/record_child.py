@@ -34,7 +34,7 @@ class Recording:
         self.load_seconds = time.monotonic() - started
 
     def costs(self) -> dict[str, float]:
-        """What `plan.seconds` wants to know; where the first tokens are fast, a longer prompt counts."""
+        """What `plan.seconds` wants to know; where tokens are fast, a longer prompt counts."""
 
         def seconds_a_token(n_tokens: int) -> float:
             began, part = time.monotonic(), self.text[:n_tokens]
@@ -42,7 +42,8 @@ class Recording:
             return (time.monotonic() - began) / len(part)
 
         prefill, _, decode = map(seconds_a_token, (PROBE_TOKENS, 1, 1))
-        if prefill * LONG_PROBE_TOKENS < PROBE_SECONDS:  # the first batch also starts a card's kernels
+        # the first batch also starts a card's kernels, and a token costs no more in a batch than alone
+        if min(prefill, decode) * LONG_PROBE_TOKENS < PROBE_SECONDS:
             prefill = min(prefill, seconds_a_token(LONG_PROBE_TOKENS))
         spent = {"load": self.load_seconds, "prefill": prefill, "decode": decode}
         lengths = {"text": len(self.text), "answer": self.job["n_output"]}

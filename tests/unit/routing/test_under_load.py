@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import moe_models
 import numpy as np
@@ -20,6 +21,7 @@ from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing import record_child
 from dfqs_nb.routing.experiment import run_experiment
 from dfqs_nb.routing.plan import Condition, conditions, fit, loads, read_texts, seconds
 from dfqs_nb.routing.recorder import RecordedModel, Recorder, Together, cut, open_recorded, record
@@ -157,6 +159,24 @@ def test_every_text_meets_every_load_and_seeds_repeat():
 
 def planned_for(n_texts=16):
     return conditions(OpenSettings(n_ctx=512, n_threads=1), 384, 2, n_texts)
+
+
+@pytest.mark.parametrize(("start", "prefill"), [(0, 0.01), (1.5, 0.01), (0, 0.5)])
+def test_what_starts_with_the_first_batch_is_no_cost_of_a_token(monkeypatch, start, prefill):
+    """A card takes a second and more to start its kernels; a slow machine is not asked for 64 tokens."""
+    clock, fed = [0.0], list[int]()
+
+    def feed(tokens):
+        clock[0] += len(tokens) * prefill + (0 if fed else start)
+        fed.append(len(tokens))
+
+    monkeypatch.setattr(record_child, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    recording = object.__new__(record_child.Recording)
+    vars(recording).update(recorded=SimpleNamespace(feed=feed), text=[1] * 384, lines=[], load_seconds=1.0)
+    recording.job = {"n_output": 16}
+    costs = recording.costs()
+    assert [costs["prefill"], costs["decode"]] == pytest.approx([prefill, prefill])
+    assert fed == [8, 1, 1] + [64] * (prefill < 0.1)
 
 
 def costing(load, prefill, decode):
