@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch  # which puts back what it replaces
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.shards import Files, ShardSet
@@ -118,13 +117,23 @@ def filled(params: Any, fields: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
 def default_params(model: Mapping[str, Any] | None = None, **context: Any) -> Iterator[None]:
     """Change llama.cpp's default parameters while a model is built: ``llama_cpp.Llama`` lacks some."""
     import llama_cpp.llama_cpp as api
 
     def changed(kind: str, fields: Mapping[str, Any]) -> Any:
         original = getattr(api, name := f"llama_{kind}_default_params")
-        return patch.object(api, name, lambda: filled(original(), fields))
+        return _replaced(api, name, lambda: filled(original(), fields))
 
     with _building, changed("model", model or {}), changed("context", context):
         yield
@@ -165,7 +174,7 @@ def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) 
         with (
             default_params(model_params(settings), **listening),
             # it would parse every chat template, and fail on any; we render them ourselves
-            patch.object(llama_cpp._internals.LlamaModel, "metadata", lambda _model: {}),
+            _replaced(llama_cpp._internals.LlamaModel, "metadata", lambda _model: {}),
             paging.loading() if paging else contextlib.nullcontext(),
         ):
             llama: Any = llama_cpp.Llama(str(path), verbose=verbose, **fields, **context_fields(settings))
