@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from dfqs_nb.core import display
+from dfqs_nb.core.budget import counted
 from dfqs_nb.core.paths import public_address
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.report.reading import rerun
@@ -40,6 +41,7 @@ def _environment(kind: str) -> Environment:
     made.globals |= {"size": display.size, "sentence": sentence, "rerun": rerun}
     made.globals |= {"FEW_TEXTS": FEW_TEXTS, "FEW_QUESTIONS": FEW_QUESTIONS, "CLAIM_VERDICTS": CLAIM_VERDICTS}
     made.filters |= {
+        "counted": counted,
         "begun": lambda text: text[:1].upper() + text[1:],
         "linked": partial(linked, is_html=is_html),
         "table": lambda frame: Markup(display.markdown_table(frame.map(display.cell))),

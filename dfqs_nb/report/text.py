@@ -86,10 +86,10 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
 
 
 def _carries(boundary: Mapping[str, Any]) -> str:
-    if boundary["withheld"]:
+    is_floor, few = boundary.get("status") == "floor", boundary.get("provisional")
+    if boundary["withheld"] or (is_floor and few):  # nobody can tell a few texts from guessing
         return UNKNOWN
-    held = boundary.get("right_censored") and not boundary.get("provisional")
-    return NO if boundary["status"] == "floor" else YES if held else PARTLY
+    return NO if is_floor else YES if boundary.get("right_censored") and not few else PARTLY
 
 
 def _scores(details: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from dfqs_nb.core.budget import counted
 from dfqs_nb.routing.plan import IDENTICAL, Condition, Text
 from dfqs_nb.routing.trace import COMPARED, Trace, compare
 from dfqs_nb.stats import at_most, mean_interval
@@ -32,7 +33,7 @@ REPEATED_DENSE = (
     "for bit over {n_runs} repeated runs. 95 % upper bound: {runs_upper_bound:.1%} of repeated runs."
 )
 UNDER_LOAD = (
-    "with {n_texts} texts of {n_domains} domains beside {company} others in one batch, {n_differ:,} of "
+    "with {texts} of {domains} beside {company} in one batch, {n_differ:,} of "
     "{n_choices:,} choices differ from those alone{rate}. Logits move by up to {logit_drift:.2g}, and "
     "{n_moved} of {n_answers} greedy answers change. 95 % upper bounds: {runs_bound:.1%} of batches "
     "({n_runs_differ} of {n_runs} differ), {texts_bound:.0%} of texts ({n_texts_differ} of {n_texts})."
@@ -184,8 +185,9 @@ def _under_load(beside: pd.DataFrame) -> str:
         rate += f", 95 % interval over texts {low:.2%} to {high:.2%})" if low == low else ")"
     return UNDER_LOAD.format(
         **counts,
-        n_domains=beside["domain"].nunique(),
-        company=f"{', '.join(smaller)} or {largest}" if smaller else largest,
+        texts=counted(counts["n_texts"], "texts"),
+        domains=counted(beside["domain"].nunique(), "domains"),
+        company=f"{', '.join(smaller)} or {largest} others" if smaller else counted(int(largest), "others"),
         rate=rate,
         n_moved=int(beside["same_output"].eq(False).sum()),
         n_answers=len(beside),

@@ -226,7 +226,7 @@ def test_answers_are_counted_in_tokens_and_what_was_cut_is_named(header):
     late = [{"tokens": n, "finish_reason": "time"} for n in (5, 0)]
     evidence = judged(changed("generate", "answers", to=late), header).loc["cpu-constrained", "evidence"]
     assert evidence.endswith(
-        "1 of 2 prompts got text (5 tokens); the time ran out for 2 of the 2 (1 with text, 1 without)"
+        "1 of 2 prompts got text (5 tokens); the time ran out for 2 answers (1 with text, 1 without)"
     )
     nothing = changed("generate", "answers", to=late[1:])
     assert judged(nothing, header).loc["cpu-constrained", "verdict"] == NOT_TESTED, "no failure of the model"
