@@ -15,6 +15,7 @@ from typing import Any
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.shards import Files, ShardSet
 from dfqs_nb.llama.check import REFUSES, reason_of
+from dfqs_nb.llama.graph import ggml_function
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 
@@ -23,6 +24,7 @@ MAX_LINES, MAX_LINE = 500, 2000  # that are kept, and their characters: a model'
 BUFFER = re.compile(r"(\S+) +(?:DSV4 \w+ )?(model|KV|RS|state|compute) buffer size = +([\d.]+) MiB")
 KINDS = {"model": "weights", "KV": "KV cache", "compute": "compute buffers"}
 HERE, HERE_NAMES = "in memory", re.compile(r"^(?:CPU|AMX|MTL)|_Host$")  # a Mac's GPU (MTL) has no other
+INTEGRATED = 2  # ggml_backend_dev_type of a GPU that uses this memory, as in laptops
 _NO_DEVICES = (ctypes.c_void_p * 1)()  # a list of devices that ends at once
 _building = threading.RLock()  # a context's parameters are set around its model's
 
@@ -69,11 +71,19 @@ def loaded_facts(log: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _is_here(name: str) -> bool:
+    """Whether a buffer of this name lies in this memory, and not on a graphics card."""
+    void = ctypes.c_void_p
+    device = ggml_function("ggml_backend_dev_by_name", void, ctypes.c_char_p)(name.encode())
+    kind = device and ggml_function("ggml_backend_dev_type", ctypes.c_int, void)(device)
+    return bool(HERE_NAMES.search(name)) or kind == INTEGRATED
+
+
 def buffers(log: Sequence[str]) -> dict[str, dict[str, int]]:
     """Bytes of weights, KV cache and compute buffers that llama.cpp logged, in memory and on each card."""
     places = {HERE: dict.fromkeys(KINDS.values(), 0.0)}
     for name, kind, mib in BUFFER.findall("\n".join(log)):
-        place = HERE if HERE_NAMES.search(name) else f"on {name}"
+        place = HERE if _is_here(name) else f"on {name}"
         sizes = places.setdefault(place, dict.fromkeys(KINDS.values(), 0.0))
         sizes[KINDS.get(kind, "KV cache")] += float(mib)
     return {place: {kind: round(n * 2**20) for kind, n in sizes.items()} for place, sizes in places.items()}
@@ -92,7 +102,7 @@ def planned_bytes(log: Sequence[str]) -> dict[str, int]:
 
 REFUSAL_HINTS = {  # by a word of llama.cpp's reason; the first that fits
     "unknown model architecture": "update llama-cpp-python, or convert the model again",
-    "wrong number of tensors": "it has parts that llama.cpp does not use, or lacks some: get one made for it",
+    "wrong number of tensors": "it has tensors that llama.cpp does not use, or lacks some: convert it again",
     "key not found": "the file is in another dialect of its architecture: get a newer conversion",
     "quantized V cache": "pass flash_attn=True, or type_v='f16'",
     "allocat": "close programs, or lower n_ctx, n_ubatch or n_gpu_layers (the layers on a GPU)",

@@ -75,6 +75,20 @@ def test_two_cards_have_a_row_each_and_a_macs_gpu_none():
     assert list(metal) == ["in memory"] and metal["in memory"]["weights"] == round(59783.26 * MIB)
 
 
+def test_a_gpu_that_has_no_memory_of_its_own_takes_this_memory(monkeypatch):
+    """A laptop's GPU, by Vulkan, and the like by CUDA: their names do not tell them from a card's."""
+    devices = {b"CPU": (1, 0), b"CUDA0": (2, 1), b"Vulkan0": (3, 2)}
+    functions = {
+        "ggml_backend_dev_by_name": lambda name: devices.get(name, (None,))[0],
+        "ggml_backend_dev_type": dict(devices.values()).__getitem__,
+    }
+    monkeypatch.setattr(build, "ggml_function", lambda name, *_: functions[name])
+    shared = [line.replace("CUDA0", "Vulkan0").replace("CUDA_Host", "Vulkan_Host") for line in LOADED]
+    assert list(buffers(shared)) == ["in memory"]
+    assert planned_bytes(shared)["card_layers"] == 0, "its layers need this memory"
+    assert list(buffers(LOADED)) == ["in memory", "on CUDA0"] and planned_bytes(LOADED)["card_layers"] == 44
+
+
 def test_a_plan_counts_the_whole_cache_and_the_memory_of_compute_buffers():
     cache = round((43.81 + 1.31 + 10.0) * MIB)
     plan = {"kv_bytes": cache, "compute_bytes": round(18.84 * MIB), "card_layers": 44}
