@@ -155,9 +155,8 @@ def may_lock() -> int | None:
 
     status, users = Path("/proc/self/status").read_text(), Path("/proc/self/ns/user")
     capable = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
-    own = (
-        users.exists() and users.stat().st_ino != FIRST_USERS
-    )  # a root for whom the limit holds all the same
+    # in a rootless container, root has every capability, and the limit holds all the same
+    own = users.exists() and users.stat().st_ino != FIRST_USERS
     if capable and int(capable[1], 16) >> CAP_IPC_LOCK & 1 and not own:
         return None
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]

@@ -19,7 +19,7 @@ CHOICES = {"type_k": tuple(GGML_TYPES), "type_v": tuple(GGML_TYPES), "paging": (
 
 @dataclass(frozen=True)
 class OpenSettings:
-    """How a model is opened: conditions of what is measured. `ModelError`: a value that there is not."""
+    """How a model is opened: conditions of what is measured. `ModelError`: llama.cpp takes no such value."""
 
     n_ctx: int = 4096  # tokens of context
     n_batch: int = 512  # tokens handed over at once in prefill
