@@ -71,10 +71,9 @@ def trial(job: dict[str, Any]) -> None:
         llama.eval(part)
         logits = np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(n_vocab,))
         if not np.isfinite(logits).all():
+            what = "the first decode gives logits that are not numbers"
             hint = "the weights are damaged: verify the file's hash, or get it again"
-            raise ModelError(
-                "the first decode gives logits that are not numbers", where=job["path"], hint=hint
-            )
+            raise ModelError(what, where=job["path"], hint=hint)
 
 
 def render(job: dict[str, Any]) -> dict[str, str]:
