@@ -297,7 +297,8 @@ def settings_for(
 
     if not longest:
         beside = Stage(stage.folder, f"{stage.name}.context", stage.budget_seconds / 60)  # the curve's plan
-        about = {**settings.as_dict(), "model": str(shards.paths[0])}
+        files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in shards.paths]
+        about = {**settings.as_dict(), "files": files}
         longest = beside.plan(about, affordable, fresh=fresh)["tokens"]
     longest = min(longest, limit)
     failure = predict_failure(shards, octaves(256, longest) or [longest], settings)

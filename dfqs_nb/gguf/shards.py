@@ -95,6 +95,12 @@ def _refused(what: str, where: Path, hint: str = "take all shards from one model
 def open_shards(model: Files | GGUFHeader | Sequence[str | Path]) -> ShardSet:
     """Find (from any) or take (from several paths, in any order) the shards of a model, and check them."""
     if isinstance(model, ShardSet):
+        sizes = Counter[Path]()
+        for header in model.headers:
+            sizes[header.path] += header.file_size  # one file may hold them all, glued
+        for path, n_bytes in sizes.items():
+            if not path.is_file() or path.stat().st_size != n_bytes:
+                raise _refused("is gone, or has changed since it was opened", path, "open the model again")
         return model
     if isinstance(model, (str, Path)):
         model = read_header(model)

@@ -335,8 +335,8 @@ def compare(a: remote.Outline, b: remote.Outline, *, data: bool = False) -> tupl
     """
     for model in (a, b) if data else ():  # before hours of reading the other model
         if model.glued:
-            what, hint = "the bytes of glued shards are not compared", "`dfqs-nb repair FILE --in-place`"
-            hint = "download and repair it first" if model.places else hint
+            what, hint = "the bytes of glued shards are not compared", "download and repair it first"
+            hint = hint if model.places else "repair it first: `dfqs-nb repair FILE --in-place`"
             raise DfqsError(what, where=models.shown(model.model), hint=hint)
     first, second = a.headers[0], b.headers[0]
     left, right = ({t.name: f"{t.type} {' x '.join(map(str, t.shape))}" for t in it.tensors} for it in (a, b))

@@ -147,3 +147,14 @@ def test_truncated_inside_the_header(pair, size):
 
 def test_nothing_named():
     refused([], "no shard was named")
+
+
+@pytest.mark.parametrize("change", ["gone", "another"])
+def test_an_opened_set_is_not_taken_for_what_lies_there_now(pair, change):
+    opened = open_shards(pair[0])
+    assert open_shards(opened) is opened
+    pair[1].unlink()
+    if change == "another":
+        pair[1].write_bytes(b"GGUF")
+    with pytest.raises(ShardError, match="gone, or has changed"):
+        open_shards(opened)
