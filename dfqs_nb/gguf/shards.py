@@ -93,7 +93,10 @@ def _refused(what: str, where: Path, hint: str = "take all shards from one model
 
 
 def open_shards(model: Files | GGUFHeader | Sequence[str | Path]) -> ShardSet:
-    """Find (from any) or take (from several paths, in any order) the shards of a model, and check them."""
+    """Find (from any) or take (from several paths, in any order) the shards of a model, and check them.
+
+    `HeaderError`: llama.cpp could not read a header. `ShardError`: the shards are no whole model, or changed.
+    """
     if isinstance(model, ShardSet):
         sizes = Counter[Path]()
         for header in model.headers:

@@ -140,7 +140,7 @@ class Model(contextlib.AbstractContextManager["Model"]):
         self.n_past = 0
 
     def decode(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens after those in the context; a `ContextFullError` where they do not fit in it."""
+        """Evaluate more tokens. `ContextFullError`: beyond ``n_ctx``. `DecodeError`: llama.cpp fails."""
         for _ in self._batches(tokens):
             pass
         self.api.llama_synchronize(self.llama.ctx)  # a GPU works on its own
@@ -155,7 +155,7 @@ class Model(contextlib.AbstractContextManager["Model"]):
         return logits
 
     def logits(self, tokens: Sequence[int]) -> Iterator[Floats]:
-        """As `decode`; yields the logits after each token, up to ``n_batch`` rows that the next overwrite."""
+        """As `decode`; each token's logits, float32 ``(n, n_vocab)``, in views that the next overwrites."""
         for n in self._batches(tokens, every_logit=True):
             yield np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(n, self.n_vocab))
 

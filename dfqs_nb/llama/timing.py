@@ -71,8 +71,11 @@ def measure_speed(
     """Time prefill of as many seeded random tokens as each depth, then decode of ``n_tokens`` one by one.
 
     No token is sampled, and each repetition starts from a cleared context, after a warm-up. A depth has fewer
-    repetitions if they do not fit in its share of the ``seconds``. A row a depth and ``phase``, in tokens a
-    second, with the ``other_cores`` that other programs used; ``contended``: enough to slow it.
+    repetitions if they do not fit in its share of the ``seconds``. Its tokens must fit in ``n_ctx``.
+
+    A row a depth and ``phase`` (prefill, decode): ``depth``, ``n_threads``, ``repetitions``, ``tokens``;
+    tokens a second as ``median``, ``min``, ``max`` and ``values`` in order; ``other_cores`` that other
+    programs used, and whether that was enough to slow it (``contended``).
     """
 
     def time_once(prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:
