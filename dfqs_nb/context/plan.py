@@ -297,8 +297,7 @@ def settings_for(
 
     if not longest:
         beside = Stage(stage.folder, f"{stage.name}.context", stage.budget_seconds / 60)  # the curve's plan
-        files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in shards.paths]
-        about = {**settings.as_dict(), "files": files}
+        about = {**settings.as_dict(), "files": shards.stamps()}
         longest = beside.plan(about, affordable, fresh=fresh)["tokens"]
     longest = min(longest, limit)
     failure = predict_failure(shards, octaves(256, longest) or [longest], settings)

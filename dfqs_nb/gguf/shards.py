@@ -55,6 +55,10 @@ class ShardSet:
         match = SHARD_NAME.fullmatch(self.paths[0].name)
         return match["prefix"] if match else self.paths[0].stem.removesuffix(".gguf")
 
+    def stamps(self) -> list[list[Any]]:
+        """Name, bytes and time (ns) of each file now: what kept work on these files has in common."""
+        return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in self.paths]
+
     def open(self, path: Path) -> Any:
         """A shard's bytes, for reading in a ``with`` block."""
         return path.open("rb")

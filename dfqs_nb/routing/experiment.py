@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def run_experiment(
     passage = (data_dir() / "prompts" / "routing_passage.txt").read_text(encoding="utf-8")
     job: dict[str, Any] = {"path": str(shards.paths[0].absolute()), "passage": passage, "n_tokens": n_tokens}
     job |= {"texts": [text.model_dump() for text in given], "n_output": n_output}
-    runs = _Runs(Path(folder), shards.paths, planned, job, 60 * budget_minutes, fresh)
+    runs = _Runs(Path(folder), shards.stamps(), planned, job, 60 * budget_minutes, fresh)
     runs.record()
     rows = verdict.compared(planned, runs.traces, runs.status, given)
     left_out = [name for name, how in runs.status.items() if how == LEFT_OUT]
@@ -165,7 +165,7 @@ class _Runs:
     """The traces recorded now or earlier, and how each condition ended."""
 
     folder: Path
-    paths: Sequence[Path]  # of the model
+    files: list[list[Any]]  # of the model: `ShardSet.stamps`
     planned: list[Condition]
     job: dict[str, Any]  # model, texts and lengths, of every child's job
     budget_seconds: float
@@ -175,10 +175,9 @@ class _Runs:
     n_made: int = 0
 
     def __post_init__(self) -> None:
-        self._started, stats = time.monotonic(), [(path.name, path.stat()) for path in self.paths]
-        files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        self._started = time.monotonic()
         asked = {name: value for name, value in self.job.items() if name != "path"}  # not where the file lies
-        self._about = [FORMAT, llama_version(), asked, files]  # what a kept trace must have in common
+        self._about = [FORMAT, llama_version(), asked, self.files]  # what a kept trace must have in common
 
     def record(self) -> None:
         """Record or reuse every trace; conditions of a process share a child."""
