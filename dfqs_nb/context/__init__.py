@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from dfqs_nb.core.doors import lazy
+from dfqs_nb.core import lazy
 
 if TYPE_CHECKING:
     from dfqs_nb.context import curve, figures, loops, tasks

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dfqs_nb.core.budget import counted
+from dfqs_nb.core.display import counted
 from dfqs_nb.stats import LEVEL, N_BOOT, bootstrap_weights, expanded_tail, non_increasing, wilson
 
 SHARE = 0.85  # of the short-context ability: NoLiMa's rule (Modarressi et al. 2025, arXiv:2502.05167)

@@ -13,11 +13,10 @@ from typing import Any
 
 from dfqs_nb.context.boundary import octaves
 from dfqs_nb.context.haystacks import Haystacks, Probe, probe_of
-from dfqs_nb.core.budget import duration, fit
-from dfqs_nb.core.display import quoted
+from dfqs_nb.core.display import duration, quoted
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.machine import available_memory, usable_cores
-from dfqs_nb.core.stage import Stage, read_stage
+from dfqs_nb.core.stage import Stage, fit, read_stage
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama.check import needs_of, plan_memory
 from dfqs_nb.llama.model import Model, open_model

@@ -13,6 +13,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,23 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.1f} TB"
+
+
+def counted(n: int, name: str) -> str:
+    """A number and its noun, singular for 1."""
+    if n == 1:
+        name = re.sub(r"(?<=[a-z])s\b", "", name, count=1)
+    return f"{n:,} {name}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds == inf:
+        return "no limit"
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:,.0f} s"
 
 
 def cell(value: Any) -> str:

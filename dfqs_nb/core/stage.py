@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core.display import markdown
+from dfqs_nb.core.display import counted, markdown
 from dfqs_nb.core.errors import StageError
 from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file, write_json, write_table
 from dfqs_nb.core.journal import remembered
@@ -152,6 +153,41 @@ class Stage:
         self._record.unlink(missing_ok=True)
         self._files.clear()
         return path
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A plan cut to a time limit: its numbers, its seconds and those uncut, a sentence for each cut."""
+
+    values: dict[str, int]
+    seconds: float
+    full_seconds: float
+    left_out: tuple[str, ...] = ()
+
+
+def fit(
+    plan: Mapping[str, int],
+    cuts: Sequence[Mapping[str, int]],
+    cost: Callable[[dict[str, int]], float],
+    seconds: float,
+    names: Mapping[str, str] | None = None,
+) -> Fitted:
+    """Cut a plan step by step until it takes at most these seconds; after the last cut it may take more.
+
+    ``cuts``, in order: each holds upper limits of some numbers. ``cost``: the seconds that such numbers take.
+    ``names``: of the numbers, for people.
+    """
+    values, names = dict(plan), names or {}
+    for cut in ({}, *cuts):
+        values |= {name: min(value, values[name]) for name, value in cut.items()}
+        if cost(values) <= seconds:
+            break
+    left_out = tuple(
+        f"{counted(value, names.get(name, name))} in place of {plan[name]:,}"
+        for name, value in values.items()
+        if value < plan[name]
+    )
+    return Fitted(values, cost(values), cost(dict(plan)), left_out)
 
 
 def read_stage(folder: str | Path, stage: str, *, sealed: bool = False) -> dict[str, Any]:

@@ -20,12 +20,12 @@ import numpy as np
 import pandas as pd
 
 from dfqs_nb.core import child
-from dfqs_nb.core.budget import Fitted, fit
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file
 from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.machine import available_memory, usable_cores
+from dfqs_nb.core.stage import Fitted, fit
 from dfqs_nb.gguf.facts import bits_per_weight, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards

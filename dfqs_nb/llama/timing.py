@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from dfqs_nb.core.budget import duration, fit
-from dfqs_nb.core.display import quoted, size, tqdm
+from dfqs_nb.core.display import duration, quoted, size, tqdm
 from dfqs_nb.core.machine import Disk, available_memory, watched_load
+from dfqs_nb.core.stage import fit
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.llama.build import HERE

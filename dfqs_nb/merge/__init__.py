@@ -8,7 +8,7 @@
 
 from typing import TYPE_CHECKING
 
-from dfqs_nb.core.doors import lazy
+from dfqs_nb.core import lazy
 
 if TYPE_CHECKING:
     from dfqs_nb.merge.kind import diagnose, diagnosis_table

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from dfqs_nb.core.doors import lazy
+from dfqs_nb.core import lazy
 
 if TYPE_CHECKING:  # every module of this stage needs pandas, which takes a second to import
     from dfqs_nb.report.compare import compare_reports, leaderboard

@@ -20,8 +20,7 @@ import pandas as pd
 
 from dfqs_nb import context
 from dfqs_nb.context import Counts
-from dfqs_nb.core.budget import counted
-from dfqs_nb.core.display import cell, one_line, quoted
+from dfqs_nb.core.display import cell, counted, one_line, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file
 from dfqs_nb.core.paths import data_dir, tilde

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from dfqs_nb.core import display
-from dfqs_nb.core.budget import counted
+from dfqs_nb.core.display import counted
 from dfqs_nb.core.paths import public_address
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.report.reading import rerun

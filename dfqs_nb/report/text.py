@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dfqs_nb.core.budget import duration
-from dfqs_nb.core.display import plain
+from dfqs_nb.core.display import duration, plain
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.report import requirements
 from dfqs_nb.report.envelope import needs_table

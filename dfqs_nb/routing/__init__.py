@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from dfqs_nb.core.doors import lazy
+from dfqs_nb.core import lazy
 from dfqs_nb.routing.recorder import RecordedModel, open_recorded
 from dfqs_nb.routing.trace import Trace, differences, load_trace
 

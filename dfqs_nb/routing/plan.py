@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from dfqs_nb.core.budget import counted
+from dfqs_nb.core.display import counted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.settings import OpenSettings

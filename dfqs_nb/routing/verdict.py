@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from dfqs_nb.core.budget import counted
+from dfqs_nb.core.display import counted
 from dfqs_nb.routing.plan import IDENTICAL, Condition, Text
 from dfqs_nb.routing.trace import COMPARED, Trace, compare
 from dfqs_nb.stats import at_most, mean_interval

@@ -1,6 +1,6 @@
 """Score a model's reasoning and code on frozen questions, and its speed against what memory allows."""
 
-from dfqs_nb.core.doors import lazy
+from dfqs_nb.core import lazy
 from dfqs_nb.scores import speed
 from dfqs_nb.scores.grading import SetRun, compare_runs
 from dfqs_nb.scores.item_sets import ItemSet

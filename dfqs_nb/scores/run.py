@@ -17,7 +17,7 @@ import numpy as np
 
 from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
-from dfqs_nb.core.budget import duration
+from dfqs_nb.core.display import duration
 from dfqs_nb.llama.generate import answer_start, generate, opens_thinking
 from dfqs_nb.llama.model import PLAIN_STOP, Model
 from dfqs_nb.llama.timing import Pace, probe

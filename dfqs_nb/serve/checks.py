@@ -9,15 +9,14 @@ from functools import cached_property, partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from dfqs_nb.core import budget
-from dfqs_nb.core.budget import Fitted, fit
-from dfqs_nb.core.stage import Stage
+from dfqs_nb.core.display import counted
+from dfqs_nb.core.stage import Fitted, Stage, fit
 from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import probe
 from dfqs_nb.scores import ItemSet
 from dfqs_nb.serve.client import Endpoint, Reply, pick
-from dfqs_nb.serve.measure import comparison_table, counted, room_for, side_by_side
+from dfqs_nb.serve.measure import comparison_table, room_for, side_by_side, tally
 from dfqs_nb.serve.servers import LocalServer
 from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
 
@@ -266,7 +265,7 @@ def hand_on(
     """
     tables["comparisons"] = comparison_table(items)
     by_server = tables["checks"].groupby("server", sort=False)["verdict"]
-    lines = [f"{name}: {len(verdicts)} checks: {counted(verdicts)}" for name, verdicts in by_server]
+    lines = [f"{name}: {len(verdicts)} checks: {tally(verdicts)}" for name, verdicts in by_server]
     for row in tables["comparisons"].itertuples():
         why = "" if row.causes == "none" else f" ({row.causes})"
         same = f"{row.same_text} of {row.items} answers of {row.set}"
@@ -274,7 +273,7 @@ def hand_on(
     gone = "not measured to the end"
     lines += [f"{name}: {gone}: {why}" for name, why in stopped.items()]
     for row in tables["speeds"].groupby("server", sort=False).nth([0, -1]).itertuples():
-        speed, clients = f"{row.tokens_per_sec:,.0f} tokens/s", budget.counted(row.clients, "clients")
+        speed, clients = f"{row.tokens_per_sec:,.0f} tokens/s", counted(row.clients, "clients")
         asked = f"{row.requests} requests, {row.tokens:,} tokens"
         lines.append(f"{row.server}: {speed} for {clients} ({asked})")
     stage.finish(

@@ -209,9 +209,9 @@ def comparison_table(items: pd.DataFrame) -> pd.DataFrame:
     counts = {"items": ("id", "size"), "same_text": ("same_text", "sum")}
     counts |= {f"right_{where}": (f"correct_{where}", "sum") for where in ("process", "server")}
     groups = items.groupby(["server", "set"], sort=False)
-    return groups.agg(**counts, causes=("cause", counted)).reset_index()
+    return groups.agg(**counts, causes=("cause", tally)).reset_index()
 
 
-def counted(words: pd.Series) -> str:
+def tally(words: pd.Series) -> str:
     """Words with their number; "none" where there are none."""
     return ", ".join(f"{n} {word}" for word, n in words.value_counts().items()) or "none"

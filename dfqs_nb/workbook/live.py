@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from dfqs_nb.core.budget import duration
-from dfqs_nb.core.display import Activity, plain
+from dfqs_nb.core.display import Activity, duration, plain
 
 ENGINE = "dfqs-live"  # its name in papermill
 BAR = 10  # characters

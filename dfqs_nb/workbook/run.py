@@ -13,8 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from dfqs_nb.core.budget import counted
-from dfqs_nb.core.display import did_you_mean, markdown, plain, quoted
+from dfqs_nb.core.display import counted, did_you_mean, markdown, plain, quoted
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.files import read_json, there_is, write_json, write_text
 from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir, run_dir, tilde

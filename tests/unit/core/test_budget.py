@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from dfqs_nb.core.budget import duration, fit
-from dfqs_nb.core.stage import Stage, read_stage
+from dfqs_nb.core.display import duration
+from dfqs_nb.core.stage import Stage, fit, read_stage
 
 CUTS = ({"repetitions": 3}, {"tokens": 32}, {"repetitions": 1})
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from dfqs_nb.core import display
-from dfqs_nb.core.budget import counted
+from dfqs_nb.core.display import counted
 from dfqs_nb.core.errors import HeaderError
 from dfqs_nb.core.files import there_is
 from dfqs_nb.core.journal import differing_fields
