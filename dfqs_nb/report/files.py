@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.core.display import plain
+from dfqs_nb.core.display import counted, plain
 from dfqs_nb.core.files import is_file, sha256_of_file, write_json, write_text
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import Stage, read_stage
@@ -55,10 +55,11 @@ def check_run(folder: str | Path) -> list[str]:
             wrong[name] = f"is not what {FILE} gives: {why}"
     for name, what in wrong.items():
         raise ReportError(what, where=tilde(folder / name), hint=reading.AGAIN)
+    n_files = {name: counted(len(it["files"]), "files") for name, it in stages.items()}
     again = [*items.scores, *([CURVE] if len(items.context) else [])]
     return [
         f"{FILE}: as it was written",
-        *(f"{name}.json: as it was written, with {len(it['files'])} files" for name, it in stages.items()),
+        *(f"{name}.json: as it was written, with {n}" for name, n in n_files.items()),
         f"counted again from the answers: {', '.join(again) or 'nothing, every metric is withheld'}",
     ]
 
