@@ -122,6 +122,15 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.1f} TB"
 
 
+def per_cent(share: float, digits: int = 1) -> str:
+    """A share as people read it.
+
+    >>> per_cent(0.0891), per_cent(0.95, 0)
+    ('8.9 %', '95 %')
+    """
+    return f"{100 * share:.{digits}f} %"
+
+
 def counted(n: int, name: str) -> str:
     """A number and its noun, singular for 1."""
     if n == 1:
@@ -235,12 +244,22 @@ def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
     """Facts as a one-column table, with thousands separators; long texts are cut."""
     import pandas as pd
 
+    class Facts(pd.DataFrame):
+        """A frame that shows its texts whole; pandas cuts them at 50 characters."""
+
+        def __repr__(self) -> str:
+            with pd.option_context("display.max_colwidth", MAX_SHOWN):
+                return super().__repr__()
+
+        def _repr_html_(self) -> str | None:
+            with pd.option_context("display.max_colwidth", MAX_SHOWN):
+                return super()._repr_html_()
+
     def shown(value: Any) -> str:
         text = f"{value:,}" if type(value) is int else plain(value)
         return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
-    pd.set_option("display.max_colwidth", MAX_SHOWN)  # else pandas cuts the shown text at 50
-    return pd.DataFrame({name: {key: shown(value) for key, value in values.items()}})
+    return Facts({name: {key: shown(value) for key, value in values.items()}})
 
 
 def say(*lines: object) -> None:
@@ -266,7 +285,7 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     styler = styler.format_index(escape="html", thousands=",", precision=1)
     styler = styler.relabel_index([html.escape(label(column)) for column in table.columns], axis=1)
     if percent:
-        styler = styler.format("{:.1%}", subset=list(percent), na_rep=NONE)
+        styler = styler.format(per_cent, subset=list(percent), na_rep=NONE)
     page = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
     if named := re.search(r'(?s)<tr>\s*(<th class="index_name.*?)<th class="blank col0.*?</tr>\s*', page):
         page = re.sub(r'(<th class="blank.*?</th>\s*)+', named[1], page.replace(named[0], ""), count=1)

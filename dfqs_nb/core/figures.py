@@ -46,7 +46,7 @@ def token_axis(ax: Axes, ticks: pd.Series | Sequence[int], label: str) -> None:
 
 def share_axis(axis: Axis, label: str) -> None:
     """Make an axis one of shares, in per cent."""
-    axis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     axis.set_label_text(label)
 
 

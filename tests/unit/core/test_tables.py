@@ -7,7 +7,7 @@ import re
 import pandas as pd
 
 from dfqs_nb.core import figures
-from dfqs_nb.core.display import TEXT_WIDTH, say, shown
+from dfqs_nb.core.display import TEXT_WIDTH, facts, say, shown
 
 TABLE = pd.DataFrame(
     {"name": ["one", "two"], "bytes": [1234567, 5], "share": [0.5, 0.25]},
@@ -34,7 +34,7 @@ def test_no_style_sheet_is_needed_and_a_name_gives_the_same_page_twice():
 
 def test_numbers_are_readable():
     by_text = cells(shown(TABLE, "t", percent=("share",)).data)
-    assert {"1,234,567", "50.0%", "25.0%"} <= set(by_text)
+    assert {"1,234,567", "50.0 %", "25.0 %"} <= set(by_text)
 
 
 def test_a_table_of_numbers_alone():
@@ -72,3 +72,10 @@ def test_a_pivoted_table_keeps_its_headings():
     assert re.findall(r"<th[^>]*>([^<]+)</th>", page) == ["rung", "x", "y", "a"]
     by_number = pd.DataFrame({"right": [1]}, index=pd.Index([0.5], name="temperature"))
     assert ">0.5<" in shown(by_number, "t").data
+
+
+def test_facts_show_a_long_text_whole_and_leave_pandas_as_it_was():
+    width = pd.get_option("display.max_colwidth")
+    table = facts({"template": "x" * 150})
+    assert "x" * 150 in repr(table) and "x" * 150 in table._repr_html_()
+    assert pd.get_option("display.max_colwidth") == width == 50
