@@ -108,8 +108,12 @@ def sentence(row: pd.Series, notebook: str, run: str) -> str:
     """A row of decode in words; where it was contended, with the command that measures this run again."""
     spread = f"({row['min']:,.1f} to {row['max']:,.1f}, n = {row['repetitions']})"
     text = f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}"
+    why = "other programs were busy"
+    if row.get("notebook_03", 0) > 0:  # see `scores.speed`
+        why = f"notebook 03 timed {row['notebook_03']:,.1f}, so the machine was slowed"
+        notebook = f"03 {notebook}"
     again = " ".join(["dfqs-nb run", notebook, "--run", quoted(run)])
-    busy = f", contended: other programs were busy. Repeat it on a quiet machine: `{again}`"
+    busy = f", contended: {why}. Repeat it on a quiet machine: `{again}`"
     return text + busy * bool(row["contended"])
 
 

@@ -69,7 +69,7 @@ ALONE = {
         METHOD: ["A score is the share", "The curve is the accuracy", "The number of keys", "The boundary is"]
         + ["How little a model", "the evidence agrees", "the evidence says otherwise"]
         + ["What only the paper", "Two reports are compared", "the documents say otherwise"]
-        + ["Other programs used", "The curve closest to", "How far a model's", "The accuracy falls and", "Measured on fewer"]
+        + ["Other work (of", "The curve closest to", "How far a model's", "The accuracy falls and", "Measured on fewer"]
         + ["So 1.00 says", "Beside each value stands"],
         "a command to type": ["`dfqs-nb plan MODEL"],
     },

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
 from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
-from dfqs_nb.llama.timing import measure_speed
+from dfqs_nb.llama.timing import measure_speed, sentence
 from dfqs_nb.scores import figures, speed
 
 
@@ -34,6 +36,33 @@ def test_the_metric_is_at_depth_512_or_the_deepest():
     table = pd.DataFrame({"phase": "decode", "depth": [128, 512, 896], "utilisation": [0.0, 0.1, 0.2]})
     assert speed.metric_row(table)["utilisation"] == 0.1
     assert speed.metric_row(table.iloc[:1])["depth"] == 128
+
+
+def test_a_speed_that_notebook_03_clearly_exceeds_is_contended_and_both_numbers_stand_together(tmp_path):
+    """A host that slows its virtual machine shows no work of others: 153 tokens/s stood as clean beside 267."""
+    base = {"phase": "decode", "repetitions": 5, "contended": False, "min": 150.0, "max": 159.0}
+    rows = [base | {"depth": depth, "median": 153.0} for depth in (128, 512, 896)]
+    speeds, made = pd.DataFrame([*rows, rows[1] | {"phase": "prefill"}]), {"n_ctx": 1024, "n_threads": 1}
+    alone = speed.beside_notebook_03(speeds, tmp_path, made)
+    assert not alone["contended"].any(), "notebook 06 runs without 03, too"
+
+    def beside(n_threads=1, **other):
+        row = base | {"depth": 512, "median": 267.0, "min": 263.0, "max": 271.0} | other
+        stage = {"stage": "generate", "conditions": made | {"n_threads": n_threads}, "speed": [row]}
+        (tmp_path / "generate.json").write_text(json.dumps(stage), encoding="utf-8")
+        return speed.beside_notebook_03(speeds, tmp_path, made | {"n_ctx": 4096})
+
+    slowed = beside()
+    assert slowed["contended"].all() and slowed["notebook_03"].notna().sum() == 1
+    said = sentence(speed.metric_row(slowed), "06", "nano")
+    assert said.startswith(
+        "decode 153.0 tokens/s at depth 512 (150.0 to 159.0, n = 5), contended: notebook 03 "
+    )
+    assert "timed 267.0, so the machine was slowed" in said and said.endswith(
+        "`dfqs-nb run 03 06 --run nano`"
+    )
+    for other in ({"min": 160.0}, {"n_threads": 2}, {"depth": 256}, {"phase": "prefill"}):
+        assert not beside(**other)["contended"].any(), other
 
 
 def test_the_legend_lies_on_nothing():
