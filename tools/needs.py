@@ -19,6 +19,11 @@ NO_COMPILER = """llama-cpp-python is built from source and needs a C and C++ com
   conda            conda install -c conda-forge cxx-compiler
 Or name your own: CC=/path/to/cc CXX=/path/to/c++ make run"""
 
+NO_CUDA = """CUDA's compiler (nvcc) was not found, and CMAKE_ARGS asks for a llama.cpp for NVIDIA cards.
+  it is here, but not on the PATH   PATH=/path/to/cuda/bin:$PATH CMAKE_ARGS=-DGGML_CUDA=on make venv
+  Debian, Ubuntu                    sudo apt install nvidia-cuda-toolkit   (then the same command again)
+  without a card                    env -u CMAKE_ARGS make venv"""
+
 NO_PYTHON = """Python 3.11, 3.12 or 3.13 is needed. Here: {found}.
   Debian, Ubuntu   sudo apt install python3 python3-venv   (if that is older than 3.11: use conda)
   Fedora, RHEL     sudo dnf install python3.12
@@ -60,6 +65,7 @@ CAUSES = [
         r"No matching distribution found|Could not find a version|No solution found",
         NO_NETWORK.format(or_lacks=", or lacks a file of requirements.lock"),
     ),
+    (r"CUDA Toolkit not found|No CMAKE_CUDA_COMPILER could|The CMAKE_CUDA_COMPILER:", NO_CUDA),
     (r"CMAKE_(C|CXX)_COMPILER", NO_COMPILER.format(found="the compiler found here did not work")),
 ]
 

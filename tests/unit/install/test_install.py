@@ -298,6 +298,11 @@ def test_pips_variables_win_over_its_files_and_uvs_own_over_both(tmp_path, monke
         ("OSError: [Errno 28] No space left on device", "the disk filled up"),
         ("error: failed to write: No space left on device (os error 28)", "the disk filled up"),
         ("CMake Error: No CMAKE_CXX_COMPILER could be found.", "needs a C and C++ compiler"),
+        (
+            "CMake Error at ggml/src/ggml-cuda/CMakeLists.txt:270: CUDA Toolkit not found",
+            "compiler (nvcc) was not",
+        ),
+        ("CMake Error: No CMAKE_CUDA_COMPILER could be found.", "CMAKE_ARGS=-DGGML_CUDA=on make venv"),
         ("cause: Because there is no version of six==99.0\nerror: No solution found", "or lacks a file of"),
         ("something never seen", "the last lines it printed:\n  something never seen"),
     ],
