@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dfqs_nb.core.machine import usable_cores
-from dfqs_nb.scores import ItemSet, sandbox, seccomp
+from dfqs_nb.scores import ItemSet, sandbox
 from dfqs_nb.scores.item_sets import Item
 from dfqs_nb.scores.sandbox import LIMITS, Candidate, Sandbox, SandboxError, run
 
@@ -537,10 +537,10 @@ ESCAPES = {
 @needs_sandbox
 @pytest.mark.parametrize("name", ESCAPES)
 def test_a_door_of_the_kernel_is_closed(name):
-    if not seccomp.program():
+    if not sandbox.call_filter():
         pytest.skip("no filter for this machine")
-    column = seccomp.MACHINES[os.uname().machine][0]
-    numbers = {call: pair[column] for call, pair in seccomp.CALLS.items()} | {"clone": seccomp.CLONE[column]}
+    column = sandbox.MACHINES[os.uname().machine][0]
+    numbers = {call: pair[column] for call, pair in sandbox.CALLS.items()} | {"clone": sandbox.CLONE[column]}
     code = "import ctypes\ncall = ctypes.CDLL(None).syscall\n" + ESCAPES[name].format(**numbers)
     said = run(code, FOUND, LIMITS)
     assert said.passed, said
