@@ -20,7 +20,7 @@ from pydantic import Field, SkipValidation, TypeAdapter
 
 from dfqs_nb.core import files, paths
 from dfqs_nb.core.errors import PromptError
-from dfqs_nb.scores.answers import code_in, parsed
+from dfqs_nb.scores.grading import code_in, parsed
 from dfqs_nb.scores.sandbox import Candidate
 
 TIERS = {

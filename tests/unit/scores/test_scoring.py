@@ -23,7 +23,7 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.generate import MARKS, answer_start, opens_thinking
 from dfqs_nb.scores import ItemSet, item_sets
 from dfqs_nb.scores import grading as scoring
-from dfqs_nb.scores.answers import code_in, normalised
+from dfqs_nb.scores.grading import code_in, normalised
 
 PROMPTS = data_dir() / "prompts"
 SHIPPED = ["nano-reasoning", *(name for names in item_sets.TIERS.values() for name in names)]
