@@ -1,4 +1,4 @@
-"""Read and grade answers without partial credit, turn grades into scores with intervals, and compare runs by item."""
+"""Read answers, grade them without partial credit, turn grades into scores, and compare runs by item."""
 
 from __future__ import annotations
 

@@ -10,29 +10,83 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from math import inf
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 
 from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
 from dfqs_nb.core.display import duration
-from dfqs_nb.llama.generate import answer_start, generate, opens_thinking
-from dfqs_nb.llama.model import PLAIN_STOP, Model
+from dfqs_nb.llama.generate import GREEDY, Sampling, answer_start, chat_text, generate, opens_thinking
+from dfqs_nb.llama.model import PLAIN_STOP, Model, SavedState
 from dfqs_nb.llama.timing import Pace, probe
 from dfqs_nb.scores.grading import CUT, Results, SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
-from dfqs_nb.scores.likelihood import chooser
-from dfqs_nb.scores.request import DEFAULTS, Options, Request
 from dfqs_nb.scores.sandbox import DRIVER, LIMITS, Candidate, Sandbox, SandboxError, Verdict, find_sandbox
 
+THINKING = ("template", "on", "off")
 DOZEN = 12  # answers to one set say more than four to each of three
 Row = dict[str, Any]
 # what a line of the files holds: a written answer, a choice, the verdict on code
 ANSWER = {"completion": str, "finish_reason": str, "opened": bool, "tokens": int, "seconds": float}
 CHOICE = {"log_likelihoods": list, "greedy": list, "tokens": int, "seconds": float}
 VERDICT = {"outcome": str, "detail": str}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a set is answered."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = GREEDY.top_p
+    seed: int = GREEDY.seed
+    thinking: str = "template"  # ``template`` leaves it to the chat template, ``on`` and ``off`` tell it
+    thinking_tokens: int = 0  # on top of the set's own limit for the answer
+    limit: int = 0  # questions of a set, evenly from its families; 0: all
+    allow_unsandboxed: bool = False
+    fresh: bool = False
+    progress: bool = True
+    until: float = inf  # `time.monotonic` at which asking ends, within an answer, too; 0: none is asked
+
+    def __post_init__(self) -> None:
+        if self.thinking not in THINKING:
+            hint = f"use one of {', '.join(THINKING)}"
+            raise errors.PromptError(f"thinking is {self.thinking!r}", hint=hint)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+
+DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question as it goes to a model: a chat's message, or text to continue or to choose an end of."""
+
+    text: str
+    chat: bool
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    options: Options = DEFAULTS
+    choices: tuple[str, ...] = ()  # with what stands between the text and them
+
+    def rendered(self, model: Model) -> str:
+        """The text that this model gets; templates have two names for the switch of a thinking."""
+        told = () if self.options.thinking == "template" else ("enable_thinking", "thinking")
+        variables = dict.fromkeys(told, self.options.thinking == "on")
+        return chat_text(model, self.text, **variables) if self.chat else self.text
+
+    def tokens(self, model: Model) -> list[int]:
+        """Token ids of the prompt that this model gets."""
+        return model.with_bos(model.tokenize(self.rendered(model), special=self.chat))
 
 
 @dataclass(frozen=True)
@@ -255,3 +309,65 @@ def plan_questions(
         sentence = f"at most {duration(seconds)}: as many of {n:,} questions as that holds"
         sentence += f" (all could take {duration(whole)})"
     return QuestionPlan(model, sets, n_sets, seconds, sentence, pace, options)
+
+
+# ---- multiple choice by log-likelihood: the likeliest choice is the answer, and no text is generated ----
+#
+# The protocol is that of lm-evaluation-harness (``multiple_choice``, Gao et al. 2024): the context and each
+# choice are tokenized together, and a choice's score is the sum of its tokens' log-probabilities.
+
+
+def chooser(model: Model, requests: Sequence[Request]) -> Callable[[Request], dict[str, Any]]:
+    """A function that scores each choice of one of these requests.
+
+    It returns ``log_likelihoods`` (nats) and ``greedy`` (whether greedy decoding gives it) of each choice,
+    and their ``tokens``. What all contexts begin with, and what the choices of a question share, is evaluated
+    once and then restored, so four choices cost little more than one.
+    """
+
+    @cache
+    def start() -> SavedState | None:
+        shared = commonprefix([encode(model, request)[0] for request in requests])
+        if not shared:
+            return None
+        model.clear()
+        model.decode(shared)
+        return model.save()
+
+    return lambda request: _scored(model, start(), request)
+
+
+def encode(model: Model, request: Request) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the context, and of each choice behind it.
+
+    Blanks at the context's end belong to the choices, and both are tokenized together, because tokenizers
+    join a blank with the word behind it. A model without a template has one behind the frame's "Answer:".
+    """
+    choices = request.choices
+    if request.chat:
+        texts = choices if model.has_template else [f" {choice.lstrip(' ')}" for choice in choices]
+        return request.tokens(model), [model.tokenize(text, special=False) for text in texts]
+    whole = request.text.rstrip(), *(request.text + choice for choice in choices)
+    context, *together = (model.with_bos(model.tokenize(text, special=False)) for text in whole)
+    return context, [tokens[len(context) :] or tokens[-1:] for tokens in together]
+
+
+def _scored(model: Model, start: SavedState | None, request: Request) -> dict[str, Any]:
+    """See `chooser`; ``start``: a state that holds the beginning of the context."""
+    context, choices = encode(model, request)
+    if start and len(context) > start.n_tokens:
+        model.restore(start)
+        context = context[start.n_tokens :]
+    else:  # where the whole context is shared, its last token is evaluated again, for its logits
+        model.clear()
+    first = log_softmax(model.evaluate(context).astype(float))[None]
+    values, greedy, state = list[float](), list[bool](), model.save()
+    for tokens in choices:
+        rows = first
+        if len(tokens) > 1:
+            model.restore(state)
+            logits = np.concatenate([chunk.copy() for chunk in model.logits(tokens[:-1])])
+            rows = np.concatenate([first, log_softmax(logits.astype(float), axis=-1)])
+        values.append(float(rows[np.arange(len(tokens)), tokens].sum()))
+        greedy.append(bool((rows.argmax(axis=1) == tokens).all()))
+    return {"log_likelihoods": values, "greedy": greedy, "tokens": sum(map(len, choices))}

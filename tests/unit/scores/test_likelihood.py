@@ -20,7 +20,7 @@ from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import Answerer, ItemSet, Options, figures, score_set
 from dfqs_nb.scores.grading import Results
-from dfqs_nb.scores.likelihood import encode
+from dfqs_nb.scores.run import encode
 from dfqs_nb.stats import wilson
 
 QUIET = Options(progress=False)
