@@ -46,7 +46,7 @@ class Experts:
     used: int  # of them by a token, at most
     shared: int  # that every token uses, too
     moe_layers: int
-    hash_layers: int  # the first ones, which choose by token id from a table, without a score
+    hash_layers: int  # the first ones, whose table of token ids chooses; scores only weight the chosen
 
     @property
     def sentence(self) -> str:

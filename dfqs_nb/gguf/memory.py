@@ -47,7 +47,7 @@ def kv_cache_bytes(
     n_ubatch: int = 512,
     type_k: str = "f16",
     type_v: str = "f16",
-    swa_full: bool = False,  # llama.cpp's own default is True: every token in sliding-window layers
+    swa_full: bool = False,  # the library's default is True: every token in sliding-window layers
 ) -> KvCacheBytes:
     """Bytes of the KV cache that llama.cpp allocates for ``n_ctx`` tokens, from the header alone.
 

@@ -35,7 +35,7 @@ class Outline(ShardSet):
     """The headers of a whole model, wherever its files are; llama.cpp plans a model from them."""
 
     model: str  # as it was named
-    glued: bool  # the shards lie in one file, which no runtime loads before `dfqs-nb repair`
+    glued: bool  # the shards lie in one file, which llama.cpp refuses before `dfqs-nb repair`
     places: Mapping[Path, str]  # the addresses whose headers were copied to these paths; none for files here
 
     def open(self, path: Path) -> Any:

@@ -34,7 +34,7 @@ class OpenSettings:
     use_mmap: bool = True  # map the weights, so that they need not fit in memory
     # repacked weights are a second copy in memory, and crash on CPUs with AMX (ggml-org/llama.cpp#20824)
     use_extra_bufts: bool = False
-    swa_full: bool = False  # all tokens in sliding-window layers: llama.cpp's True multiplies the cache
+    swa_full: bool = False  # all tokens in sliding-window layers: the library's True multiplies the cache
     paging: str = "auto"  # the help for a file larger than memory: where it is larger (auto), on or off
 
     def __post_init__(self) -> None:

@@ -208,7 +208,9 @@ def _several(inside: Diagnosis, problem: str) -> Finding:
         finding = f"shards glued together byte for byte, and not all of them sound: {problem}"
         return Kind.DAMAGED, finding, "get the shards from their source again"
     how = "" if order == sorted(order) else f" in the order {', '.join(map(str, order))}"
-    finding = f"{len(order)} shards glued together byte for byte{how}, which is no merge: no runtime loads it"
+    finding = (
+        f"{len(order)} shards glued together byte for byte{how}, which is no merge: llama.cpp refuses it"
+    )
     return Kind.RAW_CONCATENATION, finding, f"dfqs-nb repair {quoted(inside.path)} --in-place"
 
 

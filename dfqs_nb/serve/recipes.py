@@ -251,7 +251,7 @@ def _source(model: str | Path) -> _Source:
     path = registry.resolve(model)[0]
     diagnosis = diagnose(path)
     if not diagnosis.sound:
-        what = f"no runtime loads it: {diagnosis.finding}"
+        what = f"llama.cpp refuses it: {diagnosis.finding}"
         raise DfqsError(what, where=tilde(path), hint=diagnosis.next_step)
     shards = diagnosis.shards()
     header = shards.as_one

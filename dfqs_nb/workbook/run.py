@@ -314,6 +314,8 @@ def overview() -> pd.DataFrame:
             cost, share = "not measured", tiers.share_of(name)
             if size in row:
                 cost = "{:.2g} min, {:.2g} GB".format(*row[size])
+            elif "needs" in row:
+                cost = f"needs {row['needs']}"
             elif share and size in content["estimate"]:
                 minutes = tiers.BUDGET_MINUTES * share
                 cost = f"budget {minutes:.0f} min, ~{content['estimate'][size]:.0f} GB"

@@ -240,7 +240,7 @@ def test_the_hubs_own_command_line_takes_the_download(tmp_path):
 def test_a_glued_local_file_is_refused_with_the_repair(tmp_path):
     with pytest.raises(DfqsError, match="dfqs-nb repair") as caught:
         write_recipe("ollama", specimens.glue(tmp_path), tmp_path / "recipe")
-    assert "no runtime loads it" in str(caught.value) and not (tmp_path / "recipe").exists()
+    assert "llama.cpp refuses it" in str(caught.value) and not (tmp_path / "recipe").exists()
 
 
 def test_merged_first_where_one_file_is_wanted(odd_folder, tmp_path):
