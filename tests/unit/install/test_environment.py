@@ -172,7 +172,7 @@ def test_commands_are_listed_in_one_order_whatever_is_imported_first():
         subprocess.run(
             [sys.executable, "-c", words % name], capture_output=True, text=True, check=True
         ).stdout
-        for name in ("file_commands", "model_commands")
+        for name in ("file_commands", "run")
     }
     assert len(orders) == 1 and "merge" in orders.pop()
 

@@ -12,8 +12,7 @@ import pytest
 from dfqs_nb import llama, scores
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.merge import merge_model
-from dfqs_nb.workbook.cli import main
-from dfqs_nb.workbook.model_commands import identity
+from dfqs_nb.workbook.cli import identity, main
 
 MODEL = str(data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf")
 ORIGINAL = str(data_dir() / "reference" / "DFQS-Nano-F16.gguf")
