@@ -9,21 +9,17 @@ import atexit
 import gc
 import math
 import os
-import re
 import shlex
-import shutil
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -33,22 +29,21 @@ from dfqs_nb.core.display import did_you_mean, plain, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
-
-if TYPE_CHECKING:
-    import pandas as pd
+from dfqs_nb.workbook.terminal import (
+    MEASURE,
+    PANELS,
+    REPORT,
+    WHOLE,
+    Overwrite,
+    app,
+    as_typed,
+    say,
+    say_table,
+    say_written,
+)
 
 LOG, INTERRUPTED = "dfqs-nb-error.log", 130
 USAGE: Any = typer.BadParameter.__base__  # of the click that this typer stands on, its own or the installed
-app = typer.Typer(
-    name="dfqs-nb",
-    help="Merge, inspect, run, score and report GGUF models.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-WHOLE, FILES, MEASURE, REPORT = "The workbook", "Files", "Measure a model", "Report"
 COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output"
 # What several commands take.
 Gguf = Annotated[str, Argument(help="A GGUF file, or any of its shards.")]
@@ -56,39 +51,8 @@ Context = Annotated[int, Option(help="Tokens of context.")]
 Threads = Annotated[int, Option(help="0: chosen for the model.")]
 Run = Annotated[str, Option(help="The folder under outputs/. Default: from the model.")]
 Fresh = Annotated[bool, Option("--fresh", help="Ignore the results of an earlier run.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier output once the new one is made.")]
 KeyVariable = Annotated[str, Option(metavar="NAME", help="Environment variable with the server's key.")]
 ServerModel = Annotated[str, Option(metavar="NAME", help="Which of the server's models.")]
-
-
-def say(*lines: object) -> None:
-    """Print lines; what steers a terminal, in text from a file or a server, is taken out."""
-    for line in lines:
-        print(as_typed(line), flush=True)
-
-
-def say_table(table: pd.DataFrame, digits: str = ".3f") -> None:
-    """Print a frame without its index, its fractions in that format; nothing for one without rows."""
-    if len(table):
-        say(table.to_string(index=False, float_format=f"{{:{digits}}}".format))
-
-
-def say_written(paths: Iterable[Path], folder: Path) -> None:
-    """Print which files lie in a folder now."""
-    say(f"wrote {', '.join(path.name for path in paths)} to {tilde(folder)}/")
-
-
-def as_typed(text: object) -> str:
-    """Text for a terminal, in which commands of this program run as pasted, wherever it is installed."""
-    return re.sub(r"(?<![\w./-])dfqs-nb(?= [a-z])", lambda _: _program(), plain(text))
-
-
-@lru_cache(maxsize=1)
-def _program() -> str:
-    own = Path(sys.executable).with_name("dfqs-nb")
-    if shutil.which("dfqs-nb"):
-        return "dfqs-nb"
-    return quoted(own) if own.exists() else f"{quoted(sys.executable)} -m dfqs_nb"
 
 
 @app.callback()
@@ -410,9 +374,8 @@ def program(typed: str = "") -> Any:
 
     part = copy(app)
     named = [it for it in app.registered_commands if it.callback and it.callback.__name__ == typed]
-    panels = (WHOLE, FILES, MEASURE, REPORT)
     part.registered_commands = named or sorted(
-        app.registered_commands, key=lambda it: panels.index(it.rich_help_panel)
+        app.registered_commands, key=lambda it: PANELS.index(it.rich_help_panel)
     )
     return typer.main.get_command(part)
 

@@ -19,7 +19,7 @@ from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, 
 from dfqs_nb.gguf import facts, models, remote
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import ShardSet, open_shards
-from dfqs_nb.workbook.cli import FILES, Overwrite, app, say, say_table
+from dfqs_nb.workbook.terminal import FILES, Overwrite, app, say, say_table
 
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
 MACHINES = ["64GB", "96GB", "128GB"]

@@ -21,7 +21,7 @@ from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.ladder.divergence import Documents
 from dfqs_nb.ladder.imatrix import read_imatrix
-from dfqs_nb.workbook import cli
+from dfqs_nb.workbook import cli, terminal
 
 MERGED = registry.registered()["dfqs-nano-iq1_s-xl"].merged_sha256
 FIRST, SECOND = map(str, specimens.reference_shards().paths)
@@ -239,7 +239,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_traceback_in_a_log(tmp_path, monk
 
 
 def test_text_from_a_file_does_not_steer_the_terminal(capsys):
-    from dfqs_nb.workbook.cli import say
+    from dfqs_nb.workbook.terminal import say
 
     say("a\x1b]0;title\x07b")
     assert "\x1b" not in capsys.readouterr().out
@@ -268,8 +268,8 @@ def test_routing_of_what_is_no_model_makes_no_folder(tmp_path, monkeypatch, caps
 
 
 def test_a_table_without_rows_is_not_printed(capsys):
-    cli.say_table(pd.DataFrame({"a": [0.25]}))
-    cli.say_table(pd.DataFrame(columns=["a"]))
+    terminal.say_table(pd.DataFrame({"a": [0.25]}))
+    terminal.say_table(pd.DataFrame(columns=["a"]))
     assert capsys.readouterr().out.split() == ["a", "0.250"]
 
 
