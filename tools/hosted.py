@@ -233,7 +233,7 @@ def use_own_model(namespace: dict[str, Any]) -> str:
 
 def use_tier(namespace: dict[str, Any], model: str) -> None:
     """Give parameters that have their defaults the values of the model's tier, as `make run` does."""
-    from dfqs_nb.workbook.tiers import settings_of, tier_of
+    from dfqs_nb.workbook.run import settings_of, tier_of
 
     defaults = notebook_defaults()
     settings = {

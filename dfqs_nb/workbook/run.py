@@ -20,7 +20,8 @@ from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import COMMAND, Stage, read_stage
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
 from dfqs_nb.gguf import models as registry
-from dfqs_nb.workbook import tiers
+from dfqs_nb.gguf.facts import layer_of, types_by_bytes
+from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.workbook.live import Live, use
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 NOTEBOOKS = REPOSITORY / "notebooks"
 PATTERN = "[0-9][0-9]_*.ipynb"
 KERNEL = "python3"
+NANO, STANDARD = "nano", "standard"
+BUDGET_MINUTES = 60.0
+UNQUANTIZED = {"F16", "BF16", "F32", "I32"}
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 
 
@@ -132,7 +136,7 @@ def run_workbook(
     fresh: bool = False,
     watch: IO[str] | None = None,
     tier: str = "",
-    budget_minutes: float = tiers.BUDGET_MINUTES,
+    budget_minutes: float = BUDGET_MINUTES,
     tell: Callable[[str], object] = lambda line: None,
 ) -> WorkbookRun:
     """Execute notebooks (by default all) in order into ``outputs/<run>/``, and write ``summary.md`` there.
@@ -150,8 +154,8 @@ def run_workbook(
     budget_minutes = given.pop("budget_minutes", budget_minutes)
     if not budget_minutes >= 1:
         raise DfqsError(f"the budget is {budget_minutes:g} minutes", hint="give a run 1 minute or more")
-    asked, tier = tier, tier or tiers.tier_of(given.get("model"), run)
-    settings = {name: value for name, value in tiers.settings_of(tier).items() if name not in given}
+    asked, tier = tier, tier or tier_of(given.get("model"), run)
+    settings = {name: value for name, value in settings_of(tier).items() if name not in given}
     folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
     _note_command(folder, given, asked, budget_minutes)
     n_notebooks = counted(len(paths), "notebooks")
@@ -164,12 +168,12 @@ def run_workbook(
         # Kernel, imports and figures of the notebooks to come are in no plan: about the shortest one so far.
         beside = min((notebook.seconds for notebook in done), default=0.0) * len(paths[number:])
         left = budget_minutes - (time.monotonic() - begin + beside) / 60
-        budget = tiers.budget_of(path.stem, left, [later.stem for later in paths[number:]])
+        budget = budget_of(path.stem, left, [later.stem for later in paths[number:]])
         now, names = {"budget_minutes": round(budget, 1), **values}, declared[path]
         chosen, target = {name: now[name] for name in now if name in names}, folder / path.name
         try:
-            if "ladder_source" in names and tier != tiers.NANO and not chosen.get("ladder_source"):
-                chosen["ladder_source"] = tiers.ladder_source(folder)
+            if "ladder_source" in names and tier != NANO and not chosen.get("ladder_source"):
+                chosen["ladder_source"] = ladder_source(folder)
         except StageError:
             raise
         except DfqsError as error:
@@ -296,6 +300,62 @@ def summary_text(result: WorkbookRun) -> str:
     return "\n".join([*([result.verdict] if result.verdict else lines), "", place])
 
 
+# ---- tiers: the reference model runs with small sets; the values are data (data/tiers.toml) ----
+
+
+def tier_of(model: str | None, run: str = "") -> str:
+    """The tier of a model: ``nano`` for a registered reference model, else ``standard``.
+
+    Without a model: that of the one that notebook 01 of ``run`` prepared, else of the default.
+    """
+    with suppress(StageError, KeyError):
+        model = model or str(read_stage(outputs_dir() / run, "merge")["conditions"]["model"])
+    if not model:
+        return NANO
+    known = registry.registered().get(model)
+    is_local = known is not None and not known.source.startswith("hf://")
+    reference = (data_dir() / "reference").absolute()
+    return NANO if is_local or Path(model).absolute().is_relative_to(reference) else STANDARD
+
+
+def settings_of(tier: str) -> dict[str, Any]:
+    """The parameters that a tier sets; none for ``nano``, whose values are the notebooks' defaults."""
+    if tier not in (NANO, STANDARD):
+        raise DfqsError(f"there is no tier {tier!r}", hint="use --tier nano or --tier standard")
+    return dict(_table().get(tier, {}))
+
+
+def ladder_source(folder: Path) -> str:
+    """The weights for the ladder: the model of the run in this folder; `DfqsError` if it is quantized."""
+    path = Path(read_stage(folder, "merge")["model"]["path"])
+    tensors = open_shards(path).tensors
+    if {tensor.type for tensor in tensors} <= UNQUANTIZED:
+        return str(path)
+    # a small model's embedding can outweigh its layers
+    layers = [tensor for tensor in tensors if layer_of(tensor.name) is not None]
+    kind = next(iter(types_by_bytes(layers or tensors)))
+    what = f"{path.name} is quantized already (mostly {kind}), and a ladder starts from F16 weights"
+    command = f"dfqs-nb run 08 --run {quoted(folder.name)} -p ladder_source=FILE"
+    hint = f"to climb one, put the same model at F16 for FILE: `{command}`"
+    raise DfqsError(what, hint=hint)
+
+
+def budget_of(notebook: str, left_minutes: float, to_come: Iterable[str]) -> float:
+    """Minutes for one notebook: its share of what is left, among those that still come (itself included)."""
+    total = sum(map(share_of, to_come))
+    return max(0.5, left_minutes * share_of(notebook) / total) if total else left_minutes
+
+
+def share_of(notebook: str) -> float:
+    """A notebook's share of the budget of a run of all notebooks; 0 for one without a budget."""
+    shares: Mapping[str, float] = _table()["budget_shares"]
+    return shares.get(notebook, 0) / sum(shares.values())
+
+
+def _table() -> dict[str, Any]:
+    return tomllib.loads((data_dir() / "tiers.toml").read_text(encoding="utf-8"))
+
+
 # ---- what notebook 00 shows ----
 
 
@@ -311,13 +371,13 @@ def overview() -> pd.DataFrame:
     for name, row in content["notebooks"].items():
         rows[name[:2]] = {"answers": row["answers"]}
         for size, title in content["sizes"].items():
-            cost, share = "not measured", tiers.share_of(name)
+            cost, share = "not measured", share_of(name)
             if size in row:
                 cost = "{:.2g} min, {:.2g} GB".format(*row[size])
             elif "needs" in row:
                 cost = f"needs {row['needs']}"
             elif share and size in content["estimate"]:
-                minutes = tiers.BUDGET_MINUTES * share
+                minutes = BUDGET_MINUTES * share
                 cost = f"budget {minutes:.0f} min, ~{content['estimate'][size]:.0f} GB"
             rows[name[:2]][title] = cost
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("notebook")
@@ -328,7 +388,7 @@ def parameter_table() -> pd.DataFrame:
     import pandas as pd
 
     rows: dict[str, dict[str, str]] = {}
-    standard = tiers.settings_of(tiers.STANDARD)
+    standard = settings_of(STANDARD)
     for path in find_notebooks():
         for name, facts in declared_parameters(path).items():
             row = rows.setdefault(name, {"notebooks": "", "reference model": facts["default"].strip('"')})

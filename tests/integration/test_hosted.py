@@ -17,7 +17,6 @@ import pytest
 
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.workbook import run as workbook
-from dfqs_nb.workbook import tiers
 
 COLAB, KAGGLE = hosted.PLATFORMS
 NAMES = [path.name for path in workbook.find_notebooks()]
@@ -181,7 +180,7 @@ def test_another_model_gets_the_settings_of_its_tier_where_the_user_chose_none(c
     model = tmp_path / "mine.gguf"
     shutil.copy(REPOSITORY / "data" / "reference" / "DFQS-Nano-F16.gguf", model)
     monkeypatch.setenv("DFQS_MODEL", str(model))
-    chosen = tiers.settings_of(tiers.STANDARD)
+    chosen = workbook.settings_of(workbook.STANDARD)
     namespace = namespace_of("03_load_and_generate.ipynb")
     hosted.prepare(namespace)
     assert (namespace["n_ctx"], namespace["run_name"]) == (chosen["n_ctx"], "mine")

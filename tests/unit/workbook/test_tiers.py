@@ -12,7 +12,6 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.facts import types_by_bytes
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.workbook import run as workbook
-from dfqs_nb.workbook import tiers
 
 
 @pytest.mark.parametrize(
@@ -27,23 +26,23 @@ from dfqs_nb.workbook import tiers
     ],
 )
 def test_the_reference_model_means_nano_and_any_other_standard(model, tier):
-    assert tiers.tier_of(model) == tier
+    assert workbook.tier_of(model) == tier
 
 
 def test_a_run_that_goes_on_keeps_its_models_tier(tmp_path, monkeypatch):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
-    assert tiers.tier_of(None, "mine") == "nano"
+    assert workbook.tier_of(None, "mine") == "nano"
     (tmp_path / "mine").mkdir()
     stage = {"stage": "merge", "conditions": {"model": "/models/other.gguf"}}
     (tmp_path / "mine" / "merge.json").write_text(json.dumps(stage))
-    assert tiers.tier_of(None, "mine") == "standard"
+    assert workbook.tier_of(None, "mine") == "standard"
 
 
 def test_every_setting_of_a_tier_is_a_parameter_of_its_type():
     declared = {}
     for path in workbook.find_notebooks():
         declared |= workbook.declared_parameters(path)
-    for name, value in tiers.settings_of("standard").items():
+    for name, value in workbook.settings_of("standard").items():
         assert name in declared, f"data/tiers.toml sets {name}, which no notebook declares"
         assert type(value).__name__ == declared[name]["inferred_type_name"], name
 
@@ -53,9 +52,9 @@ def test_a_quantized_model_is_named_by_the_type_of_its_layers(tmp_path, monkeypa
     tensors = [Spec("token_embd.weight", "Q8_0", (256, 64)), Spec("blk.0.ffn_up.weight", "Q4_K", (256, 32))]
     path = tmp_path / "small.gguf"
     path.write_bytes(gguf_bytes([field("general.architecture", "STRING", "llama")], tensors))
-    monkeypatch.setattr(tiers, "read_stage", lambda folder, name: {"model": {"path": str(path)}})
+    monkeypatch.setattr(workbook, "read_stage", lambda folder, name: {"model": {"path": str(path)}})
     with pytest.raises(DfqsError, match=r"small.gguf is quantized already \(mostly Q4_K\)") as caught:
-        tiers.ladder_source(tmp_path / "my run")
+        workbook.ladder_source(tmp_path / "my run")
     assert "`dfqs-nb run 08 --run 'my run' -p ladder_source=FILE`" in str(caught.value)
     assert next(iter(types_by_bytes(read_header(path).tensors))) == "Q8_0"
 
@@ -67,10 +66,10 @@ def test_the_budget_is_divided_among_what_still_comes():
         for path in workbook.find_notebooks()
         if "budget_minutes" in workbook.declared_parameters(path)
     ]
-    assert obey == [name for name in names if tiers.share_of(name)], "who has a share obeys it"
+    assert obey == [name for name in names if workbook.share_of(name)], "who has a share obeys it"
     left, spent = 60.0, 0.0
     for number, name in enumerate(names):
-        share = tiers.budget_of(name, left - spent, names[number:])
+        share = workbook.budget_of(name, left - spent, names[number:])
         spent += share if name[:2] not in ("01", "02", "07") else 0
     assert 59 <= spent <= 61, "all of the budget is given out, and no more"
 
@@ -87,9 +86,9 @@ def test_kernels_and_figures_of_the_notebooks_to_come_count_too(tmp_path, monkey
     workbook.run_workbook("mine")
     names = [path.stem for path in workbook.find_notebooks()]
     beside = 0.5 * len(names[3:])  # minutes: each notebook so far took 30 s
-    assert given[names[3]] == pytest.approx(tiers.budget_of(names[3], 60 - beside, names[3:]), abs=0.11)
+    assert given[names[3]] == pytest.approx(workbook.budget_of(names[3], 60 - beside, names[3:]), abs=0.11)
 
 
 def test_an_unknown_tier_is_refused():
     with pytest.raises(DfqsError, match="no tier 'small'; use --tier nano or --tier standard"):
-        tiers.settings_of("small")
+        workbook.settings_of("small")
