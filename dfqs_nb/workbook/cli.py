@@ -116,8 +116,8 @@ def sweep(
     from dfqs_nb.workbook import sweep as sweeps
     from dfqs_nb.workbook.run import find_notebooks
 
-    options: dict[str, Any] = {"scheduler": scheduler, "name": name, "fresh": fresh}
-    rows = sweeps.sweep(table, notebooks=find_notebooks(notebook), tell=say, **options)
+    paths = find_notebooks(notebook)
+    rows = sweeps.sweep(table, scheduler=scheduler, name=name, notebooks=paths, fresh=fresh, tell=say)
     say_table(rows[["line", "run", "status", "seconds", "reason"]], ".1f")
     n_done = int((rows["status"] == "done").sum())
     say(f"{n_done} of {len(rows)} rows done")

@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,12 +50,10 @@ def say_written(paths: Iterable[Path], folder: Path) -> None:
 
 def as_typed(text: object) -> str:
     """Text for a terminal, in which commands of this program run as pasted, wherever it is installed."""
-    return re.sub(r"(?<![\w./-])dfqs-nb(?= [a-z])", lambda _: _program(), plain(text))
 
+    def program(_: re.Match[str]) -> str:
+        own = Path(sys.executable).with_name("dfqs-nb")
+        here = quoted(own) if own.exists() else f"{quoted(sys.executable)} -m dfqs_nb"
+        return "dfqs-nb" if shutil.which("dfqs-nb") else here
 
-@lru_cache(maxsize=1)
-def _program() -> str:
-    own = Path(sys.executable).with_name("dfqs-nb")
-    if shutil.which("dfqs-nb"):
-        return "dfqs-nb"
-    return quoted(own) if own.exists() else f"{quoted(sys.executable)} -m dfqs_nb"
+    return re.sub(r"(?<![\w./-])dfqs-nb(?= [a-z])", program, plain(text))
