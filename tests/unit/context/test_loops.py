@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from report_builder import append_damaged
 
-from dfqs_nb.context import loops
-from dfqs_nb.context.loops import LEAST_TIMES, LEAST_TOKENS, Loop, first_loop
+from dfqs_nb.context import tasks
 from dfqs_nb.context.plan import PrefillSpeed
+from dfqs_nb.context.tasks import LEAST_TIMES, LEAST_TOKENS, Loop, first_loop
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
@@ -71,7 +71,7 @@ def test_a_loop_is_what_a_slow_search_finds():
 
 def test_the_rate_counts_answers_that_reach_the_limit():
     rows = [(0.0, True, True)] * 3 + [(0.0, True, False), (0.0, False, True), (1.0, False, False)]
-    table = loops.rates(pd.DataFrame(rows, columns=["temperature", "long", "looped"])).set_index(
+    table = tasks.loop_rates(pd.DataFrame(rows, columns=["temperature", "long", "looped"])).set_index(
         "temperature"
     )
     assert table.loc[0.0, ["asked", "long", "looped", "rate"]].tolist() == [5, 4, 3, 0.75]
@@ -82,13 +82,13 @@ def test_the_rate_counts_answers_that_reach_the_limit():
 def test_a_second_run_asks_nothing_and_a_budget_leaves_out(tmp_path, monkeypatch):
     few, speed = {"n_answers": 2, "n_tokens": 80}, PrefillSpeed(0.0, 0.0, 0.01)
     with open_model(MODEL, OPEN, trial=False) as model:
-        none, missing = loops.measure_loops(model, tmp_path, speed, **few, budget_seconds=0)
+        none, missing = tasks.measure_loops(model, tmp_path, speed, **few, budget_seconds=0)
         assert not len(none) and missing == ["the table of long answers: not measured"] and "rate" in none
-        first, missing = loops.measure_loops(model, tmp_path, speed, **few)
+        first, missing = tasks.measure_loops(model, tmp_path, speed, **few)
         assert first["asked"].tolist() == [2, 2] and not missing
-        lines = [json.loads(line) for line in (tmp_path / loops.JOURNAL).read_text().splitlines()]
+        lines = [json.loads(line) for line in (tmp_path / tasks.LONG_JOURNAL).read_text().splitlines()]
         assert max(len(line["tokens"]) for line in lines) <= 80
-        append_damaged(tmp_path / loops.JOURNAL)
-        monkeypatch.setattr(loops, "chat", lambda *_: pytest.fail("asked again"))
-        again, _ = loops.measure_loops(model, tmp_path, speed, **few)
+        append_damaged(tmp_path / tasks.LONG_JOURNAL)
+        monkeypatch.setattr(tasks, "chat", lambda *_: pytest.fail("asked again"))
+        again, _ = tasks.measure_loops(model, tmp_path, speed, **few)
     pd.testing.assert_frame_equal(first, again)
