@@ -209,6 +209,7 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BinaryIO, start: int) -> None:
         self.path, self.file, self.start, self.size = path, file, start, file.seek(0, 2)
+        self.what = "the header"  # or the field or tensor in it that is read
         self.most, self.bytes, self.position = self.size - start, bytearray(), 0
         file.seek(start)
 
@@ -220,10 +221,10 @@ class _Cursor:
         if end <= len(self.bytes):
             return
         if end > self.most:
-            what = f"the header is cut off: it needs {end:,} bytes and the file has {self.most:,}"
+            what = f"{self.what} is cut off: it needs {end:,} bytes and the file has {self.most:,}"
             raise self.fail(what, CUT_OFF)
         if end > MAX_HEADER_BYTES:
-            raise self.fail(f"the header claims over {MAX_HEADER_BYTES:,} bytes")
+            raise self.fail(f"{self.what} ends after {end:,} bytes; no header has over {MAX_HEADER_BYTES:,}")
         goal = min(max(end, 2 * len(self.bytes), FIRST_READ), self.most, MAX_HEADER_BYTES)
         while len(self.bytes) < goal:
             if not (chunk := self.file.read(goal - len(self.bytes))):
@@ -236,18 +237,19 @@ class _Cursor:
         self.position = end
         return struct.unpack_from("<" + form, self.bytes, start)
 
-    def text(self, what: str) -> str:
+    def text(self) -> str:
         (length,) = self.numbers("Q")
-        start, self.position = self.position, self.position + length
-        self.need(self.position)
+        start, end = self.position, self.position + length
+        self.need(end)
+        self.position = end
         try:
-            return str(self.bytes[start : self.position], "utf-8")
+            return str(self.bytes[start:end], "utf-8")
         except UnicodeDecodeError as error:
-            raise self.fail(f"{what} is not UTF-8 text") from error
+            raise self.fail(f"{self.what} is not UTF-8 text") from error
 
-    def skip_strings(self, count: int, what: str) -> None:
+    def skip_strings(self, count: int) -> None:
         if count > MAX_STRINGS:
-            raise self.fail(f"{what} claims {count:,} texts; no tokenizer has over {MAX_STRINGS:,}")
+            raise self.fail(f"{self.what} claims {count:,} texts; no tokenizer has over {MAX_STRINGS:,}")
         position, held, unpack = self.position, self.bytes, U64.unpack_from
         for _ in range(count):  # of a large vocabulary the slowest lines of all
             try:
@@ -291,8 +293,10 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
 def _read_fields(cursor: _Cursor, count: int) -> Mapping[str, Field]:
     fields: dict[str, Field] = {}
     for i in range(count):
-        start, name, n = cursor.position, cursor.text(f"the name of metadata field {i}"), None
-        what, (kind,) = f"metadata field {name!r}", cursor.numbers("I")
+        cursor.what = f"the name of metadata field {i}"
+        start, name, n = cursor.position, cursor.text(), None
+        cursor.what = what = f"metadata field {name!r:.80}"
+        (kind,) = cursor.numbers("I")
         if not name or name in fields:
             raise cursor.fail(f"{what} stands twice" if name else f"metadata field {i} has no name")
         if kind == ARRAY:
@@ -304,7 +308,7 @@ def _read_fields(cursor: _Cursor, count: int) -> Mapping[str, Field]:
             cursor.need(end := value_start + values * struct.calcsize("<" + form))
             cursor.position = end
         else:
-            cursor.skip_strings(values, what)
+            cursor.skip_strings(values)
         fields[name] = Field(VALUE_TYPES[kind], n, (start, cursor.position), value_start)
     return MappingProxyType(fields)
 
@@ -312,10 +316,12 @@ def _read_fields(cursor: _Cursor, count: int) -> Mapping[str, Field]:
 def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
     tensors: dict[str, Tensor] = {}
     for i in range(count):
-        name = cursor.text(f"the name of tensor {i}")
-        what, (n_dims,) = f"tensor {name!r}", cursor.numbers("I")
+        cursor.what = f"the name of tensor {i}"
+        name = cursor.text()
         if len(name.encode()) > MAX_NAME_BYTES:
-            raise cursor.fail(f"the name of tensor {i} is longer than {MAX_NAME_BYTES} bytes")
+            raise cursor.fail(f"{cursor.what} is longer than {MAX_NAME_BYTES} bytes")
+        cursor.what = what = f"tensor {name!r}"
+        (n_dims,) = cursor.numbers("I")
         if name in tensors:
             raise cursor.fail(f"{what} stands twice")
         if n_dims > 4:

@@ -57,23 +57,28 @@ HEADERS = {
     "a negative count": (gguf_bytes(n_tensors=(1 << 64) - 1), r"claims [\d,]+ tensors", "download it again"),
     "a name longer than the file": (
         header_bytes([struct.pack("<Q", HUGE)], n_fields=1) + bytes(64),
-        "the header is cut off: it needs",
+        r"the name of metadata field 0 is cut off: it needs .* has 96 \(at byte 32\)",
         "download it",
     ),
     "a text longer than the file": (
         header_bytes([text("k") + struct.pack("<IQ", 8, HUGE)]) + bytes(64),
-        "the header is cut off: it needs",
+        "metadata field 'k' is cut off: it needs",
         "download it again",
     ),
     "a text of 2^64 - 1 bytes": (
         header_bytes([text("k") + struct.pack("<IQ", 8, (1 << 64) - 1)]) + bytes(64),
-        "the header is cut off: it needs",
+        "metadata field 'k' is cut off: it needs",
         "download it again",
     ),
     "an array longer than the file": (
         header_bytes([array(4, HUGE)]),
-        "the header is cut off: it needs",
+        "metadata field 'k' is cut off: it needs",
         "download",
+    ),
+    "a tensor's name longer than the file": (
+        header_bytes([], [Spec("t"), Spec("u")]).replace(text("u"), struct.pack("<Q", HUGE)),
+        "the name of tensor 1 is cut off: it needs",
+        "download it again",
     ),
     "an array of arrays": (header_bytes([array(9, 1, struct.pack("<IQ", 4, 0))]), "unknown value type 9", ""),
     "a value type from nowhere": (
@@ -185,13 +190,13 @@ def test_what_cannot_be_opened_is_an_error_of_the_same_family(tmp_path, path, wh
         read_header(tmp_path / path)
 
 
-GREEDY = {  # claims that a 61 GB file has the bytes for
-    "tensors": header_bytes(n_tensors=1 << 31),
-    "fields": header_bytes(n_fields=1 << 32),
-    "a name": header_bytes([struct.pack("<Q", 1 << 35)], n_fields=1),
-    "a text": header_bytes([text("k") + struct.pack("<IQ", 8, 1 << 35)]),
-    "numbers": header_bytes([array(10, 1 << 32)]),
-    "strings": header_bytes([array(8, 1 << 32)]),
+GREEDY = {  # claims that a 61 GB file has the bytes for, and what the error names
+    "tensors": (header_bytes(n_tensors=1 << 31), "tensor '' stands twice"),
+    "fields": (header_bytes(n_fields=1 << 32), "metadata field 0 has no name"),
+    "a name": (header_bytes([struct.pack("<Q", 1 << 35)], n_fields=1), "the name of metadata field 0 ends"),
+    "a text": (header_bytes([text("k") + struct.pack("<IQ", 8, 1 << 35)]), "metadata field 'k' ends after"),
+    "numbers": (header_bytes([array(10, 1 << 32)]), "metadata field 'k' ends after"),
+    "strings": (header_bytes([array(8, 1 << 32)]), "metadata field 'k' claims"),
 }
 
 
@@ -200,11 +205,11 @@ def test_counts_that_would_allocate_the_machine_cost_no_memory(tmp_path, case):
     """On a sparse file of 61 GB, so that the claims do not fail on the file's size."""
     path = tmp_path / "greedy.gguf"
     with path.open("wb") as file:
-        file.write(GREEDY[case])
+        file.write(GREEDY[case][0])
         file.truncate(61_540_805_344)
     tracemalloc.start()
     try:
-        with pytest.raises(HeaderError):
+        with pytest.raises(HeaderError, match=GREEDY[case][1]):
             read_header(path)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
