@@ -21,7 +21,6 @@ from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import headers_inside, read_header
 from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
 
-COPIES = "dfqs-headers-"  # folders of copied headers
 LEAST_BYTES = 1 << 19  # of a request
 MOST_BYTES = 128 << 20  # of headers in one file; real headers stay under 50 MB, and the reader doubles
 STREAM_BYTES = 64 << 20  # of one request for data
@@ -46,23 +45,18 @@ class Outline(ShardSet):
 @contextmanager
 def outline(model: str | Path) -> Iterator[Outline]:
     """The headers of a model: of a path, a registered name, or an address (copied for the block)."""
-    with headers_of(_first_file(model)) as (path, places), TemporaryDirectory(prefix=COPIES) as folder:
-        try:
-            headers = list(headers_inside(path))
-            if len(headers) == 1:
-                yield Outline(open_shards(headers[0]).headers, str(model), False, places)
-                return
-            laid_out = []  # each as a sparse file that llama.cpp's loader can plan
-            for number, header in enumerate(check_set(headers, glued=True).headers, 1):
-                laid_out.append(shard_path(Path(folder, "glued"), number, len(headers)))
-                with laid_out[-1].open("wb") as file:
-                    file.write(header.raw)
-                    file.truncate(header.end_offset - header.start)
-            yield Outline(tuple(map(read_header, laid_out)), str(model), True, places)
-        except DfqsError as error:
-            if COPIES not in str(error.where):
-                raise
-            raise type(error)(error.what, where=models.shown(str(model)), hint=error.hint) from None
+    with headers_of(_first_file(model)) as (path, places), _copies(str(model), {}) as folder:
+        headers = list(headers_inside(path))
+        if len(headers) == 1:
+            yield Outline(open_shards(headers[0]).headers, str(model), False, places)
+            return
+        laid_out = []  # each as a sparse file that llama.cpp's loader can plan
+        for number, header in enumerate(check_set(headers, glued=True).headers, 1):
+            laid_out.append(shard_path(folder / "glued", number, len(headers)))
+            with laid_out[-1].open("wb") as file:
+                file.write(header.raw)
+                file.truncate(header.end_offset - header.start)
+        yield Outline(tuple(map(read_header, laid_out)), str(model), True, places)
 
 
 def _first_file(model: str | Path) -> Path | str:
@@ -78,6 +72,19 @@ def _first_file(model: str | Path) -> Path | str:
 
 
 @contextmanager
+def _copies(model: str, places: Mapping[Path, str]) -> Iterator[Path]:
+    """A folder for copies of headers; an error about one is raised again about its place, or the model."""
+    with TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        except DfqsError as error:
+            if folder not in str(error.where):
+                raise
+            where = models.shown(places.get(Path(str(error.where)), model))
+            raise type(error)(error.what, where=where, hint=error.hint) from None
+
+
+@contextmanager
 def headers_of(file: str | Path) -> Iterator[tuple[Path, dict[Path, str]]]:
     """The path of a local file, or of a copy of a remote one's headers; and the address of each copy."""
     if not models.ADDRESS.match(address := str(file)):
@@ -85,9 +92,10 @@ def headers_of(file: str | Path) -> Iterator[tuple[Path, dict[Path, str]]]:
         return
     from concurrent.futures import ThreadPoolExecutor
 
-    with TemporaryDirectory(prefix=COPIES) as folder, ThreadPoolExecutor(8) as pool:
-        places = {Path(folder, _located(other)[1]): other for other in models.siblings(address)}
-        path = Path(folder, _located(address)[1])
+    places = dict[Path, str]()
+    with _copies(address, places) as folder, ThreadPoolExecutor(8) as pool:
+        places |= {folder / _located(other)[1]: other for other in models.siblings(address)}
+        path = folder / _located(address)[1]
 
         def copy(other: Path) -> None:
             try:

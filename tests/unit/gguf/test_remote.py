@@ -130,6 +130,17 @@ def test_a_missing_shard_is_named(server):
         pass
 
 
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_a_bad_second_shard_is_named_by_its_address(server, tmp_path, command):
+    page = tmp_path / "page.gguf"
+    page.write_text("<!DOCTYPE html><html><title>Log in</title></html>")
+    server.repos["someone/half"] = {NANO[0].name: NANO[0], NANO[1].name: page}
+    done = dfqs(server, tmp_path, command, f"hf://someone/half/{NANO[0].name}")
+    bad = f"hf://someone/half/{NANO[1].name}"
+    assert done.returncode == 1 and done.stderr.startswith(f"dfqs-nb: {bad}: not a GGUF file"), done.stderr
+    assert f"inspect {bad}`" in done.stderr and "/tmp" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("where", "words"),
     [
