@@ -87,6 +87,7 @@ def _outlook(shards: ShardSet, glued: bool, is_far: bool) -> dict[str, Any]:
         fits = gguf.memory.check_fits(needs) or "fits, weights and all"
     except (HeaderError, SpaceError) as error:
         fits = error.what
+    fits += " (graphics cards not counted; `dfqs-nb plan --vram 24GB` counts one)"
     return {"llama.cpp": verdict, f"memory, {OUTLOOK_N_CTX:,} tokens": fits}
 
 
@@ -240,7 +241,8 @@ def plan(
         if note := gguf.memory.kv_cache_bytes(header, context).note:
             say(f"the cache is an estimate: {note}")
         largest = gguf.placement.largest_context(shape, ram_bytes, cards, compute_bytes=compute)
-        say(f"largest context: {largest:,} tokens" if largest else "no context fits")
+        alone = "" if cards else " (graphics cards not counted; --vram 24GB counts one)"
+        say((f"largest context: {largest:,} tokens" if largest else "no context fits") + alone)
         say(*_advice(placed, speeds, outlook))
         if cards:
             say("a card's compute buffer is unknown: 2 GiB of each card are left for it and the driver")

@@ -60,7 +60,7 @@ def test_inspect_says_what_is_wrong_and_what_to_do(tmp_path):
     assert done.returncode == 1
     assert "raw concatenation" in done.stdout and "dfqs-nb repair" in done.stdout
     assert "llama.cpp's loader takes this file, once it is repaired" in done.stdout
-    assert "fits, weights and all" in done.stdout
+    assert "fits, weights and all (graphics cards not counted; `" in done.stdout
     assert "loader" not in dfqs("inspect", FIRST, "--quick").stdout
 
 
@@ -299,14 +299,14 @@ def test_a_folder_called_like_a_library_in_the_current_one_is_not_imported(tmp_p
 def test_plan_prints_the_command_and_other_machines_only_if_asked():
     done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10")
     assert done.returncode == 0, done.stderr
-    for words in ("llama.cpp's loader takes", "llama-server -m", "-ngl 0", "at most"):
+    for words in ("llama.cpp's loader takes", "llama-server -m", "-ngl 0", "at most", "cards not counted"):
         assert words in done.stdout
     assert "96GB" not in done.stdout, "a model that fits here fits there, too"
     done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10", "--ram", "64GB,96GB")
     assert re.findall(r"^(\d+GB) .* 0 B ", done.stdout, re.M) == ["64GB", "96GB"], done.stdout
     done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10", "--vram", "8GB,8GB")
     assert "no bound on speed: GPU not measured; give --gpu-gbs, in GB/s" in done.stdout, done.stderr
-    assert "the cache is an estimate" not in done.stdout
+    assert "the cache is an estimate" not in done.stdout and "cards not counted" not in done.stdout
     compute = re.findall(r"^(GPU \d|RAM) .* (unknown|\d+\.\d MB) ", done.stdout, re.M)
     assert [name for name, size in compute if size == "unknown"] == ["GPU 0", "GPU 1"], done.stdout
     done = dfqs("plan", FIRST, "--vram", "lots")
