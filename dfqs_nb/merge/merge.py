@@ -27,9 +27,8 @@ from dfqs_nb.gguf.header import check_layout, padded, read_header
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.merge import disk
-from dfqs_nb.merge.copy import NameTaken, Run, in_the_way, read_journal, windows
+from dfqs_nb.merge.copy import NameTaken, Plan, Run, in_the_way, plan_merge, read_journal, windows
 from dfqs_nb.merge.kind import RESUME, Kind, diagnose, unfinished
-from dfqs_nb.merge.plan import Plan, plan_merge
 from dfqs_nb.merge.verify import MergeResult, hash_file, manifest_path, read_manifest, save_manifest
 
 CONSUME_EXTRA_BYTES = 64 << 20  # what a consuming merge may need beyond its sources, plus the header

@@ -22,9 +22,9 @@ from dfqs_nb.core.files import read_json, sha256_of_file, write_json
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
 from dfqs_nb.gguf.shards import Files, open_shards
+from dfqs_nb.merge.copy import Copy, Plan, identities
 from dfqs_nb.merge.disk import Identity
 from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
-from dfqs_nb.merge.plan import Copy, Plan, identities
 
 NAMED_AT_MOST = 8  # damaged tensors in one message
 AGAIN = "get it from its source again, or merge its shards again"

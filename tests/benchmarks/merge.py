@@ -56,10 +56,10 @@ wait; sync "{output}"
 """
 PLAN = {
     "find and check the shards": "from dfqs_nb.gguf.shards import open_shards; call = lambda: open_shards(sys.argv[1])",
-    "the same, and plan the merge": "from dfqs_nb.gguf.shards import open_shards\nfrom dfqs_nb.merge.plan import plan_merge\n"
+    "the same, and plan the merge": "from dfqs_nb.gguf.shards import open_shards\nfrom dfqs_nb.merge.copy import plan_merge\n"
     "call = lambda: plan_merge(open_shards(sys.argv[1]))",
     "the same, and every check before the first byte": "from pathlib import Path\nfrom dfqs_nb.gguf.shards import open_shards\n"
-    "from dfqs_nb.merge import merge as checks\nfrom dfqs_nb.merge.plan import plan_merge\nimport shutil\n"
+    "from dfqs_nb.merge import merge as checks\nfrom dfqs_nb.merge.copy import plan_merge\nimport shutil\n"
     "shutil.disk_usage = lambda p: shutil._ntuple_diskusage(0, 0, 1 << 60)\n"
     "checks.unfinished = lambda path: ''  # the shards are sparse\n"
     "call = lambda: checks.check_output(Path(sys.argv[1] + '.out'), plan_merge(open_shards(sys.argv[1])))",

@@ -28,9 +28,8 @@ from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.shards import open_shards, shard_path
 from dfqs_nb.merge import copy, disk, merge_model, open_source
 from dfqs_nb.merge import merge as merging
-from dfqs_nb.merge.copy import read_journal
+from dfqs_nb.merge.copy import Plan, plan_merge, read_journal
 from dfqs_nb.merge.disk import journal_path, part_path
-from dfqs_nb.merge.plan import Plan, plan_merge
 from dfqs_nb.merge.verify import manifest_path
 
 pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")

@@ -28,10 +28,9 @@ from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceErr
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken
 from dfqs_nb.merge import copy, disk
-from dfqs_nb.merge.copy import Journal, read_journal, windows
+from dfqs_nb.merge.copy import Journal, Plan, read_journal, windows
 from dfqs_nb.merge.disk import journal_path, part_path
 from dfqs_nb.merge.merge import earlier_result
-from dfqs_nb.merge.plan import Plan
 from dfqs_nb.merge.verify import manifest_path, read_manifest
 
 pytestmark = pytest.mark.usefixtures("parser_is_asked_once_a_header")
