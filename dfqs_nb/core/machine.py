@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import random
@@ -28,9 +29,8 @@ NO_LIMIT = 1 << 60  # bytes, which version 1 says where there is none
 CPUINFO = Path("/proc/cpuinfo")
 BUSY_CORES = 0.15  # used by other programs, above which a measurement counts as contended
 MEMORY_BYTES = 256 << 20  # that each thread reads: more than the processor's caches hold
-PIECE_BYTES = 2 << 20  # read at once
 DISK_SECONDS = 1.0  # that a measurement of the disk takes
-MIN_PIECES = 64  # that a file must hold
+MIN_PIECES = 64  # asked for together, which a file must hold
 SMALL_READ_AHEAD = 128 << 10
 WINDOW_BYTES = 128 << 10  # what one advice reads at least
 PACKAGES = ("llama-cpp-python", "gguf", "numpy", "pandas", "matplotlib")
@@ -146,48 +146,52 @@ def memory_bandwidth(n_threads: int = 0) -> float:
     return n_threads * MEMORY_BYTES / min(seconds)
 
 
-def disk_bandwidth(path: str | Path, piece_bytes: int = PIECE_BYTES, at_once: int = 1) -> float | None:
+def disk_bandwidth(path: str | Path, piece_bytes: int) -> float | None:
     """Bytes a second of pieces from random places of a file, as experts lie all over it.
 
-    ``at_once``: pieces that are asked for together, as the paging help does. None if the file holds under 64
-    pieces, or the kernel did not count the pieces as read from the disk.
+    64 pieces are asked for together, as the paging help does. None if the file holds fewer, or if most of
+    them cannot leave the cache, as where a process has mapped them.
     """
-    counters = getattr(psutil.Process(), "io_counters", None)
-    n_pieces = Path(path).stat().st_size // piece_bytes
-    if counters is None or not hasattr(os, "posix_fadvise") or n_pieces < MIN_PIECES:
+    n_pieces, before = Path(path).stat().st_size // piece_bytes, read_bytes()
+    if math.isnan(before) or not hasattr(os, "posix_fadvise") or n_pieces < MIN_PIECES:
         return None
-    draw, total, before = random.Random(0), 0, counters().read_bytes
+    draw, total = random.Random(0), 0
     with Path(path).open("rb", buffering=0) as file:
         handle, window, began = file.fileno(), window_bytes(file.fileno()), time.perf_counter()
         while time.perf_counter() - began < DISK_SECONDS:
-            places = [at * piece_bytes for at in draw.sample(range(n_pieces), at_once)]
+            places = [at * piece_bytes for at in draw.sample(range(n_pieces), MIN_PIECES)]
             for at in places:  # whole pieces: the kernel drops no part of a large page
                 os.posix_fadvise(handle, at, piece_bytes, os.POSIX_FADV_DONTNEED)
-            for at in places if at_once > 1 else ():
+            for at in places:
                 advise_read(handle, at, at + piece_bytes, window)
             total += sum(len(os.pread(handle, piece_bytes, at)) for at in places)
-            if counters().read_bytes == before:
+            if read_bytes() == before:
                 return None  # the cache cannot be emptied here
-        took, from_disk = time.perf_counter() - began, counters().read_bytes - before
-    return total / took if from_disk >= 0.9 * total else None
+        took, from_disk = time.perf_counter() - began, read_bytes() - before
+    # an open model keeps a part of its file in the cache, and the kernel can read more than we asked for
+    return min(total, from_disk) / took if from_disk >= total / 2 else None
+
+
+def read_bytes() -> float:
+    """Bytes that this process and its ended children have read from the disk; NaN on macOS: not counted."""
+    process = psutil.Process()
+    return process.io_counters().read_bytes if hasattr(process, "io_counters") else math.nan
 
 
 @dataclass(frozen=True)
 class Disk:
-    """The disk under a file; a speed is None where the cache could not be kept out."""
+    """The disk under a file."""
 
     device: str  # its name in /dev; empty where there is none (a network file system)
     read_ahead_bytes: int | None  # that the kernel adds to a miss; None: not known
-    pieces: float | None  # bytes a second, in pieces of an expert's size from random places
 
     @classmethod
-    def under(cls, path: str | Path, piece_bytes: int) -> Disk:
-        """Look, and measure for about a second."""
+    def under(cls, path: str | Path) -> Disk:
+        """Look; nothing is read."""
         with Path(path).open("rb") as file:
             folder = block_folder(file.fileno())
         read_ahead = int((folder / "queue/read_ahead_kb").read_text()) << 10 if folder else None
-        speed = disk_bandwidth(path, piece_bytes, MIN_PIECES)
-        return cls(folder.name if folder else "", read_ahead, speed)
+        return cls(folder.name if folder else "", read_ahead)
 
     @property
     def command(self) -> str:

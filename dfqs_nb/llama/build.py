@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.machine import read_bytes
 from dfqs_nb.gguf.shards import Files, ShardSet
 from dfqs_nb.llama.check import REFUSES, reason_of
 from dfqs_nb.llama.graph import ggml_function
@@ -24,6 +27,7 @@ MAX_LINES, MAX_LINE = 500, 2000  # that are kept, and their characters: a model'
 BUFFER = re.compile(r"(\S+) +(?:DSV4 \w+ )?(model|KV|RS|state|compute) buffer size = +([\d.]+) MiB")
 KINDS = {"model": "weights", "KV": "KV cache", "compute": "compute buffers"}
 HERE, HERE_NAMES = "in memory", re.compile(r"^(?:CPU|AMX|MTL)|_Host$")  # a Mac's GPU (MTL) has no other
+TELLING_BYTES = 1 << 30  # read by a load whose speed is the disk's, and not the tokenizer's
 INTEGRATED = 2  # ggml_backend_dev_type of a GPU that uses this memory, as in laptops
 _NO_DEVICES = (ctypes.c_void_p * 1)()  # a list of devices that ends at once
 _building = threading.RLock()  # a context's parameters are set around its model's
@@ -172,11 +176,13 @@ def set_context(params: Any, settings: OpenSettings) -> Any:
 def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) -> Any:
     """A ``llama_cpp.Llama`` of this model with exactly these settings, and its ``paging`` help, or None.
 
+    Its ``loading_speed``: bytes a second that the load read from the disk; NaN if it read less than 1 GiB.
     `ModelError`: llama.cpp refuses the file. It may also abort; ``verbose``: standard error gets the reason.
     """
     import llama_cpp
 
     LOG.install()
+    began, before = time.perf_counter(), read_bytes()
     fields = {name: getattr(settings, name) for name in ("n_gpu_layers", "flash_attn", "use_mmap")}
     path, paging = model.paths[0] if isinstance(model, ShardSet) else model, Paging.of(model, settings)
     listening = paging.callback(llama_cpp.llama_cpp.llama_context_default_params().cb_eval) if paging else {}
@@ -196,6 +202,8 @@ def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) 
         llama._stack.callback(paging.close)
         sizes = buffers(LOG.tail())[HERE]
         paging.start(sizes["KV cache"] + sizes["compute buffers"])
+    read, seconds = read_bytes() - before, time.perf_counter() - began
+    llama.loading_speed = read / seconds if read >= TELLING_BYTES else math.nan
     return llama
 
 

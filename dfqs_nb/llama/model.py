@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import re
 import threading
 import time
@@ -76,6 +77,7 @@ class Model(contextlib.AbstractContextManager["Model"]):
     settings: OpenSettings
     buffers: dict[str, dict[str, int]]  # bytes by place and kind, as llama.cpp logged them
     load_seconds: float
+    loading_speed: float = math.nan  # bytes a second that its load read, or its trial; NaN: under 1 GiB
     loaded: dict[str, Any] = field(default_factory=dict)  # `loaded_facts`, and ``paging``, a sentence
     paging: Paging | None = None
     warnings: tuple[str, ...] = ()  # of llama.cpp while it loaded the model, and ours
@@ -239,15 +241,18 @@ def open_model(model: Files, settings: OpenSettings | None = None, *, trial: boo
     needs = check.needs_of(header, settings)
     # a certain shortage is refused early; llama.cpp's own plan judges others, and a GPU has its own memory
     certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
-    slow = check_fits(needs, where=first) if certain else ""
+    slow, speed = check_fits(needs, where=first) if certain else "", math.nan
     if trial:
         with heartbeat(f"trying {first.name}", shards.nbytes):
-            slow = check_fits(check.trial(shards, settings), where=first)
+            slow, speed = check.trial(shards, settings)
     started = time.perf_counter()
     with heartbeat(f"loading {first.name}", shards.nbytes):
         llama = build_llama(shards, settings)
     seconds, log = time.perf_counter() - started, LOG.tail()
-    opened = Model(llama, shards, settings, buffers(log), seconds, loaded_facts(log), llama.paging)
+    speed = (
+        speed if math.isnan(llama.loading_speed) else llama.loading_speed
+    )  # the trial left it in the cache
+    opened = Model(llama, shards, settings, buffers(log), seconds, speed, loaded_facts(log), llama.paging)
     lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(level=WARNING)]
     texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
     if not opened.has_template:

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import psutil
 
 from dfqs_nb.core.display import duration, quoted, size, tqdm
-from dfqs_nb.core.machine import Disk, available_memory, watched_load
+from dfqs_nb.core.machine import Disk, available_memory, disk_bandwidth, read_bytes, watched_load
 from dfqs_nb.core.stage import fit
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.placement import Layout
@@ -160,37 +159,49 @@ class Forecast:
 
     helped: int  # bytes from the disk with the paging help
     disk: Disk
+    speed: float | None  # of the disk, bytes a second; None: not measured
     rows: dict[str, str]  # all of it, for people
 
 
-def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None = None) -> Forecast:
+def forecast(
+    headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None = None, loading_speed: float = nan
+) -> Forecast:
     """What a token will read, from the headers of all shards, with so much memory for weights.
 
     Without help the kernel reads a window before and behind each missing page. llama.cpp doubles the device's
-    read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs about S + 2 x read-ahead.
+    read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs about S + 2 x read-ahead. Seconds hold
+    while the disk is as fast as during the load (``loading_speed``, bytes a second), or as now for a second.
     """
     layout = Layout.of(headers)
     parts = [part for layer in layout.experts.values() for part in layer]
     total, token = sum(part.slice_bytes * part.n for part in parts), layout.token_bytes
     piece = sum(part.slice_bytes for part in parts) // len(parts) if parts else 1 << 20
-    disk = disk or Disk.under(headers[0].path, piece)
+    disk = disk or Disk.under(headers[0].path)
     room, ahead = memory_bytes - layout.dense_bytes, disk.read_ahead_bytes
     cached = min(1.0, max(0.0, room / total)) if total else 1.0
     again = min(max(0, -room), layout.dense_bytes)
     missing = round(token * (1 - cached))
     windows = min(total, missing * (1 + 2 * (ahead or 0) / piece))  # of no more than there is
     reads = {"with help": missing + again, "without help": round(max(missing, windows)) + again}
+    helped, how = missing + again, NOT_MEASURED
+    speed: float | None = None
+    if not helped:
+        how += ": no token reads from it"
+    elif not isnan(loading_speed):
+        speed, how = loading_speed, f"{size(loading_speed)}/s while this model was loaded"
+    elif speed := disk_bandwidth(headers[0].path, piece):
+        how = f"{size(speed)}/s in pieces of {size(piece)}, at {time.strftime('%H:%M')}"
+    known = "not known" if ahead is None else size(ahead)
     rows = {
         "a token uses": f"{size(layout.dense_bytes)} of dense weights, {size(token)} of experts",
         "experts that stay in memory": f"{cached:.0%}",
+        "the disk": f"{disk.device or 'no block device'}, read-ahead {known}",
+        "its speed": how,
     }
-    for how, n in reads.items():
-        seconds = f", {n / disk.pieces:.2f} s of it" if n and disk.pieces else ""
-        rows[f"a token reads, {how}"] = f"{size(n)}{seconds}"
-    known = "not known" if ahead is None else size(ahead)
-    rows["the disk"] = f"{disk.device or 'no block device'}, read-ahead {known}"
-    rows[f"its speed in pieces of {size(piece)}"] = f"{size(disk.pieces)}/s" if disk.pieces else NOT_MEASURED
-    return Forecast(missing + again, disk, rows)
+    for way, n in reads.items():
+        seconds = f", {n / speed:.2f} s at that speed" if n and speed else ""
+        rows[f"a token reads, {way}"] = f"{size(n)}{seconds}"
+    return Forecast(helped, disk, speed, rows)
 
 
 def diagnose(model: Model, n_tokens: int = 4) -> tuple[str, dict[str, str]]:
@@ -199,14 +210,13 @@ def diagnose(model: Model, n_tokens: int = 4) -> tuple[str, dict[str, str]]:
     on_cards = sum(sizes["weights"] for place, sizes in model.buffers.items() if place != HERE)
     compute = model.buffers[HERE]["compute buffers"]
     free = available_memory().available_bytes + pinned + on_cards - compute
-    expected = forecast(model.shards.headers, free)
+    expected = forecast(model.shards.headers, free, loading_speed=model.loading_speed)
     batches = [[token] for token in random_tokens(model, n_tokens + 2)]
-    counters = getattr(psutil.Process(), "io_counters", None)  # macOS has none
     model.clear()
     seconds_of(model, batches[:2])
-    before = counters().read_bytes if counters else nan
+    before = read_bytes()
     seconds = seconds_of(model, batches[2:]) / n_tokens
-    read = (counters().read_bytes - before) / n_tokens if counters else nan
+    read = (read_bytes() - before) / n_tokens
     model.clear()
     times = f", {read / expected.helped:.1f} x what is needed" if expected.helped else ""
     rows = {**expected.rows, "measured, a token": f"{seconds:.3g} s"}
@@ -214,13 +224,13 @@ def diagnose(model: Model, n_tokens: int = 4) -> tuple[str, dict[str, str]]:
     return bound(expected, seconds, read), rows
 
 
-def bound(expected: Forecast, seconds: float, read_bytes: float) -> str:
+def bound(expected: Forecast, seconds: float, nbytes: float) -> str:
     """Whether the disk bounds a token of these seconds and bytes read, and what would make it faster."""
     if not expected.helped:
         return "The disk is not the bottleneck: the model fits in memory."
-    if isnan(read_bytes) or not expected.disk.pieces:
+    if isnan(nbytes) or not expected.speed:
         return f"Whether the disk is the bottleneck was {NOT_MEASURED} here."
-    if read_bytes / expected.disk.pieces < seconds / 2:
+    if nbytes / expected.speed < seconds / 2:
         return "The disk is not the bottleneck: reading takes less than half of the time."
     lower = f", or as root `{command}`" if (command := expected.disk.command) else ""
     return f"The disk is the bottleneck: a faster disk or more free memory helps, paging='on'{lower}."

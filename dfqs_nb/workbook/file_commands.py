@@ -283,7 +283,7 @@ def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, flo
     speeds = {name: 1e9 * value for name, value in given.items() if value}
     speeds.setdefault(RAM, core.memory_bandwidth())
     if DISK not in speeds and placed.disk_token_bytes:
-        measured = outlook.disk.pieces if outlook else None
+        measured = outlook.speed if outlook else None
         speeds |= {DISK: measured} if measured else {}
     return speeds
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from dfqs_nb.core.machine import PIECE_BYTES, Disk, block_folder, disk_bandwidth, memory_bandwidth
+from dfqs_nb.core.machine import Disk, block_folder, disk_bandwidth, memory_bandwidth
+
+PIECE_BYTES = 2 << 20
 
 
 def test_memory_bandwidth_is_that_of_memory():
@@ -21,7 +24,7 @@ def test_disk_bandwidth_is_measured_where_there_is_a_disk(tmp_path):
         file.write(os.urandom(PIECE_BYTES) * 64)
         os.fsync(file.fileno())
         disk = block_folder(file.fileno())
-    bandwidth = disk_bandwidth(path)
+    bandwidth = disk_bandwidth(path, PIECE_BYTES)
     if disk is not None:
         assert bandwidth is not None, "the file's pages stayed in the cache"
     assert bandwidth is None or 1e6 < bandwidth < 100e9
@@ -29,7 +32,7 @@ def test_disk_bandwidth_is_measured_where_there_is_a_disk(tmp_path):
 
 def test_a_small_file_tells_no_bandwidth(tmp_path):
     (tmp_path / "m").write_bytes(bytes(PIECE_BYTES))
-    assert disk_bandwidth(tmp_path / "m") is None
+    assert disk_bandwidth(tmp_path / "m", PIECE_BYTES) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the advice is for Linux")
@@ -42,9 +45,24 @@ def test_the_disk_under_a_file_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "posix_fadvise", lambda f, at, n, how: asked.add((at, how)) or advise(f, at, n, how)
     )
-    disk = Disk.under(path, 64 << 10)
+    disk, speed = Disk.under(path), disk_bandwidth(path, 64 << 10)
     wanted = {at for at, how in asked if how == os.POSIX_FADV_WILLNEED}
     assert len(wanted) >= 60, "pieces from many places"
-    assert disk.pieces is None or disk.pieces > 0
+    assert speed is None or speed > 0
     assert not disk.device or Path("/sys/class/block", disk.device).exists() and disk.read_ahead_bytes >= 0
-    assert Disk.under(path, 1 << 20).pieces is None, "too small a file"
+    assert disk_bandwidth(path, 1 << 20) is None, "too small a file"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are locked as on Linux")
+def test_the_disk_is_measured_while_a_part_of_the_file_is_mapped(tmp_path):
+    """As the dense weights of an open model, 12 % of the published shape."""
+    path = tmp_path / "m"
+    with path.open("wb") as file:
+        file.write(os.urandom(PIECE_BYTES) * 64)
+        os.fsync(file.fileno())
+        disk = block_folder(file.fileno())
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[at] for at in range(0, 20 * PIECE_BYTES, mmap.PAGESIZE)) > 0
+        assert disk is None or 1e6 < (disk_bandwidth(path, PIECE_BYTES) or 0) < 100e9
+        assert sum(mapped[at] for at in range(0, 64 * PIECE_BYTES, mmap.PAGESIZE)) > 0
+        assert disk_bandwidth(path, PIECE_BYTES) is None, "all of it"

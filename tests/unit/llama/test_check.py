@@ -149,9 +149,13 @@ def copied(merged_reference, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copy(merged_reference, tmp_path / "m.gguf"))
 
 
-def test_a_file_that_was_tried_is_not_loaded_again(copied, asked):
+def test_a_file_that_was_tried_is_not_loaded_again(copied, asked, monkeypatch):
+    needed = list[MemoryEstimate]()
+    monkeypatch.setattr(check, "check_fits", lambda needs, where: needed.append(needs) or "it is slow")
+
     def tried(n_ctx: int) -> MemoryEstimate:
-        return check.trial(open_shards(copied), OpenSettings(n_ctx=n_ctx, n_threads=1))
+        assert check.trial(open_shards(copied), OpenSettings(n_ctx=n_ctx, n_threads=1))[0] == "it is slow"
+        return needed.pop()
 
     first = tried(512)
     assert tried(512) == first and asked == ["plan", "trial"]

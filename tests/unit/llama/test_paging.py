@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -29,7 +30,7 @@ from dfqs_nb.gguf.broken import glue
 from dfqs_nb.gguf.header import headers_inside, read_header
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama import paging
+from dfqs_nb.llama import build, check, paging, timing
 from dfqs_nb.llama.model import DecodeError, open_model
 from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings
@@ -277,16 +278,21 @@ def test_the_forecast_agrees_with_the_placement(moe, share):
     headers, model = open_shards(moe).headers, placement.Model(open_shards(moe).as_one)
     memory = round(share * sum(model.experts)) + sum(model.dense[:-1])
     placed = placement.place(model, 256, memory + model.dense[-1] + sum(model.caches(256)))
-    expected = forecast(headers, memory, Disk("vda", 0, None))
+    expected = forecast(headers, memory, Disk("vda", 0), 1e9)
     reads = [expected.rows[f"a token reads, {how}"] for how in ("with help", "without help")]
     assert expected.helped == pytest.approx(placed.disk_token_bytes, abs=1) and len(set(reads)) == 1
+    assert reads[0] == (f"{size(expected.helped)}, 0.00 s at that speed" if share < 1 else "0 B")
+    seen = "1.0 GB/s while this model was loaded" if share < 1 else "not measured: no token reads from it"
+    assert expected.rows["its speed"] == seen
     assert expected.rows["experts that stay in memory"] == f"{min(1, share):.0%}"
     parts = [part for layer in Layout.of(headers).experts.values() for part in layer]
     piece = sum(part.slice_bytes for part in parts) // len(parts)
-    larger = forecast(headers, memory, Disk("vda", piece, None))
+    larger = forecast(headers, memory, Disk("vda", piece))
     assert larger.helped == expected.helped
     without = size(min(3 * expected.helped, sum(model.experts)))
-    assert larger.rows["a token reads, without help"] == without, "a window before and behind each slice"
+    assert larger.rows["a token reads, without help"].split(",")[0] == without, (
+        "a window before and behind each slice"
+    )
 
 
 def test_places_count_from_the_start_of_the_file(tmp_path):
@@ -309,7 +315,7 @@ def test_every_tensor_of_experts_has_its_place_biases_too(arch, tmp_path):
 
 def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
     layout = Layout.of(open_shards(moe).headers)
-    expected = forecast(open_shards(moe).headers, layout.dense_bytes - 1000, Disk("", None, None))
+    expected = forecast(open_shards(moe).headers, layout.dense_bytes - 1000, Disk("", None))
     assert expected.rows["experts that stay in memory"] == "0%"
     assert expected.helped == layout.token_bytes + 1000
     assert expected.rows["the disk"] == "no block device, read-ahead not known"
@@ -330,7 +336,7 @@ def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
     ],
 )
 def test_what_bounds_a_token_is_named_with_its_remedy(helped, seconds, read_bytes, words):
-    expected = Forecast(helped, Disk("vda", 8 << 20, 1e9), {})
+    expected = Forecast(helped, Disk("vda", 8 << 20), 1e9, {})
     assert words in bound(expected, seconds, read_bytes)
 
 
@@ -341,3 +347,23 @@ def test_an_open_model_is_diagnosed(moe, monkeypatch):
         assert float(rows["measured, a token"].split()[0]) > 0 and model.n_past == 0
         monkeypatch.setattr(psutil, "Process", lambda: None)
         assert diagnose(model, n_tokens=1)[1]["read, a token"] == "not measured", "not counted here"
+
+
+def test_the_forecast_prefers_the_speed_that_the_load_saw(moe, monkeypatch):
+    counts = iter([0.0, 3e9])
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "read_bytes", lambda: next(counts))
+        patched.setattr(build, "time", SimpleNamespace(perf_counter=iter([10.0, 12.0]).__next__))
+        own = open_model(moe, settings("off"), trial=False)
+    with own:
+        assert own.loading_speed == 1.5e9, "3 GB in 2 s"
+        monkeypatch.setattr(timing, "available_memory", lambda: Memory(8 << 30, 1 << 16, "test"))
+        rows = diagnose(own, n_tokens=1)[1]
+    assert rows["its speed"] == "1.5 GB/s while this model was loaded"
+    assert rows["a token reads, with help"].endswith(" s at that speed")
+    with monkeypatch.context() as patched:
+        patched.setattr(check, "trial", lambda *_: ("", 5e8))
+        with open_model(moe, settings("off")) as tried:
+            assert tried.loading_speed == 5e8, "its trial read the file, and left it in the cache"
+    with open_model(moe, settings("off"), trial=False) as small:
+        assert math.isnan(small.loading_speed)
