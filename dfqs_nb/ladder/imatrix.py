@@ -27,7 +27,7 @@ from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
 from dfqs_nb.gguf.shards import Files, open_shards
 from dfqs_nb.ladder.divergence import Array, Text, load_text
 from dfqs_nb.llama.build import default_params
-from dfqs_nb.llama.graph import Tensor, ggml_function
+from dfqs_nb.llama.graph import Tensor, ggml_function, read
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version, threads_for
 
@@ -167,9 +167,6 @@ class Collector:
         self.callback = api.ggml_backend_sched_eval_callback(self._hear)
         self.totals: dict[str, tuple[Array, Array]] = {}
         self.error: BaseException | None = None
-        void, size = ctypes.c_void_p, ctypes.c_size_t
-        self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
-        self._nbytes = ggml_function("ggml_nbytes", size, void)
         name_of = ggml_function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
         names = [name_of(code) for code in range(64)]  # fewer than there are: all of these are sure to exist
         self._dense, self._routed = names.index(b"MUL_MAT"), names.index(b"MUL_MAT_ID")
@@ -192,12 +189,12 @@ class Collector:
 
     def _take(self, node: Any) -> bool:
         """Add the rows ``(n3, n2, n, columns)`` that enter a weight, by expert, or plane by plane."""
-        weight, rows = Tensor.from_address(node.src[0]), self._read(node.src[1], np.float32)
+        weight, rows = Tensor.from_address(node.src[0]), read(node.src[1], np.float32)
         routed, n = node.op == self._routed, weight.ne[2] * weight.ne[3]
         empty = np.zeros((n, rows.shape[3])), np.zeros(n if routed else 1, np.int64)
         sums, counts = self.totals.setdefault(_name(weight), empty)
         if routed:  # of each token, the row for the expert at each place, or one row for all
-            ids = self._read(node.src[2], np.int32)[0, 0]  # (tokens, k)
+            ids = read(node.src[2], np.int32)[0, 0]  # (tokens, k)
             for place in range(ids.shape[1]):
                 chosen = np.eye(n)[ids[:, place]]
                 sums += chosen.T @ np.square(rows[0, :, place % rows.shape[2]], dtype=np.float64)
@@ -208,13 +205,6 @@ class Collector:
             sums[number % n] += plane
         counts += len(planes) * rows.shape[2] // n
         return True
-
-    def _read(self, address: int, kind: type) -> Array:
-        """A tensor of the graph as an array (slowest dimension first), whichever device and strides."""
-        tensor, nbytes = Tensor.from_address(address), self._nbytes(address)
-        raw = np.empty(nbytes, np.uint8)
-        self._copy(address, raw.ctypes.data, 0, nbytes)
-        return np.lib.stride_tricks.as_strided(raw.view(kind), tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1])
 
 
 def _name(tensor: Any) -> str:

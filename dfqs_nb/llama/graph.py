@@ -15,6 +15,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 _TOPK = b"ffn_moe_topk-"
 
 
@@ -60,22 +62,23 @@ def interrupts_held() -> Iterator[None]:
             handler(*held[0])
 
 
-class View:
-    """One tensor of llama.cpp's graph, read where it lies."""
-
-    def __init__(self, address: int) -> None:
-        self.address, self.tensor = address, Tensor.from_address(address)
-        self.name, self.shape, self.steps = self.tensor.name, self.tensor.ne, self.tensor.nb
-        self.row_bytes = self.shape[0] * 4
+def read(address: int, kind: type) -> np.ndarray:
+    """A tensor's elements, the slowest dimension first, whichever its device and strides."""
+    void, number, tensor = ctypes.c_void_p, ctypes.c_size_t, Tensor.from_address(address)
+    raw = np.empty(ggml_function("ggml_nbytes", number, void)(address), np.uint8)
+    ggml_function("ggml_backend_tensor_get", None, void, void, number, number)(
+        address, raw.ctypes.data, 0, raw.nbytes
+    )
+    return np.lib.stride_tricks.as_strided(raw.view(kind), tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1])
 
 
 class Router:
     """One layer's router: the node with the ids that it chose, and what must lie where for it to hold."""
 
     def __init__(self, address: int) -> None:
-        self.ids, self.stopped = View(address), False
+        self.ids, self.stopped = Tensor.from_address(address), False
         self.layer = int(self.ids.name.rsplit(b"-", 1)[1])
-        self.marks = [(self.ids.tensor, self.ids.name)]
+        self.marks = [(self.ids, self.ids.name)]
 
 
 _watches: weakref.WeakValueDictionary[Any, Watch] = weakref.WeakValueDictionary()

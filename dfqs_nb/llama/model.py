@@ -174,28 +174,32 @@ class Model(contextlib.AbstractContextManager["Model"]):
     def _batches(self, tokens: Sequence[int], *, every_logit: bool = False) -> Iterator[int]:
         """One ``llama_decode`` after another, with logits for each token or the last; yields their sizes."""
         self.check_room(tokens)
-        llama, api = self._open(), self.api
+        self._open()
         for start in range(0, len(tokens), self.settings.n_batch):
             part = tokens[start : start + self.settings.n_batch]
             if self.paging is not None:
                 self.paging.before(part)
-            n, run = len(part), api.llama_decode
-            ids = (api.llama_token * n)(*part)  # the batch points into it
-            batch = api.llama_batch_get_one(ids, n)
+            n = len(part)
+            ids = (self.api.llama_token * n)(*part)  # the batch points into it
+            batch = self.api.llama_batch_get_one(ids, n)
             if every_logit:
                 batch.logits = (ctypes.c_int8 * n)(*[1] * n)
-            listened = bool(llama.context_params.cb_eval)
-            if listened and n == 1:  # a callback that need not take Python's lock costs half as much
-                run = ggml_function("llama_decode", run.restype, *run.argtypes)
-            with interrupts_held() if listened else contextlib.nullcontext():
-                status = run(llama.ctx, batch)
-            if status != 0:
-                log = "; ".join(LOG.tail(2))
-                what = f"llama_decode returned {status} after {self.n_past:,} tokens ({log})"
-                hint = "clear the context and try again; lower n_ubatch if memory is short"
-                raise DecodeError(what, where=self.path, hint=hint)
-            self.n_past += n
+            self.decode_batch(batch)
             yield n
+
+    def decode_batch(self, batch: Any) -> None:
+        """One ``llama_decode`` of a ``llama_batch``, or a `DecodeError`."""
+        run, listened = self.api.llama_decode, bool(self.llama.context_params.cb_eval)
+        if listened and batch.n_tokens == 1:  # a callback that need not take Python's lock costs half as much
+            run = ggml_function("llama_decode", run.restype, *run.argtypes)
+        with interrupts_held() if listened else contextlib.nullcontext():
+            status = run(self.llama.ctx, batch)
+        if status != 0:
+            log = "; ".join(LOG.tail(2))
+            what = f"llama_decode returned {status} after {self.n_past:,} tokens ({log})"
+            hint = "clear the context and try again; lower n_ubatch if memory is short"
+            raise DecodeError(what, where=self.path, hint=hint)
+        self.n_past += batch.n_tokens
 
     def save(self) -> SavedState:
         """Copy the context's state, so that several questions can follow one evaluated text."""

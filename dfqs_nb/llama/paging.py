@@ -23,7 +23,7 @@ from dfqs_nb.core.machine import advise_read, available_memory, window_bytes
 from dfqs_nb.gguf.header import padded
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
-from dfqs_nb.llama.graph import Router, Watch, ggml_function
+from dfqs_nb.llama.graph import Router, Watch, read
 from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 
 LINUX = sys.platform == "linux"
@@ -41,8 +41,6 @@ class Paging:
         self.pinned_bytes, self._parts = 0, list[str]()
         self._files, self._window, self._pins = list[int](), list[int](), list[np.ndarray]()
         self._watch: Watch | None = None
-        void, number = ctypes.c_void_p, ctypes.c_size_t
-        self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, number, number)
 
     @classmethod
     def of(cls, model: Files, settings: OpenSettings) -> Paging | None:
@@ -131,15 +129,9 @@ class Paging:
 
     def chosen(self, router: Router) -> None:
         """A router has chosen: read its experts."""
-        ids, n = router.ids, router.ids.shape[1]
-        if not self._files or not n or router.layer not in self.layout.experts:
-            return  # n is 0 in the last layer of a batch that asks for no logits
-        step = ids.row_bytes if n == 1 else ids.steps[1]
-        nbytes = (n - 1) * step + ids.row_bytes
-        raw = np.zeros(-(-n * step // 4), np.int32)
-        self._copy(ids.address, raw.ctypes.data, 0, nbytes)
-        rows = raw[: n * step // 4].reshape(n, -1)[:, : ids.shape[0]]
-        self._read(router.layer, np.unique(rows))
+        # in the last layer of a batch that asks for no logits there are no tokens
+        if self._files and router.ids.ne[1] and router.layer in self.layout.experts:
+            self._read(router.layer, np.unique(read(ctypes.addressof(router.ids), np.int32)))
 
     def _read(self, layer: int, experts: np.ndarray) -> None:
         """Read these experts in the order of use; most of a layer is left to the kernel."""

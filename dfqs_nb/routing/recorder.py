@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from dfqs_nb.llama.build import LOG, default_params, refusal, set_context
-from dfqs_nb.llama.graph import Router, View, Watch, ggml_function, interrupts_held
-from dfqs_nb.llama.model import DecodeError, Model, open_model
+from dfqs_nb.llama.graph import Router, Tensor, Watch, ggml_function, read
+from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.trace import RoutingError, Trace
 
@@ -31,11 +31,11 @@ class _Router(Router):
 
     def __init__(self, address: int) -> None:
         super().__init__(address)
-        source = View(self.ids.tensor.src[0])
+        source = Tensor.from_address(self.ids.src[0])
         self.hashed = not source.name.startswith(b"ffn_moe_argsort")
         # scored ids are a view of the sorted experts, with gaps: whole rows of these have none
-        self.reads = [self.ids] if self.hashed else [source, View(source.tensor.src[0])]
-        self.marks = [(view.tensor, view.name) for view in (self.ids, *self.reads)]
+        self.reads = [self.ids] if self.hashed else [source, Tensor.from_address(source.src[0])]
+        self.marks = [(tensor, tensor.name) for tensor in (self.ids, *self.reads)]
 
 
 @dataclass
@@ -145,24 +145,22 @@ class Recorder(Watch):
 
     def _begun(self, address: int) -> None:
         """The tokens of a graph: its first node looks up their embeddings."""
-        source = View(address).tensor.src[1]
-        if self._listening and source and (view := View(source)).name == b"inp_tokens":
-            tokens = np.zeros(view.shape[0], np.int32)
-            self._copy(view.address, tokens.ctypes.data, 0, tokens.nbytes)
-            self._inputs += tokens.tolist()
+        source = Tensor.from_address(address).src[1]
+        if self._listening and source and Tensor.from_address(source).name == b"inp_tokens":
+            self._inputs += read(source, np.int32).ravel().tolist()
 
     def _chosen(self, router: Router) -> None:
         super()._chosen(router)
         if not self._listening or not isinstance(router, _Router):
             return
-        k, n, width = router.ids.shape[0], router.ids.shape[1], router.reads[0].shape[0]
+        k, n, width = router.ids.ne[0], router.ids.ne[1], router.reads[0].ne[0]
         if self._k not in (0, k):
             raise RoutingError(f"layer {router.layer} chooses {k} experts, and others {self._k}")
         self._k, layer = k, self._layers.setdefault(router.layer, _Layer(router.hashed, width))
-        for view, copies in zip(router.reads, (layer.ids, layer.scores), strict=False):
-            size = n * view.row_bytes
+        for tensor, copies in zip(router.reads, (layer.ids, layer.scores), strict=False):
+            size = 4 * n * tensor.ne[0]
             copies.append(copy := ctypes.create_string_buffer(size))
-            self._copy(view.address, copy, 0, size)
+            self._copy(ctypes.addressof(tensor), copy, 0, size)
             self._raw_bytes += size
         layer.n_tokens += n
 
@@ -342,11 +340,7 @@ class Together:
             logits=(ctypes.c_int8 * n)(*[1] * n),
         )
         self.recorder.begin(n)
-        with interrupts_held():
-            status = api.llama_decode(model.llama.ctx, batch)
-        if status != 0:
-            what = f"llama_decode returned {status} on a batch of {len(set(slots))} sequences"
-            raise DecodeError(f"{what} ({'; '.join(LOG.tail(2))})", where=model.path, hint="lower n_ctx")
+        model.decode_batch(batch)
         seen = self.recorder.end()
         return np.ctypeslib.as_array(model.llama._ctx.get_logits(), shape=(n, model.n_vocab)), seen
 

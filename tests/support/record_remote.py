@@ -15,7 +15,6 @@ import llama_cpp.llama_cpp as api
 import numpy as np
 
 from dfqs_nb import routing
-from dfqs_nb.llama.graph import View
 from dfqs_nb.llama.settings import OpenSettings
 
 N_PREFILL, N_DECODE = 150, 50
@@ -47,8 +46,7 @@ def record(path: str, n_gpu_layers: int) -> tuple[dict, np.ndarray, int, int]:
         reads, copy = [], opened.recorder._copy
 
         def counted(tensor, *rest):
-            if View(tensor).name != b"inp_tokens":  # which are wherever they are looked up
-                reads.append(is_host(ctypes.c_void_p.from_address(tensor + BUFFER)))
+            reads.append(is_host(ctypes.c_void_p.from_address(tensor + BUFFER)))
             copy(tensor, *rest)
 
         opened.recorder._copy = counted

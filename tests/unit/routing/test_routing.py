@@ -199,7 +199,7 @@ def test_copies_of_scores_are_reduced_on_the_way():
 def test_layers_that_choose_unlike_others_are_an_error():
     recorder, router = Recorder(), object.__new__(_Router)
     recorder._listening, recorder._k = True, 2
-    router.layer, router.ids, router.reads = 5, SimpleNamespace(shape=(4, 1)), [SimpleNamespace(shape=(8, 1))]
+    router.layer, router.ids, router.reads = 5, SimpleNamespace(ne=(4, 1)), [SimpleNamespace(ne=(8, 1))]
     with pytest.raises(RoutingError, match="layer 5 chooses 4 experts, and others 2"):
         recorder._chosen(router)
 
