@@ -9,9 +9,9 @@ from dfqs_nb.routing.trace import Trace, differences, load_trace
 if TYPE_CHECKING:
     from dfqs_nb.routing import figures
     from dfqs_nb.routing.experiment import run_experiment
-    from dfqs_nb.routing.profile import experts_needed
+    from dfqs_nb.routing.verdict import experts_needed
 
 __all__ = ["RecordedModel", "Trace", "differences", "experts_needed", "figures", "load_trace"]
 __all__ += ["open_recorded", "run_experiment"]
 
-__getattr__ = lazy(__name__, experts_needed="profile", figures="figures", run_experiment="experiment")
+__getattr__ = lazy(__name__, experts_needed="verdict", figures="figures", run_experiment="experiment")

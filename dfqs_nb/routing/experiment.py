@@ -28,7 +28,6 @@ from dfqs_nb.gguf.shards import Files, open_shards
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.routing import verdict
 from dfqs_nb.routing.plan import IDENTICAL, LEFT_OUT, Condition, conditions, fit, read_texts
-from dfqs_nb.routing.profile import experts_needed
 from dfqs_nb.routing.trace import RoutingError, Trace, differences, load_trace
 
 FORMAT = 7  # of a kept trace; a new number makes old ones be recorded again
@@ -120,7 +119,7 @@ class Experiment:
         tables = {"conditions": self.rows, "loads": self.load_table, "flips": self.flips()}
         tables["layers"] = self.agreement().rename_axis("condition").reset_index()
         if self.profile:
-            tables["coverage"] = experts_needed(self.profile).reset_index()
+            tables["coverage"] = verdict.experts_needed(self.profile).reset_index()
         for name, table in tables.items():
             if len(table.columns):
                 written.append(write_table(folder / f"routing_{name}.csv", table, index=False))

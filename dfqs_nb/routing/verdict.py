@@ -1,4 +1,4 @@
-"""Say what compared runs mean: verdicts, sensitivities, advice, the card's statements.
+"""Say what compared runs mean: verdicts, sensitivities, advice, the card's statements; count busy experts.
 
 DFQS 1.0: "routing remains deterministic under standard inference loads". Two things are judged: the same run
 again, in the same process and in a fresh one (`judge`), and the same text beside others in one batch
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dfqs_nb.core.display import counted
@@ -22,6 +23,7 @@ from dfqs_nb.stats import at_most, mean_interval
 
 ABOUT = ("condition", "kind", "against", "status", "load", "n_others", "text", "domain")
 STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "routing stable"
+SHARES = (0.5, 0.8, 0.9, 0.95)  # of choices, of which experts are counted
 CONFIRMED, CONTRADICTED, NOT_TESTABLE = "confirmed", "contradicted", "not testable here"
 REPEATED = (
     "{n_differ:,} of {n_choices:,} choices differed under identical conditions, in {n_runs_differ} of "
@@ -249,3 +251,33 @@ def claims(again: Verdict, ranked: pd.DataFrame) -> pd.DataFrame:
     exact = (CONFIRMED if same else CONTRADICTED) if known else NOT_TESTABLE, seen
     rows = [("routing stable", *stable), ("deterministic execution", *exact)]
     return pd.DataFrame(rows, columns=["claim", "status", "evidence"])
+
+
+# ---- what the routers prefer ----
+
+
+def reads_by_domain(trace: Trace) -> dict[str, np.ndarray]:
+    """A layer's choices as shares ``(L, experts)``, by domain: means over its texts.
+
+    Of a trace of several texts, whose domains and lengths are in its conditions.
+    """
+    lengths, (_, n_layers, k) = trace.conditions["lengths"], trace.experts.shape
+    shape = len(lengths), n_layers, trace.n_experts
+    row = np.repeat(np.arange(len(lengths)), lengths)[:, None] * n_layers + np.arange(n_layers)
+    places = (row[:, :, None] * trace.n_experts + trace.experts).ravel()
+    counts = np.bincount(places, minlength=math.prod(shape)).reshape(shape)
+    shares = counts / (k * np.maximum(lengths, 1)[:, None, None])
+    domains = np.array(trace.conditions["domains"])
+    return {name: shares[domains == name].mean(axis=0) for name in dict.fromkeys(domains.tolist())}
+
+
+def experts_needed(trace: Trace) -> pd.DataFrame:
+    """How many of a layer's experts, the busiest first, get a share of its choices (mean over layers).
+
+    A row a domain, and one of ``all`` domains alike; a column a share.
+    """
+    reads = reads_by_domain(trace)
+    shares = {"all": np.mean(list(reads.values()), axis=0), **reads}
+    curves = {name: np.sort(it)[:, ::-1].cumsum(axis=1).mean(axis=0) for name, it in shares.items()}
+    needed = {f"{p:.0%}": {name: int((it < p).sum()) + 1 for name, it in curves.items()} for p in SHARES}
+    return pd.DataFrame(needed).rename_axis("domain")

@@ -7,8 +7,8 @@ import re
 import numpy as np
 
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.routing.profile import experts_needed, reads_by_domain
 from dfqs_nb.routing.trace import Trace
+from dfqs_nb.routing.verdict import experts_needed, reads_by_domain
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 EXPERTS, N = 8, 60
