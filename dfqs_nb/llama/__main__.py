@@ -58,13 +58,13 @@ def plan(job: dict[str, Any]) -> dict[str, Any]:
     return {"plans": [dry_run(job["path"], OpenSettings(**settings)) for settings in job["settings"]]}
 
 
-def trial(job: dict[str, Any]) -> dict[str, Any]:
-    """Load with a small context; evaluate a short prompt and one more token. How fast was the file read?"""
+def trial(job: dict[str, Any]) -> None:
+    """Load with a small context, tell how fast, and evaluate a short prompt and one more token."""
     child.tell(stage="while loading it")
     settings = OpenSettings(**job["settings"])
     small = replace(settings, n_ctx=min(settings.n_ctx, SMALL_CTX), n_threads=1, n_threads_batch=1)
     llama = build_llama(job["path"], small, verbose=True)
-    child.tell(stage="at the first decode")
+    child.tell(stage="at the first decode", loading_speed=llama.loading_speed)
     n_vocab = llama.n_vocab()
     tokens = [token % n_vocab for token in range(1, PREFILL_TOKENS + 1)]
     for part in (tokens, tokens[:1]):
@@ -74,7 +74,6 @@ def trial(job: dict[str, Any]) -> dict[str, Any]:
             what = "the first decode gives logits that are not numbers"
             hint = "the weights are damaged: verify the file's hash, or get it again"
             raise ModelError(what, where=job["path"], hint=hint)
-    return {"loading_speed": llama.loading_speed}
 
 
 def render(job: dict[str, Any]) -> dict[str, str]:

@@ -176,7 +176,7 @@ def set_context(params: Any, settings: OpenSettings) -> Any:
 def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) -> Any:
     """A ``llama_cpp.Llama`` of this model with exactly these settings, and its ``paging`` help, or None.
 
-    Its ``loading_speed``: bytes a second that the load read from the disk; NaN if it read less than 1 GiB.
+    ``load_seconds``; ``loading_speed``: bytes a second that it read from the disk, NaN for less than 1 GiB.
     `ModelError`: llama.cpp refuses the file. It may also abort; ``verbose``: standard error gets the reason.
     """
     import llama_cpp
@@ -202,8 +202,8 @@ def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) 
         llama._stack.callback(paging.close)
         sizes = buffers(LOG.tail())[HERE]
         paging.start(sizes["KV cache"] + sizes["compute buffers"])
-    read, seconds = read_bytes() - before, time.perf_counter() - began
-    llama.loading_speed = read / seconds if read >= TELLING_BYTES else math.nan
+    llama.load_seconds, read = time.perf_counter() - began, read_bytes() - before
+    llama.loading_speed = read / llama.load_seconds if read >= TELLING_BYTES else math.nan
     return llama
 
 

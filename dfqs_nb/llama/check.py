@@ -129,25 +129,19 @@ def needs_of(header: GGUFHeader, settings: OpenSettings, plan: Plan | None = Non
 def trial(shards: ShardSet, settings: OpenSettings) -> tuple[str, float]:
     """Plan, load and decode a model in a child: 9 tokens, in a context of 256.
 
-    Returns the warning of `check_fits`, and `build.loading_speed` (NaN where an earlier trial is remembered).
+    Returns the warning of `check_fits`, and `build_llama`'s ``loading_speed`` (NaN: an earlier trial is kept).
     `SpaceError`: memory is short. `ModelError`: llama.cpp refuses the file, dies on it, or computes NaN.
     """
-    speed = math.nan
-
-    def load() -> dict[str, Any]:
-        nonlocal speed
-        speed = worker.run(job, where=path, timeout_seconds=limit)["loading_speed"]
-        return {}
-
     paths, path, fields = shards.paths, shards.paths[0], settings.as_dict()
     loads = {name: value for name, value in fields.items() if name not in OF_CONTEXT}
     job = {"question": "trial", "path": str(path), "settings": fields}
-    limit = TRIAL_SECONDS + shards.nbytes * TRIAL_SECONDS_PER_BYTE
+    limit, told = TRIAL_SECONDS + shards.nbytes * TRIAL_SECONDS_PER_BYTE, dict[str, Any]()
+    options: dict[str, Any] = {"where": path, "timeout_seconds": limit, "on_message": told.update}
     with child.Worker(MODULE) as worker:
         plan = _kept("plan", paths, fields, lambda: plan_memory(path, [settings], worker)[0])
         slow = check_fits(needs_of(shards.as_one, settings, plan), where=path)
-        _kept("trial", paths, loads, load)
-    return slow, speed
+        _kept("trial", paths, loads, lambda: worker.run(job, **options))
+    return slow, told.get("loading_speed", math.nan)
 
 
 def _kept(kind: str, paths: Sequence[Path], facts: dict[str, Any], make: Callable[[], Any]) -> dict[str, Any]:

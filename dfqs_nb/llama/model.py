@@ -7,7 +7,6 @@ import ctypes
 import math
 import re
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -249,21 +248,18 @@ def open_model(model: Files, settings: OpenSettings | None = None, *, trial: boo
     if trial:
         with heartbeat(f"trying {first.name}", shards.nbytes):
             slow, speed = check.trial(shards, settings)
-    started = time.perf_counter()
     with heartbeat(f"loading {first.name}", shards.nbytes):
         llama = build_llama(shards, settings)
-    seconds, log = time.perf_counter() - started, LOG.tail()
-    speed = (
-        speed if math.isnan(llama.loading_speed) else llama.loading_speed
-    )  # the trial left it in the cache
-    opened = Model(llama, shards, settings, buffers(log), seconds, speed, loaded_facts(log), llama.paging)
+    if not math.isnan(llama.loading_speed):  # mostly it is: the trial leaves the file in the cache
+        speed = llama.loading_speed
+    log, help_ = LOG.tail(), llama.paging.sentence if llama.paging else ""
+    loaded = loaded_facts(log) | {"paging": help_ or "no help needed, wanted or possible here"}
+    opened = Model(llama, shards, settings, buffers(log), llama.load_seconds, speed, loaded, llama.paging)
     lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(level=WARNING)]
     texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
     if not opened.has_template:
         texts.append(f"it has no chat template, as base models: a prompt is asked as {PLAIN_CHAT!r}")
     opened.warnings = tuple(dict.fromkeys(texts))
-    help_ = llama.paging.sentence if llama.paging else ""
-    opened.loaded["paging"] = help_ or "no help needed, wanted or possible here"
     own = [f"{first.name}: {text}" for text in opened.warnings]
     for text in filter(None, (". ".join(filter(None, (slow, help_))), *own)):
         warnings.warn(text, RuntimeWarning, stacklevel=2)

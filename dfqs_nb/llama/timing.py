@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from dfqs_nb.core.display import duration, quoted, size, tqdm
+from dfqs_nb.core.display import duration, per_cent, quoted, size, tqdm
 from dfqs_nb.core.machine import Disk, available_memory, disk_bandwidth, read_bytes, watched_load
 from dfqs_nb.core.stage import fit
 from dfqs_nb.gguf.header import GGUFHeader
@@ -163,9 +163,7 @@ class Forecast:
     rows: dict[str, str]  # all of it, for people
 
 
-def forecast(
-    headers: Sequence[GGUFHeader], memory_bytes: int, disk: Disk | None = None, loading_speed: float = nan
-) -> Forecast:
+def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, loading_speed: float = nan) -> Forecast:
     """What a token will read, from the headers of all shards, with so much memory for weights.
 
     Without help the kernel reads a window before and behind each missing page. llama.cpp doubles the device's
@@ -176,12 +174,11 @@ def forecast(
     parts = [part for layer in layout.experts.values() for part in layer]
     total, token = sum(part.slice_bytes * part.n for part in parts), layout.token_bytes
     piece = sum(part.slice_bytes for part in parts) // len(parts) if parts else 1 << 20
-    disk = disk or Disk.under(headers[0].path)
-    room, ahead = memory_bytes - layout.dense_bytes, disk.read_ahead_bytes
+    room, disk = memory_bytes - layout.dense_bytes, Disk.under(headers[0].path)
     cached = min(1.0, max(0.0, room / total)) if total else 1.0
     again = min(max(0, -room), layout.dense_bytes)
     missing = round(token * (1 - cached))
-    windows = min(total, missing * (1 + 2 * (ahead or 0) / piece))  # of no more than there is
+    windows = min(total, missing * (1 + 2 * (disk.read_ahead_bytes or 0) / piece))  # of no more than there is
     reads = {"with help": missing + again, "without help": round(max(missing, windows)) + again}
     helped, how = missing + again, NOT_MEASURED
     speed: float | None = None
@@ -191,11 +188,11 @@ def forecast(
         speed, how = loading_speed, f"{size(loading_speed)}/s while this model was loaded"
     elif speed := disk_bandwidth(headers[0].path, piece):
         how = f"{size(speed)}/s in pieces of {size(piece)}, at {time.strftime('%H:%M')}"
-    known = "not known" if ahead is None else size(ahead)
+    ahead = "not known" if disk.read_ahead_bytes is None else size(disk.read_ahead_bytes)
     rows = {
         "a token uses": f"{size(layout.dense_bytes)} of dense weights, {size(token)} of experts",
-        "experts that stay in memory": f"{cached:.0%}",
-        "the disk": f"{disk.device or 'no block device'}, read-ahead {known}",
+        "experts that stay in memory": per_cent(cached, 0),
+        "the disk": f"{disk.device or 'no block device'}, read-ahead {ahead}",
         "its speed": how,
     }
     for way, n in reads.items():
@@ -210,7 +207,7 @@ def diagnose(model: Model, n_tokens: int = 4) -> tuple[str, dict[str, str]]:
     on_cards = sum(sizes["weights"] for place, sizes in model.buffers.items() if place != HERE)
     compute = model.buffers[HERE]["compute buffers"]
     free = available_memory().available_bytes + pinned + on_cards - compute
-    expected = forecast(model.shards.headers, free, loading_speed=model.loading_speed)
+    expected = forecast(model.shards.headers, free, model.loading_speed)
     batches = [[token] for token in random_tokens(model, n_tokens + 2)]
     model.clear()
     seconds_of(model, batches[:2])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from dfqs_nb.core.display import per_cent
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int) -> Axes:
     for row, column in zip(*differ.nonzero(), strict=True):
         share = differ[row, column]
         colour = "white" if share > 0.6 * most and most > 0.1 else INK
-        ax.text(column, row, f"{share:.1%}", ha="center", va="center", fontsize=7, color=colour)
+        ax.text(column, row, per_cent(share), ha="center", va="center", fontsize=7, color=colour)
     ax.set_yticks(range(len(agreement)), agreement.index, fontsize=8)
     ax.set_xticks(range(agreement.shape[1]), [str(layer) for layer in agreement.columns])
     ax.set_xlabel(f"layer (tiles: share of n = {n_tokens:,} expert sets that differ)")

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dfqs_nb.core.display import counted
+from dfqs_nb.core.display import counted, per_cent
 from dfqs_nb.routing.plan import IDENTICAL, Condition, Text
 from dfqs_nb.routing.trace import COMPARED, Trace, compare
 from dfqs_nb.stats import at_most, mean_interval
@@ -25,21 +26,6 @@ ABOUT = ("condition", "kind", "against", "status", "load", "n_others", "text", "
 STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "routing stable"
 SHARES = (0.5, 0.8, 0.9, 0.95)  # of choices, of which experts are counted
 CONFIRMED, CONTRADICTED, NOT_TESTABLE = "confirmed", "contradicted", "not testable here"
-REPEATED = (
-    "{n_differ:,} of {n_choices:,} choices differed under identical conditions, in {n_runs_differ} of "
-    "{n_runs} repeated runs (texts of {n_tokens:,} tokens in all, {n_layers} layers). 95 % upper bound: "
-    "{runs_upper_bound:.1%} of repeated runs."
-)
-REPEATED_DENSE = (
-    "dense model, nothing to route; the logits of {logits_equal:.2%} of {n_tokens:,} tokens were equal bit "
-    "for bit over {n_runs} repeated runs. 95 % upper bound: {runs_upper_bound:.1%} of repeated runs."
-)
-UNDER_LOAD = (
-    "with {texts} of {domains} beside {company} in one batch, {n_differ:,} of "
-    "{n_choices:,} choices differ from those alone{rate}. Logits move by up to {logit_drift:.2g}, and "
-    "{n_moved} of {n_answers} greedy answers change. 95 % upper bounds: {runs_bound:.1%} of batches "
-    "({n_runs_differ} of {n_runs} differ), {texts_bound:.0%} of texts ({n_texts_differ} of {n_texts})."
-)
 
 
 @dataclass(frozen=True)
@@ -113,9 +99,16 @@ def judge(rows: pd.DataFrame) -> Verdict:
     }
     if not len(done) and not failed:
         return Verdict(False, "Not judged: no repetition fits into the budget.", facts)
-    text = (REPEATED if facts["routed"] else REPEATED_DENSE).format(**facts)
+    bound = f"95 % upper bound: {per_cent(facts['runs_upper_bound'])} of repeated runs."
     if failed:
         text = f"{len(failed)} of the repetitions did not run ({failed[0]})."
+    elif facts["routed"]:
+        text = f"{n_differ:,} of {facts['n_choices']:,} choices differed under identical conditions, in "
+        text += f"{changed} of {len(done)} repeated runs (texts of {facts['n_tokens']:,} tokens in all, "
+        text += f"{facts['n_layers']} layers). {bound}"
+    else:
+        text = f"dense model, nothing to route; the logits of {per_cent(facts['logits_equal'], 2)} of "
+        text += f"{facts['n_tokens']:,} tokens were equal bit for bit over {len(done)} repeated runs. {bound}"
     return Verdict(facts["passed"], f"{'PASS' if facts['passed'] else 'FAIL'}: {text}", facts)
 
 
@@ -125,12 +118,13 @@ def judge(rows: pd.DataFrame) -> Verdict:
 def load_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a load, in the order run, from the rows of `compared`; columns as `_counts`, and ``load``."""
     done = rows[(rows["kind"] == "load") & (rows["status"] == "done")]
-    return pd.DataFrame({"load": load, **_counts(group)} for load, group in done.groupby("load", sort=False))
+    groups = done.groupby(["load", "n_others"], sort=False)
+    return pd.DataFrame({"load": load, "n_others": n, **_counts(group)} for (load, n), group in groups)
 
 
 def _counts(rows: pd.DataFrame) -> dict[str, Any]:
     """How many runs, texts and choices there are, and differ; shares of equal logits and greedy answers."""
-    differ, counts = rows[rows["n_differ"] > 0], {"n_others": rows["n_others"].iloc[0]}
+    differ, counts = rows[rows["n_differ"] > 0], dict[str, Any]()
     for what, column in (("runs", "condition"), ("texts", "text")):
         counts |= {f"n_{what}": rows[column].nunique(), f"n_{what}_differ": differ[column].nunique()}
     return counts | {
@@ -151,11 +145,9 @@ def judge_loads(rows: pd.DataFrame, again: Verdict) -> Verdict:
     failed, beside = failures(rows), rows[(rows["status"] == "done") & (rows["n_others"] > 0)]
     if not beside["n_choices"].sum():
         why = failed[0] if failed else "no routed experts" if len(beside) else "no load ran"
-        text, drift = f"Routing under load was not judged: {why}.", float(beside["logit_drift"].max())
-        answers = beside["same_output"].dropna()
-        if drift == drift and len(answers):
-            text += f" Beside others in one batch, logits move by up to {drift:.2g}, and "
-            text += f"{int(answers.eq(False).sum())} of {len(answers)} greedy answers change."
+        text = f"Routing under load was not judged: {why}."
+        if beside["logit_drift"].notna().any():
+            text += f" {_moved(beside, 'Beside others in one batch, logits')}"
         return Verdict(None, text, {"failed": failed})
     smallest = beside[beside["n_differ"] > 0].sort_values("n_others", kind="stable")
     changed = smallest["load"].unique().tolist()
@@ -178,24 +170,29 @@ def judge_loads(rows: pd.DataFrame, again: Verdict) -> Verdict:
 
 def _under_load(beside: pd.DataFrame) -> str:
     """What happened beside others, with bounds on the independent units."""
-    counts, rate = _counts(beside), ""
+    it, rate = SimpleNamespace(**_counts(beside)), ""
     *smaller, largest = map(str, sorted(beside["n_others"].unique()))
-    if counts["n_differ"]:
+    company = f"{', '.join(smaller)} or {largest} others" if smaller else counted(int(largest), "others")
+    if it.n_differ:
         of_texts = beside.groupby("text")[["n_differ", "n_choices"]].sum().to_numpy(float)
         low, high = mean_interval(of_texts[:, 0] / of_texts[:, 1])
-        rate = f" ({counts['n_differ'] / counts['n_choices']:.2%}"
-        rate += f", 95 % interval over texts {low:.2%} to {high:.2%})" if low == low else ")"
-    return UNDER_LOAD.format(
-        **counts,
-        texts=counted(counts["n_texts"], "texts"),
-        domains=counted(beside["domain"].nunique(), "domains"),
-        company=f"{', '.join(smaller)} or {largest} others" if smaller else counted(int(largest), "others"),
-        rate=rate,
-        n_moved=int(beside["same_output"].eq(False).sum()),
-        n_answers=len(beside),
-        runs_bound=at_most(counts["n_runs_differ"], counts["n_runs"]),
-        texts_bound=at_most(counts["n_texts_differ"], counts["n_texts"]),
+        between = f", 95 % interval over texts {per_cent(low, 2)} to {per_cent(high, 2)}" * (low == low)
+        rate = f" ({per_cent(it.n_differ / it.n_choices, 2)}{between})"
+    batches = per_cent(at_most(it.n_runs_differ, it.n_runs))
+    texts = per_cent(at_most(it.n_texts_differ, it.n_texts), 0)
+    return (
+        f"with {counted(it.n_texts, 'texts')} of {counted(beside['domain'].nunique(), 'domains')} beside "
+        f"{company} in one batch, {it.n_differ:,} of {it.n_choices:,} choices differ from those alone{rate}. "
+        f"{_moved(beside)} 95 % upper bounds: {batches} of batches ({it.n_runs_differ} of {it.n_runs} "
+        f"differ), {texts} of texts ({it.n_texts_differ} of {it.n_texts})."
     )
+
+
+def _moved(beside: pd.DataFrame, logits: str = "Logits") -> str:
+    """How far logits moved, and how many answers."""
+    answers, drift = beside["same_output"].dropna(), beside["logit_drift"].max()
+    n = int(answers.eq(False).sum())
+    return f"{logits} move by up to {drift:.2g}, and {n} of {len(answers)} greedy answers change."
 
 
 # ---- another setting ----
@@ -239,15 +236,17 @@ def claims(again: Verdict, ranked: pd.DataFrame) -> pd.DataFrame:
     stable = NOT_TESTABLE, "no routed experts, or no change of settings was tried"
     if len(runtime):
         worst, least = runtime.iloc[0], 1 - float(runtime["rate"].iloc[0])
-        seen = f"at least {least:.2%} of expert sets stay the same under each of {len(runtime)} changes of "
-        seen += f"settings (least: {worst['condition']}; asked for {STABLE_SHARE:.0%})"
+        seen = f"at least {per_cent(least, 2)} of expert sets stay the same under each of {len(runtime)} "
+        seen += f"changes of settings (least: {worst['condition']}; asked for {per_cent(STABLE_SHARE, 0)})"
         stable = CONFIRMED if least >= STABLE_SHARE else CONTRADICTED, seen
     same = again.passed and it["logits_equal"] == 1.0 and it["same_output"]
     # one run that differs is enough to know; that all are equal is known only of all
     known, seen = it["n_runs_differ"] or (it["n_runs"] and not it["failed_runs"]), again.text
     if it["n_runs"]:
         answers = "equal" if it["same_output"] else "different"
-        seen += f" {it['logits_equal']:.2%} of tokens have equal logits; greedy answers are {answers}."
+        seen += (
+            f" {per_cent(it['logits_equal'], 2)} of tokens have equal logits; greedy answers are {answers}."
+        )
     exact = (CONFIRMED if same else CONTRADICTED) if known else NOT_TESTABLE, seen
     rows = [("routing stable", *stable), ("deterministic execution", *exact)]
     return pd.DataFrame(rows, columns=["claim", "status", "evidence"])
@@ -261,14 +260,11 @@ def reads_by_domain(trace: Trace) -> dict[str, np.ndarray]:
 
     Of a trace of several texts, whose domains and lengths are in its conditions.
     """
-    lengths, (_, n_layers, k) = trace.conditions["lengths"], trace.experts.shape
-    shape = len(lengths), n_layers, trace.n_experts
-    row = np.repeat(np.arange(len(lengths)), lengths)[:, None] * n_layers + np.arange(n_layers)
-    places = (row[:, :, None] * trace.n_experts + trace.experts).ravel()
-    counts = np.bincount(places, minlength=math.prod(shape)).reshape(shape)
-    shares = counts / (k * np.maximum(lengths, 1)[:, None, None])
-    domains = np.array(trace.conditions["domains"])
-    return {name: shares[domains == name].mean(axis=0) for name in dict.fromkeys(domains.tolist())}
+    shares, ends = dict[str, list[np.ndarray]](), np.cumsum(trace.conditions["lengths"])
+    for domain, text in zip(trace.conditions["domains"], np.split(trace.experts, ends[:-1]), strict=True):
+        counts = [np.bincount(layer.ravel(), minlength=trace.n_experts) for layer in text.swapaxes(0, 1)]
+        shares.setdefault(domain, []).append(np.array(counts) / text[:, 0].size)
+    return {domain: np.mean(of_texts, axis=0) for domain, of_texts in shares.items()}
 
 
 def experts_needed(trace: Trace) -> pd.DataFrame:
@@ -279,5 +275,5 @@ def experts_needed(trace: Trace) -> pd.DataFrame:
     reads = reads_by_domain(trace)
     shares = {"all": np.mean(list(reads.values()), axis=0), **reads}
     curves = {name: np.sort(it)[:, ::-1].cumsum(axis=1).mean(axis=0) for name, it in shares.items()}
-    needed = {f"{p:.0%}": {name: int((it < p).sum()) + 1 for name, it in curves.items()} for p in SHARES}
+    needed = {per_cent(p, 0): {name: int((it < p).sum()) + 1 for name, it in curves.items()} for p in SHARES}
     return pd.DataFrame(needed).rename_axis("domain")

@@ -274,20 +274,22 @@ def test_a_group_of_this_process_limits_its_memory(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 2.0])
-def test_the_forecast_agrees_with_the_placement(moe, share):
+def test_the_forecast_agrees_with_the_placement(moe, share, monkeypatch):
+    monkeypatch.setattr(Disk, "under", lambda _path: Disk("vda", 0))
     headers, model = open_shards(moe).headers, placement.Model(open_shards(moe).as_one)
     memory = round(share * sum(model.experts)) + sum(model.dense[:-1])
     placed = placement.place(model, 256, memory + model.dense[-1] + sum(model.caches(256)))
-    expected = forecast(headers, memory, Disk("vda", 0), 1e9)
+    expected = forecast(headers, memory, 1e9)
     reads = [expected.rows[f"a token reads, {how}"] for how in ("with help", "without help")]
     assert expected.helped == pytest.approx(placed.disk_token_bytes, abs=1) and len(set(reads)) == 1
     assert reads[0] == (f"{size(expected.helped)}, 0.00 s at that speed" if share < 1 else "0 B")
     seen = "1.0 GB/s while this model was loaded" if share < 1 else "not measured: no token reads from it"
     assert expected.rows["its speed"] == seen
-    assert expected.rows["experts that stay in memory"] == f"{min(1, share):.0%}"
+    assert expected.rows["experts that stay in memory"] == f"{100 * min(1, share):.0f} %"
     parts = [part for layer in Layout.of(headers).experts.values() for part in layer]
     piece = sum(part.slice_bytes for part in parts) // len(parts)
-    larger = forecast(headers, memory, Disk("vda", piece))
+    monkeypatch.setattr(Disk, "under", lambda _path: Disk("vda", piece))
+    larger = forecast(headers, memory, 1e9)
     assert larger.helped == expected.helped
     without = size(min(3 * expected.helped, sum(model.experts)))
     assert larger.rows["a token reads, without help"].split(",")[0] == without, (
@@ -313,10 +315,11 @@ def test_every_tensor_of_experts_has_its_place_biases_too(arch, tmp_path):
     assert sum(place.slice_bytes * place.n for place in places) == sum(placement.Model(shards.as_one).experts)
 
 
-def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe):
+def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe, monkeypatch):
+    monkeypatch.setattr(Disk, "under", lambda _path: Disk("", None))
     layout = Layout.of(open_shards(moe).headers)
-    expected = forecast(open_shards(moe).headers, layout.dense_bytes - 1000, Disk("", None))
-    assert expected.rows["experts that stay in memory"] == "0%"
+    expected = forecast(open_shards(moe).headers, layout.dense_bytes - 1000)
+    assert expected.rows["experts that stay in memory"] == "0 %"
     assert expected.helped == layout.token_bytes + 1000
     assert expected.rows["the disk"] == "no block device, read-ahead not known"
 

@@ -132,7 +132,7 @@ def test_both_bounds_are_stated_and_repetitions_are_no_new_choices():
     assert verdict.facts["upper_bound"] == pytest.approx(1 - 0.05 ** (1 / 6))
     assert verdict.facts["runs_upper_bound"] == pytest.approx(1 - 0.05**0.5)
     assert "in 0 of 2 repeated runs" in verdict.text
-    assert "95 % upper bound: 77.6% of repeated runs" in verdict.text
+    assert "95 % upper bound: 77.6 % of repeated runs" in verdict.text
 
 
 def test_the_verdict_fails_on_one_flip_under_identical_conditions():
@@ -174,7 +174,7 @@ def test_statements_are_confirmed_or_contradicted_by_counts():
     table = claims(again, ranked).set_index("claim")
     assert table["status"].tolist() == ["contradicted", "confirmed"]
     assert (
-        table["evidence"].iloc[0].startswith("at least 83.33% of expert sets stay the same under each of 1")
+        table["evidence"].iloc[0].startswith("at least 83.33 % of expert sets stay the same under each of 1")
     )
     nothing = claims(
         judge(table_of(("again", "identical", "x", A, A)).assign(status="left out")), ranked

@@ -296,7 +296,8 @@ def test_nothing_changed_bounds_batches_and_texts():
     assert verdict.passed
     bounds = 1 - 0.05 ** (1 / 4), 1 - 0.05 ** (1 / 16)
     assert (
-        f"{bounds[0]:.1%} of batches (0 of 4" in verdict.text and f"{bounds[1]:.0%} of texts" in verdict.text
+        f"{100 * bounds[0]:.1f} % of batches (0 of 4" in verdict.text
+        and f"{100 * bounds[1]:.0f} % of texts" in verdict.text
     )
     assert verdict.text.startswith("Deterministic under load: with 16 texts of 4 domains beside 7 others")
     assert judge_loads(rows_of({"a": 0}), again(False, 1)).text.startswith(
@@ -318,7 +319,7 @@ def test_a_changed_choice_names_its_loads_with_an_interval_over_texts():
     verdict = judge_loads(rows_of({"a": 0, "b": 3}), again())
     assert verdict.passed is False and verdict.text.startswith("Deterministic alone only")
     low, high = re.search(
-        r"3 of 3,200 choices .*0.09%, .* texts ([\d.]+)% to ([\d.]+)%", verdict.text
+        r"3 of 3,200 choices .*0.09 %, .* texts ([\d.]+) % to ([\d.]+) %", verdict.text
     ).groups()
     assert 0 <= float(low) < 0.09 < float(high) and "changes a choice: b." in verdict.text
 
