@@ -129,7 +129,7 @@ def needs_of(header: GGUFHeader, settings: OpenSettings, plan: Plan | None = Non
 def trial(shards: ShardSet, settings: OpenSettings) -> tuple[str, float]:
     """Plan, load and decode a model in a child: 9 tokens, in a context of 256.
 
-    Returns the warning of `check_fits`, and `build_llama`'s ``loading_speed`` (NaN: an earlier trial is kept).
+    Returns the warning of `check_fits`, and `build_llama`'s ``loading_speed`` (NaN: a kept trial).
     `SpaceError`: memory is short. `ModelError`: llama.cpp refuses the file, dies on it, or computes NaN.
     """
     paths, path, fields = shards.paths, shards.paths[0], settings.as_dict()
