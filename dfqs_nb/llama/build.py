@@ -18,8 +18,7 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import read_bytes
 from dfqs_nb.gguf.shards import Files, ShardSet
 from dfqs_nb.llama.check import REFUSES, reason_of
-from dfqs_nb.llama.graph import ggml_function
-from dfqs_nb.llama.paging import Paging
+from dfqs_nb.llama.graph import Paging, ggml_function
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 
 DEBUG, WARNING, ERROR, CONTINUES = 1, 3, 4, 5  # ggml_log_level of ggml.h

@@ -25,8 +25,7 @@ from dfqs_nb.gguf.memory import check_fits
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama import check
 from dfqs_nb.llama.build import LOG, WARNING, buffers, build_llama, loaded_facts
-from dfqs_nb.llama.graph import ggml_function, interrupts_held
-from dfqs_nb.llama.paging import Paging
+from dfqs_nb.llama.graph import Paging, ggml_function, interrupts_held
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 
 Floats = NDArray[np.float32]

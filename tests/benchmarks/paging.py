@@ -40,7 +40,7 @@ import specimen
 from dfqs_nb.core.machine import available_memory, block_folder, disk_bandwidth
 from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.llama import paging
+from dfqs_nb.llama import graph
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 
@@ -136,11 +136,11 @@ def skewed(path: Path, strength: float = 0.35) -> None:
 def leave_out(parts: list[str]) -> None:
     """Switch parts of the help off, and the alternative on that was tried."""
     if "lock" not in parts:
-        paging.may_lock = lambda: 0
+        graph.may_lock = lambda: 0
     if "hash" not in parts:
-        paging.Paging.before = lambda self, tokens: None  # type: ignore[method-assign]
+        graph.Paging.before = lambda self, tokens: None  # type: ignore[method-assign]
     if "read" not in parts:
-        paging.Paging.callback = lambda self, current: {}  # type: ignore[method-assign]
+        graph.Paging.callback = lambda self, current: {}  # type: ignore[method-assign]
     if "copy" in parts:
         from concurrent.futures import ThreadPoolExecutor
 
@@ -149,7 +149,7 @@ def leave_out(parts: list[str]) -> None:
         def read(self: Any, runs: Any, layer: int | None = None) -> None:
             list(pool.map(lambda run: os.pread(self._files[run[0]], run[2] - run[1], run[1]), runs))
 
-        paging.Paging._read = read  # type: ignore[method-assign]
+        graph.Paging._read = read  # type: ignore[method-assign]
 
 
 def timed(job: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def no_windows(help_: paging.Paging) -> None:
+def no_windows(help_: graph.Paging) -> None:
     """``MADV_RANDOM`` where llama.cpp has mapped routed experts: each missing page is read alone."""
     parts = [part for layer in help_.layout.experts.values() for part in layer]
     for file, handle in enumerate(help_._files):

@@ -30,9 +30,9 @@ from dfqs_nb.gguf.broken import glue
 from dfqs_nb.gguf.header import headers_inside, read_header
 from dfqs_nb.gguf.placement import Layout
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama import build, check, paging, timing
+from dfqs_nb.llama import build, check, graph, timing
+from dfqs_nb.llama.graph import Paging
 from dfqs_nb.llama.model import DecodeError, open_model
-from dfqs_nb.llama.paging import Paging
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.llama.timing import Forecast, bound, diagnose, forecast
 from dfqs_nb.routing.recorder import open_recorded, record
@@ -40,7 +40,7 @@ from dfqs_nb.routing.recorder import open_recorded, record
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, 40).tolist()
 pytestmark = pytest.mark.filterwarnings("ignore:.*no chat template", "ignore:paging help")
-linux_only = pytest.mark.skipif(not paging.LINUX, reason="the help is for Linux")
+linux_only = pytest.mark.skipif(not graph.LINUX, reason="the help is for Linux")
 
 
 def settings(mode: str, **fields: int) -> OpenSettings:
@@ -62,7 +62,7 @@ def flash(tmp_path_factory) -> Path:
 def logits(path: Path, how: OpenSettings, prompt: int = 24) -> np.ndarray:
     """The logits after a prompt, and after each token that follows it."""
     with open_model(path, how, trial=False) as model:
-        assert model.conditions()["paging"] == (how.paging if paging.LINUX else "off")
+        assert model.conditions()["paging"] == (how.paging if graph.LINUX else "off")
         return np.array([model.evaluate(TOKENS[:prompt]), *(model.evaluate([t]) for t in TOKENS[prompt:])])
 
 
@@ -154,7 +154,7 @@ def test_a_token_that_there_is_not_is_refused_as_without_help(token):
 @linux_only
 @pytest.mark.parametrize("limit", [0, 40_960])
 def test_no_more_is_locked_than_the_system_allows(moe, monkeypatch, limit):
-    monkeypatch.setattr(paging, "may_lock", lambda: limit)
+    monkeypatch.setattr(graph, "may_lock", lambda: limit)
     before = locked_kib()
     with open_model(moe, settings("on"), trial=False) as model:
         assert model.paging.pinned_bytes <= limit
@@ -165,7 +165,7 @@ def test_no_more_is_locked_than_the_system_allows(moe, monkeypatch, limit):
 
 @linux_only
 def test_no_more_is_locked_than_memory_leaves(moe, monkeypatch):
-    monkeypatch.setattr(paging, "available_memory", lambda: Memory(8 << 30, 400 << 20, "test"))
+    monkeypatch.setattr(graph, "available_memory", lambda: Memory(8 << 30, 400 << 20, "test"))
     with open_model(moe, settings("on"), trial=False) as model:
         assert model.paging.pinned_bytes == 0
         assert "close other programs" in model.loaded["paging"]
@@ -175,7 +175,7 @@ def test_no_more_is_locked_than_memory_leaves(moe, monkeypatch):
 def test_after_a_lock_that_fails_nothing_is_read_in_vain(moe, monkeypatch):
     """Under the usual limit of 8 MB a lock can fail for each of a thousand tensors."""
     advised: list[int] = []
-    monkeypatch.setattr(paging, "advise_read", lambda _file, start, _end, _window: advised.append(start))
+    monkeypatch.setattr(graph, "advise_read", lambda _file, start, _end, _window: advised.append(start))
     refused = type("Lock", (), {"__call__": lambda *_: -1})()
     libc = type("Libc", (), {"mlock": refused, "mlockall": refused})()
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: libc)
@@ -198,7 +198,7 @@ def test_what_is_locked_is_given_back(moe):
         open_model(moe, settings("on")) as model,
     ):
         dense = Layout.of(open_shards(moe).headers).dense_bytes
-        if paging.may_lock() is None:
+        if graph.may_lock() is None:
             assert model.paging.pinned_bytes == dense and locked_kib() > before
     assert locked_kib() == before
 
@@ -206,7 +206,7 @@ def test_what_is_locked_is_given_back(moe):
 @linux_only
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
 def test_the_root_of_a_container_has_the_limit_of_its_user():
-    code = "from dfqs_nb.llama.paging import may_lock; print(may_lock())"
+    code = "from dfqs_nb.llama.graph import may_lock; print(may_lock())"
     words = f"ulimit -l 64; {shlex.quote(sys.executable)} -c '{code}'"
     done = subprocess.run(["unshare", "-r", "bash", "-c", words], capture_output=True, text=True, check=False)
     if done.stderr.startswith("unshare:"):
@@ -247,14 +247,14 @@ def test_it_is_on_where_the_file_exceeds_memory_and_off_elsewhere(moe, monkeypat
 
     nbytes = open_shards(moe).nbytes
     assert not on("auto") and on("on")
-    monkeypatch.setattr(paging, "available_memory", lambda: Memory(nbytes, nbytes // 2, "test"))
+    monkeypatch.setattr(graph, "available_memory", lambda: Memory(nbytes, nbytes // 2, "test"))
     assert on("auto") and not on("off") and not on("auto", use_mmap=False)
     assert not on("on", use_extra_bufts=True)
-    monkeypatch.setattr(paging, "has_gpu_support", lambda: True)
+    monkeypatch.setattr(graph, "has_gpu_support", lambda: True)
     assert not on("on", n_gpu_layers=2)
-    monkeypatch.setattr(paging, "has_gpu_support", lambda: False)
+    monkeypatch.setattr(graph, "has_gpu_support", lambda: False)
     assert on("on", n_gpu_layers=2)
-    monkeypatch.setattr(paging, "LINUX", False)
+    monkeypatch.setattr(graph, "LINUX", False)
     assert not on("on")
     with pytest.raises(ModelError, match="paging is 'maybe'"):
         settings("maybe")
