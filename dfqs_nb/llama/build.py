@@ -74,19 +74,15 @@ def loaded_facts(log: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _is_here(name: str) -> bool:
-    """Whether a buffer of this name lies in this memory, and not on a graphics card."""
-    void = ctypes.c_void_p
-    device = ggml_function("ggml_backend_dev_by_name", void, ctypes.c_char_p)(name.encode())
-    kind = device and ggml_function("ggml_backend_dev_type", ctypes.c_int, void)(device)
-    return bool(HERE_NAMES.search(name)) or kind == INTEGRATED
-
-
 def buffers(log: Sequence[str]) -> dict[str, dict[str, int]]:
     """Bytes of weights, KV cache and compute buffers that llama.cpp logged, in memory and on each card."""
+    device_of = ggml_function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)
+    type_of = ggml_function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
     places = {HERE: dict.fromkeys(KINDS.values(), 0.0)}
     for name, kind, mib in BUFFER.findall("\n".join(log)):
-        place = HERE if _is_here(name) else f"on {name}"
+        device = device_of(name.encode())
+        here = HERE_NAMES.search(name) or (device and type_of(device) == INTEGRATED)
+        place = HERE if here else f"on {name}"
         sizes = places.setdefault(place, dict.fromkeys(KINDS.values(), 0.0))
         sizes[KINDS.get(kind, "KV cache")] += float(mib)
     return {place: {kind: round(n * 2**20) for kind, n in sizes.items()} for place, sizes in places.items()}
@@ -108,6 +104,7 @@ REFUSAL_HINTS = {  # by a word of llama.cpp's reason; the first that fits
     "wrong number of tensors": "it has tensors that llama.cpp does not use, or lacks some: convert it again",
     "key not found": "the file is in another dialect of its architecture: get a newer conversion",
     "quantized V cache": "pass flash_attn=True, or type_v='f16'",
+    "different K": "pass the same type_k and type_v",
     "allocat": "close programs, or lower n_ctx, n_ubatch or n_gpu_layers (the layers on a GPU)",
     "": "inspect its header (02_inspect_header), or update llama-cpp-python",
 }

@@ -195,7 +195,8 @@ class _Runs:
     def _plan(self, worker: child.Worker, n_processes: int) -> dict[str, Any]:
         """Everything without a budget, or where all was recorded; an earlier plan; else what fits."""
         names = [each.name for each in self.planned]
-        if not self.budget_seconds or all(self._kept(each) for each in self.planned):
+        kept = not self.fresh and all(self._file(each).exists() for each in self.planned)
+        if kept or not self.budget_seconds:
             sentence = f"{len(names)} runs in {n_processes} processes, each of which loads the model once."
             return {"scale": 1.0, "kept": names, "sentence": sentence}
 
@@ -218,7 +219,11 @@ class _Runs:
         if base and base not in self.traces:
             # a run is no failure where the budget has left out what it is compared with
             return LEFT_OUT if self.status[base] == LEFT_OUT else f"not comparable: {base!r} did not run"
-        if (trace := self._kept(each)) is None:
+        trace, file = None, self._file(each)
+        if not self.fresh:
+            with contextlib.suppress(RoutingError):  # there is none, or it is damaged
+                trace = load_trace(file)
+        if trace is None:
             if each.settings.use_extra_bufts and has_amx():
                 return "not tried: extra buffers crash on CPUs with AMX (ggml-org/llama.cpp#20824)"
             # other processes have the runs that a verdict needs most: something is left for them
@@ -226,24 +231,18 @@ class _Runs:
             if self.traces and self.budget_seconds and used > share * self.budget_seconds:
                 return LEFT_OUT  # the machine is slower than it was when its speed was measured
             try:
-                self._child(worker, each, str(self._file(each)))
+                self._child(worker, each, str(file))
             except DfqsError as error:
                 if not self.traces:
                     raise  # nothing to compare with
                 return f"failed: {error.what}"
-            trace, self.n_made = load_trace(self._file(each)), self.n_made + 1
+            trace, self.n_made = load_trace(file), self.n_made + 1
         self.traces[each.name] = trace
         return "done"
 
     def _child(self, worker: child.Worker, each: Condition, file: str) -> dict[str, Any]:
         job = {**self.job, "condition": asdict(each), "file": file}
         return worker.run(job, where=self.job["path"])
-
-    def _kept(self, each: Condition) -> Trace | None:
-        """The trace that an earlier run made under the same conditions."""
-        with contextlib.suppress(RoutingError):
-            return None if self.fresh else load_trace(self._file(each))
-        return None
 
     def _file(self, each: Condition) -> Path:
         """The trace's file, whose name tells runs apart by all that decides them."""

@@ -152,9 +152,9 @@ def test_what_a_card_holds_is_not_read_from_the_disk(monkeypatch):
     memory = Memory(10**7, 3 * 10**6, "test")
     monkeypatch.setattr("dfqs_nb.llama.timing.available_memory", lambda: memory)
     with open_model(NANO, SETTINGS, trial=False) as model:
-        assert diagnose(model, 1)[1]["experts that stay in memory"] != "100%"
+        assert diagnose(model, 1)[1]["experts that stay in memory"] != "100 %"
         model.buffers = buffers([line for line in LOADED if "Host" not in line])
-        assert diagnose(model, 1)[1]["experts that stay in memory"] == "100%"
+        assert diagnose(model, 1)[1]["experts that stay in memory"] == "100 %"
 
 
 def test_a_card_that_is_too_small_is_named_with_what_is_free():
