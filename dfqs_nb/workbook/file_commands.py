@@ -16,7 +16,7 @@ from dfqs_nb import core, gguf, ladder
 from dfqs_nb import merge as merging
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
-from dfqs_nb.gguf import facts, models, remote
+from dfqs_nb.gguf import facts, models
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.workbook.terminal import FILES, Overwrite, app, say, say_table
@@ -48,7 +48,7 @@ def inspect(
 
 
 def _inspect(path: str, quick: bool) -> bool:
-    with remote.headers_of(path) as (local, places):
+    with models.headers_of(path) as (local, places):
         is_far = bool(places)
         diagnosis = merging.diagnose(local, allow_holes=is_far)
         is_model = diagnosis.sound or diagnosis.kind == "raw concatenation"
@@ -77,7 +77,7 @@ def _outlook(shards: ShardSet, glued: bool, is_far: bool) -> dict[str, Any]:
     from dfqs_nb.llama.check import kept_verdict, loader_verdict
 
     def ask() -> Any:
-        with remote.outline(shards.paths[0]) if glued else nullcontext(shards) as laid_out:
+        with models.outline(shards.paths[0]) if glued else nullcontext(shards) as laid_out:
             return loader_verdict(laid_out.paths[0])
 
     verdict = (ask() if is_far else kept_verdict(dict.fromkeys(shards.paths), ask)).sentence
@@ -221,7 +221,7 @@ def plan(
     cards = [gguf.placement.size_of(text) for text in vram.split(",") if text.strip()]
     machines = [text for text in ram.split(",") if text.strip()]
     ram_bytes = gguf.placement.size_of(machines[0]) if machines else available_memory().available_bytes
-    with remote.outline(model) as known:
+    with models.outline(model) as known:
         header, far = known.as_one, bool(known.places)
         shape = gguf.placement.Model(header)
         if shape.n_context and context > shape.n_context:
@@ -319,7 +319,7 @@ def diff(
 
     Exit status 1: they differ. Example: `dfqs-nb diff model-Q8_0.gguf hf://owner/repo/model-Q4_0.gguf`
     """
-    with remote.outline(a) as left, remote.outline(b) as right:
+    with models.outline(a) as left, models.outline(b) as right:
         differences, sentence = compare(left, right, data=data)
     for kind, lines in differences.items():
         listed = lines if full else lines[:LISTED]
@@ -330,7 +330,7 @@ def diff(
     raise typer.Exit(int(bool(differences)))
 
 
-def compare(a: remote.Outline, b: remote.Outline, *, data: bool = False) -> tuple[dict[str, list[str]], str]:
+def compare(a: models.Outline, b: models.Outline, *, data: bool = False) -> tuple[dict[str, list[str]], str]:
     """What differs between two models, line by line by its kind, and a sentence on what was compared.
 
     ``data``: also hash the tensors of equal type and shape. This reads a remote model without storing it.

@@ -10,8 +10,7 @@ from hub_server import HubServer
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.gguf import broken
 from dfqs_nb.gguf.header import read_header
-from dfqs_nb.gguf.models import resolve
-from dfqs_nb.gguf.remote import outline
+from dfqs_nb.gguf.models import outline, resolve
 from dfqs_nb.workbook.file_commands import compare
 
 NANO = resolve("dfqs-nano-iq1_s-xl")

@@ -17,7 +17,7 @@ from hub_server import HubServer
 
 from dfqs_nb.core.errors import RegistryError, ShardError
 from dfqs_nb.core.paths import REPOSITORY, data_dir
-from dfqs_nb.gguf import models, remote
+from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.merge import diagnose
 
@@ -106,7 +106,7 @@ def test_all_shards_of_a_set_are_read_from_the_address_of_any(server, tmp_path, 
 
 
 def test_the_copy_is_the_file_as_far_as_headers_go(server):
-    with remote.headers_of(address(server, NANO[1].name)) as (path, _):
+    with models.headers_of(address(server, NANO[1].name)) as (path, _):
         assert path.stat().st_size == NANO[1].stat().st_size
         assert read_header(path).raw == read_header(NANO[1]).raw
         assert diagnose(path, allow_holes=True).kind == diagnose(NANO[1]).kind
@@ -116,7 +116,7 @@ def test_the_copy_is_the_file_as_far_as_headers_go(server):
 def test_a_model_is_outlined_wherever_it_is(server, real):
     glued = str(real["glued.gguf"])
     for model in (glued, address(server, "glued.gguf"), address(server, "flash-00001-of-00002.gguf")):
-        with remote.outline(model) as outline:
+        with models.outline(model) as outline:
             assert len(outline.tensors) == REAL_TENSORS and outline.paths[0].is_file()
             assert outline.glued == ("glued" in model)
             assert bool(outline.places) == (model != glued)
@@ -125,7 +125,7 @@ def test_a_model_is_outlined_wherever_it_is(server, real):
 def test_a_missing_shard_is_named(server):
     with (
         pytest.raises(ShardError, match="alone-00002-of-00002.gguf"),
-        remote.outline(address(server, "one/alone-00001-of-00002.gguf")),
+        models.outline(address(server, "one/alone-00001-of-00002.gguf")),
     ):
         pass
 
@@ -152,14 +152,14 @@ def test_a_bad_second_shard_is_named_by_its_address(server, tmp_path, command):
 def test_what_a_server_does_not_give_is_one_message(server, where, words, monkeypatch):
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     base = "http://127.0.0.1" if where.startswith(":") else server.endpoint
-    with pytest.raises(RegistryError, match=words) as caught, remote.headers_of(f"{base}{where}?token=mine"):
+    with pytest.raises(RegistryError, match=words) as caught, models.headers_of(f"{base}{where}?token=mine"):
         pass
     assert "mine" not in str(caught.value), "no secret of an address is shown"
 
 
 @pytest.mark.parametrize("where", ["http://h:x/m.gguf", "https://[x/m.gguf", "https://[::1/m.gguf"])
 def test_what_is_no_address_is_one_message_about_it(where):
-    with pytest.raises(RegistryError, match="check .*address") as caught, remote.headers_of(where):
+    with pytest.raises(RegistryError, match="check .*address") as caught, models.headers_of(where):
         pass
     assert caught.value.where == where
 
@@ -172,7 +172,7 @@ def test_a_server_without_ranges_is_named(server):
                 RegistryError,
                 match="only whole files; download it, and give its path$",
             ),
-            remote.headers_of(address(server, NANO[0].name)),
+            models.headers_of(address(server, NANO[0].name)),
         ):
             pass
     finally:
@@ -196,12 +196,12 @@ def test_a_server_that_drips_is_given_up(monkeypatch):
         def log_message(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(remote, "TOTAL_SECONDS", 0.3)
+    monkeypatch.setattr(models, "TOTAL_SECONDS", 0.3)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as http:
         Thread(target=http.serve_forever, daemon=True).start()
         where = f"http://127.0.0.1:{http.server_port}/m.gguf"
-        with pytest.raises(RegistryError, match="too slowly"), remote.headers_of(where):
+        with pytest.raises(RegistryError, match="too slowly"), models.headers_of(where):
             pass
         http.shutdown()
 
@@ -211,7 +211,7 @@ def test_a_page_instead_of_a_file_is_diagnosed(server, tmp_path):
     page.write_text("<!DOCTYPE html><html><title>Log in</title></html>")
     server.repos["someone/page"] = {"page.gguf": page}
     where = f"{server.endpoint}/someone/page/resolve/main/page.gguf"
-    with remote.headers_of(where) as (path, _):
+    with models.headers_of(where) as (path, _):
         assert "page" in str(diagnose(path, allow_holes=True).finding)
 
 

@@ -13,7 +13,7 @@ from gguf_fixtures import REAL_TENSORS, real_size_tensors
 from dfqs_nb.core.errors import DfqsError, OutputError, SpaceError
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import check_layout, read_header
-from dfqs_nb.gguf.remote import outline
+from dfqs_nb.gguf.models import outline
 from dfqs_nb.llama.check import loader_verdict
 from dfqs_nb.merge import diagnose
 
