@@ -41,6 +41,7 @@ MAGIC, DEFAULT_ALIGNMENT = b"GGUF", 32
 MAX_NAME_BYTES, MAX_LAYERS = 63, 512  # GGML_MAX_NAME less its terminating zero, LLAMA_MAX_LAYERS
 MAX_HEADER_BYTES = 1 << 28  # real headers stay under 50 MB; a larger claim is a hostile or broken file
 MAX_STRINGS = 1 << 22  # in one array: the largest vocabularies and merge lists have under a million
+AT_REST = "try again when it is at rest"
 GET_AGAIN = "get the file from its source again"
 OTHER_TOOL = "the file was converted by another tool or an older one: convert it again"
 CUT_OFF = "the download was cut off (download it again), or it is a part of a file: `dfqs-nb inspect FILE`"
@@ -209,26 +210,27 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BinaryIO, start: int) -> None:
         self.path, self.file, self.start, self.size = path, file, start, file.seek(0, 2)
-        self.what = "the header"  # or the field or tensor in it that is read
+        self.inside = ""  # the field or tensor that is read
         self.most, self.bytes, self.position = self.size - start, bytearray(), 0
         file.seek(start)
 
     def fail(self, what: str, hint: str = GET_AGAIN) -> HeaderError:
-        return HeaderError(f"{what} (at byte {self.start + self.position:,})", where=self.path, hint=hint)
+        what = f"{self.inside} {what} (at byte {self.start + self.position:,})".lstrip()
+        return HeaderError(what, where=self.path, hint=hint)
 
     def need(self, end: int) -> None:
         """Read the header's bytes up to ``end``."""
         if end <= len(self.bytes):
             return
         if end > self.most:
-            what = f"{self.what} is cut off: it needs {end:,} bytes and the file has {self.most:,}"
-            raise self.fail(what, CUT_OFF)
+            what = f"is cut off: it ends after {end:,} bytes and the file has {self.most:,}"
+            raise self.fail(what if self.inside else f"the header {what}", CUT_OFF)
         if end > MAX_HEADER_BYTES:
-            raise self.fail(f"{self.what} ends after {end:,} bytes; no header has over {MAX_HEADER_BYTES:,}")
+            raise self.fail(f"ends after {end:,} bytes; no header has over {MAX_HEADER_BYTES:,}")
         goal = min(max(end, 2 * len(self.bytes), FIRST_READ), self.most, MAX_HEADER_BYTES)
         while len(self.bytes) < goal:
             if not (chunk := self.file.read(goal - len(self.bytes))):
-                raise self.fail("the file shrank while it was read", "try again when it is at rest")
+                raise HeaderError("shrank while it was read", where=self.path, hint=AT_REST)
             self.bytes += chunk
 
     def numbers(self, form: str) -> tuple[Any, ...]:
@@ -245,11 +247,11 @@ class _Cursor:
         try:
             return str(self.bytes[start:end], "utf-8")
         except UnicodeDecodeError as error:
-            raise self.fail(f"{self.what} is not UTF-8 text") from error
+            raise self.fail("is not UTF-8 text") from error
 
     def skip_strings(self, count: int) -> None:
         if count > MAX_STRINGS:
-            raise self.fail(f"{self.what} claims {count:,} texts; no tokenizer has over {MAX_STRINGS:,}")
+            raise self.fail(f"claims {count:,} texts; no tokenizer has over {MAX_STRINGS:,}")
         position, held, unpack = self.position, self.bytes, U64.unpack_from
         for _ in range(count):  # of a large vocabulary the slowest lines of all
             try:
@@ -279,10 +281,12 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
         raise cursor.fail(what, CUT_OFF)
     fields, alignment = _read_fields(cursor, n_fields), DEFAULT_ALIGNMENT
     if entry := fields.get("general.alignment"):
+        cursor.inside = "general.alignment"
         is_one = entry.type == "UINT32" and entry.count is None
         if not is_one or (alignment := _decode(cursor.bytes, entry)).bit_count() != 1:
-            raise cursor.fail("general.alignment is not a power of two in a single UINT32")
+            raise cursor.fail("is not a power of two in a single UINT32")
     tensors = _read_tensors(cursor, n_tensors)
+    cursor.inside = ""
     raw = bytes(memoryview(cursor.bytes)[: cursor.position])
     data = cursor.start + (padded(len(raw), alignment) if n_tensors else len(raw))
     if data > cursor.size:
@@ -293,16 +297,18 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
 def _read_fields(cursor: _Cursor, count: int) -> Mapping[str, Field]:
     fields: dict[str, Field] = {}
     for i in range(count):
-        cursor.what = f"the name of metadata field {i}"
+        cursor.inside = f"the name of metadata field {i}"
         start, name, n = cursor.position, cursor.text(), None
-        cursor.what = what = f"metadata field {name!r:.80}"
+        if not name:
+            raise cursor.fail("is empty")
+        cursor.inside = f"metadata field {name!r:.80}"
+        if name in fields:
+            raise cursor.fail("stands twice")
         (kind,) = cursor.numbers("I")
-        if not name or name in fields:
-            raise cursor.fail(f"{what} stands twice" if name else f"metadata field {i} has no name")
         if kind == ARRAY:
             kind, n = cursor.numbers("IQ")
         if kind not in VALUE_TYPES or kind == ARRAY:
-            raise cursor.fail(f"{what} has the unknown value type {kind}")
+            raise cursor.fail(f"has the unknown value type {kind}")
         form, values, value_start = FORMATS[VALUE_TYPES[kind]], 1 if n is None else n, cursor.position
         if form:
             cursor.need(end := value_start + values * struct.calcsize("<" + form))
@@ -316,27 +322,26 @@ def _read_fields(cursor: _Cursor, count: int) -> Mapping[str, Field]:
 def _read_tensors(cursor: _Cursor, count: int) -> tuple[Tensor, ...]:
     tensors: dict[str, Tensor] = {}
     for i in range(count):
-        cursor.what = f"the name of tensor {i}"
+        cursor.inside = f"the name of tensor {i}"
         name = cursor.text()
         if len(name.encode()) > MAX_NAME_BYTES:
-            raise cursor.fail(f"{cursor.what} is longer than {MAX_NAME_BYTES} bytes")
-        cursor.what = what = f"tensor {name!r}"
-        (n_dims,) = cursor.numbers("I")
+            raise cursor.fail(f"is longer than {MAX_NAME_BYTES} bytes")
+        cursor.inside = f"tensor {name!r}"
         if name in tensors:
-            raise cursor.fail(f"{what} stands twice")
+            raise cursor.fail("stands twice")
+        (n_dims,) = cursor.numbers("I")
         if n_dims > 4:
-            raise cursor.fail(f"{what} has {n_dims} dimensions; ggml has 4")
+            raise cursor.fail(f"has {n_dims} dimensions; ggml has 4")
         shape = cursor.numbers(f"{n_dims}q") or (1,)
         code, offset = cursor.numbers("IQ")
         if code not in TENSOR_TYPES:
-            raise cursor.fail(f"{what} has the type {code}, which llama.cpp does not know", FORK)
+            raise cursor.fail(f"has the type {code}, which llama.cpp does not know", FORK)
         type_name, block, block_bytes = TENSOR_TYPES[code]
         # A dimension of 0 hides no overflow: llama.cpp aborts on the product of the others.
         if min(shape) < 0 or math.prod(max(extent, 1) for extent in shape) >= 1 << 62 or shape[0] % block:
-            raise cursor.fail(f"{what} of type {type_name} cannot have the shape {shape}")
-        n_elements = math.prod(shape)
-        nbytes = n_elements // block * block_bytes
-        tensors[name] = Tensor(name, shape, type_name, code, offset, n_elements, nbytes)
+            raise cursor.fail(f"of type {type_name} cannot have the shape {shape}")
+        n = math.prod(shape)
+        tensors[name] = Tensor(name, shape, type_name, code, offset, n, n // block * block_bytes)
     return tuple(tensors.values())
 
 
