@@ -233,19 +233,20 @@ class _Cursor:
                 raise HeaderError("shrank while it was read", where=self.path, hint=AT_REST)
             self.bytes += chunk
 
-    def numbers(self, form: str) -> tuple[Any, ...]:
-        start, end = self.position, self.position + struct.calcsize("<" + form)
+    def skip(self, n_bytes: int) -> int:
+        """Go over bytes, and return where they begin."""
+        start, end = self.position, self.position + n_bytes
         self.need(end)
         self.position = end
-        return struct.unpack_from("<" + form, self.bytes, start)
+        return start
+
+    def numbers(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack_from("<" + form, self.bytes, self.skip(struct.calcsize("<" + form)))
 
     def text(self) -> str:
-        (length,) = self.numbers("Q")
-        start, end = self.position, self.position + length
-        self.need(end)
-        self.position = end
+        start = self.skip(*self.numbers("Q"))
         try:
-            return str(self.bytes[start:end], "utf-8")
+            return str(self.bytes[start : self.position], "utf-8")
         except UnicodeDecodeError as error:
             raise self.fail("is not UTF-8 text") from error
 
@@ -311,8 +312,7 @@ def _read_fields(cursor: _Cursor, count: int) -> Mapping[str, Field]:
             raise cursor.fail(f"has the unknown value type {kind}")
         form, values, value_start = FORMATS[VALUE_TYPES[kind]], 1 if n is None else n, cursor.position
         if form:
-            cursor.need(end := value_start + values * struct.calcsize("<" + form))
-            cursor.position = end
+            cursor.skip(values * struct.calcsize("<" + form))
         else:
             cursor.skip_strings(values)
         fields[name] = Field(VALUE_TYPES[kind], n, (start, cursor.position), value_start)

@@ -1,8 +1,7 @@
 """Names to files: the models that the workbook knows, any local path, and any GGUF file of the hub.
 
-The headers of a model can be had before the download. They are read by HTTP ranges, and written to sparse
-files of the original sizes. All code that reads headers works on these: the diagnosis, the shards'
-cross-check, and llama.cpp's own loader, which plans without data.
+Headers can be had before the download. They are read by HTTP ranges, and written to sparse files of the
+original sizes, on which all code for headers works, also llama.cpp's loader, which plans without data.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from errno import EACCES, ENOSPC, EPERM, EROFS
@@ -38,7 +37,7 @@ SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.gguf(?:[@?#].*)?)", re.DOTALL | r
 LEAST_BYTES = 1 << 19  # of a request
 MOST_BYTES = 128 << 20  # of headers in one file; real headers stay under 50 MB, and the reader doubles
 STREAM_BYTES = 64 << 20  # of one request for data
-TIMEOUT_SECONDS, TRIES = 20.0, 3
+TIMEOUT_SECONDS, TRIES = 20.0, 4  # of a request, and of each request when connections break
 TOTAL_SECONDS = 600.0  # of the headers of one file, or of one request for data
 RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 NEXT = "check address, network, proxy and offline mode (a private model: `hf auth login`), and run again"
@@ -162,13 +161,11 @@ def download(addresses: Sequence[str], local_files_only: bool = False) -> tuple[
     """Paths of files of the hub in its cache: links, whose targets have other names; errors as `resolve`."""
     from huggingface_hub import constants, hf_hub_download
 
-    after_reset = retrying(4, 30)  # huggingface_hub begins the file again (huggingface/huggingface_hub#4196)
-
     def fetched(address: str, **options: Any) -> Any:
         uri = parse_address(address)
         options |= {"revision": uri.revision, "local_files_only": local_files_only}
-        with explained(address):
-            return after_reset(hf_hub_download, uri.id, uri.path_in_repo, **options)
+        with explained(address):  # after a reset huggingface_hub begins the file again (its issue 4196)
+            return persistently(hf_hub_download, uri.id, uri.path_in_repo, **options)
 
     plans = [fetched(address, dry_run=True) for address in addresses]  # all, before the first byte
     need = sum(plan.file_size or 0 for plan in plans if plan.will_download)
@@ -191,14 +188,14 @@ def located(address: str) -> str:
     return address
 
 
-def retrying(tries: int, most_seconds: float) -> Any:
-    """Calls a function again when a connection breaks, with growing pauses; raises the last error."""
+def persistently(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a function, and again after growing pauses while connections break; raises the last error."""
     import httpx2
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-    again = retry_if_exception_type((httpx2.NetworkError, httpx2.RemoteProtocolError))
-    wait, stop = wait_exponential(max=most_seconds), stop_after_attempt(tries)
-    return Retrying(retry=again, wait=wait, stop=stop, reraise=True)
+    broken = retry_if_exception_type((httpx2.NetworkError, httpx2.RemoteProtocolError))
+    again = Retrying(retry=broken, wait=wait_exponential(), stop=stop_after_attempt(TRIES), reraise=True)
+    return again(function, *arguments, **options)
 
 
 @contextmanager
@@ -355,7 +352,7 @@ class RemoteFile:
         with explained(self.address):
             if self.copy and self.fetched_bytes + n > MOST_BYTES:
                 raise ValueError(f"its headers take more than {MOST_BYTES:,} bytes")
-            self.window, size = retrying(TRIES, 2)(self._ranged, self.position, self.position + n)
+            self.window, size = persistently(self._ranged, self.position, self.position + n)
             if self.size not in (0, size):
                 raise ValueError("the file changed while it was read")
             self.start, self.size = self.position, size

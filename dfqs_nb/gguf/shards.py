@@ -153,9 +153,9 @@ def check_set(headers: Sequence[GGUFHeader], *, glued: bool = False) -> ShardSet
         which = f"shard {number} of {len(headers)}"
         if not glued:
             check_layout(header)  # the last tensor may lack its padding
-        if not glued and (surplus := header.file_size - header.end_offset) > 0:
-            what = f"{which} has {surplus:,} bytes more than its header accounts for ({header.end_offset:,})"
-            raise _refused(what, header.path, "is it glued together? `dfqs-nb inspect FILE` says more")
+            if (more := header.file_size - header.end_offset) > 0:
+                what = f"{which} has {more:,} bytes more than its header accounts for ({header.end_offset:,})"
+                raise _refused(what, header.path, "is it glued together? `dfqs-nb inspect FILE` says more")
         if len(headers) > 1 and (total := header.count("split.tensors.count", len(names))) != len(names):
             what = f"{which} says the model has {total:,} tensors; the shards hold {len(names):,}"
             raise _refused(what, header.path)
