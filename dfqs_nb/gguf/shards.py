@@ -16,7 +16,7 @@ from typing import Any
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import ShardError
-from dfqs_nb.core.files import CHUNK_BYTES
+from dfqs_nb.core.files import CHUNK_BYTES, sha256_of
 from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, read_header
 
 SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?i:gguf)", re.DOTALL)
@@ -48,6 +48,11 @@ class ShardSet:
     def as_one(self) -> GGUFHeader:
         """Shard 1's header with the tensors of all shards: the model for facts (offsets mean nothing)."""
         return replace(self.headers[0], tensors=self.tensors, file_size=self.nbytes)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of all files, one after another, read once, under a progress bar."""
+        return sha256_of(*self.paths)
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import sha256_of_file, whole_path
+from dfqs_nb.core.files import whole_path
 from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.gguf.facts import class_of
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
@@ -232,7 +232,7 @@ def collect(
     """
     text, path = load_text(text, "calibration") if isinstance(text, str) else text, Path(path)
     shards = open_shards(source)
-    known: dict[str, Any] = {"source": sha256_of_file(*shards.paths), "text": asdict(text)}
+    known: dict[str, Any] = {"source": shards.sha256, "text": asdict(text)}
     known |= {"tokens": chunk_tokens, "chunks": n_chunks, "runtime": llama_version()}
     dataset = f"{text.name} {conditions_hash(known)}"
     if path.exists() and not fresh:

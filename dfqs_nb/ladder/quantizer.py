@@ -150,14 +150,13 @@ def quantize(
     n_threads: int = 0,
     overwrite: bool = False,
     progress: bool = True,
-    source_sha256: str = "",
     run: Callable[..., dict[str, Any]] = IN_A_CHILD,
 ) -> Plan:
     """Quantize a model into one file, which appears whole or not at all; returns what was written.
 
     See `plan`; shards need no merge first. The result does not depend on ``n_threads`` (0: the usable cores).
-    ``source_sha256``: where it is known. An `OutputError` or a `SpaceError`: the output exists, is the
-    source, or finds no room. An `IntegrityError`: what llama.cpp wrote is not what was planned.
+    An `OutputError` or a `SpaceError`: the output exists, is the source, or finds no room. An
+    `IntegrityError`: what llama.cpp wrote is not what was planned.
     """
     output, shards = Path(output), open_shards(source)
     check_output(output, shards, overwrite)
@@ -168,7 +167,7 @@ def quantize(
         what, hint = f"needs {needed:,} bytes and {free:,} are free", "take another disk"
         raise SpaceError(what, where=output.parent, hint=f"free {needed - free:,} bytes, or {hint}")
     job = planned.job | {"n_threads": n_threads or machine.usable_cores()}
-    job["keys"]["dfqs.source_sha256"] = source_sha256 or files.sha256_of_file(*shards.paths)
+    job["keys"]["dfqs.source_sha256"] = shards.sha256
     n_tensors, name = len(planned.tensors), planned.recipe.name
     bar = display.tqdm(total=n_tensors, desc=name, unit="tensor", disable=not progress)
     with files.whole_path(output) as part, bar:

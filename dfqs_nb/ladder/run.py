@@ -198,7 +198,7 @@ class _Climber(ExitStack):
         super().__init__()
         self.shards, self.folder, self.settings, self.matrix = shards, folder, settings, matrix
         self.fresh, self.notes, self._own = fresh, list[str](), threading.local()
-        self.source = shards.paths[0], sha256_of_file(*shards.paths)
+        self.source = shards.paths[0], shards.sha256
         self.top = next(iter(types_by_bytes(shards.as_one.tensors)))  # checked with the first rung
         held_out = divergence.load_text(settings.text)
         self.conditions = {
@@ -250,7 +250,7 @@ class _Climber(ExitStack):
             for torn in path.parent.glob(f".{path.name}.*.part"):  # left by a kill
                 torn.unlink()
             how: dict[str, Any] = {"n_threads": self.settings.n_threads, "overwrite": True}
-            how |= {"progress": False, "source_sha256": self.source[1], "run": self._worker.run}
+            how |= {"progress": False, "run": self._worker.run}
             quantizer.quantize(self.shards, recipe, path, imatrix=matrix, **how)
             return {"sha256": sha256_of_file(path), "stat": _stat(path)}
 

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from dfqs_nb.core import child
 from dfqs_nb.core.display import heartbeat
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.core.files import sha256_of
 from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.memory import check_fits
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
@@ -216,7 +215,7 @@ class Model(contextlib.AbstractContextManager["Model"]):
 
     def sha256(self) -> str:
         """SHA-256 of the model, of all its shards one after another."""
-        return sha256_of(*self.shards.paths)
+        return self.shards.sha256
 
     def conditions(self) -> dict[str, Any]:
         """What a measurement with this model depends on, beside the model and the prompts; closed, too."""
