@@ -196,9 +196,9 @@ class Collector:
         if routed:  # of each token, the row for the expert at each place, or one row for all
             ids = read(node.src[2], np.int32)[0, 0]  # (tokens, k)
             for place in range(ids.shape[1]):
-                chosen = np.eye(n)[ids[:, place]]
-                sums += chosen.T @ np.square(rows[0, :, place % rows.shape[2]], dtype=np.float64)
-                counts += chosen.sum(0).astype(np.int64)
+                squares = np.square(rows[0, :, place % rows.shape[2]], dtype=np.float64)
+                np.add.at(sums, ids[:, place], squares)
+            counts += np.bincount(ids.ravel(), minlength=n)
             return True
         planes = np.square(rows, dtype=np.float64).sum(axis=2).reshape(-1, rows.shape[3])
         for number, plane in enumerate(planes):  # a weight of several matrices takes them in turn
