@@ -199,6 +199,21 @@ def test_the_figure_is_drawn_for_dense_models_and_single_rungs_too(climbed):
         assert "95 % interval" in figures.divergence_by_bits(known).get_ylabel()
 
 
+def test_no_name_in_the_figure_touches_a_mark_or_another_name(climbed):
+    first = tables.table(climbed).iloc[[0]]
+    names, bits = [f"IQ{n}_XXS-own" for n in range(6)], np.array([4.3, 2.7, 2.66, 2.4, 2.4, 2.3])
+    rungs = pd.DataFrame({"rung": names, "bits_per_weight": bits, "expert_bits": bits - 0.5, "n_chunks": 3})
+    shares = {"kld_low": 0.05 / bits * (bits < 4), "kld": 0.1 / bits, "kld_high": 0.2 / bits}
+    rungs = rungs.assign(n_tokens=93, kld_tail=1.0, **shares)
+    for drawn in (rungs, rungs.assign(kld_low=math.nan, kld_high=math.nan, expert_bits=math.nan)):
+        ax = figures.divergence_by_bits(pd.concat([first, drawn]))
+        ax.figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in ax.texts]
+        marks = [line.get_window_extent() for line in ax.lines]
+        assert [text.get_text() for text in ax.texts] == names
+        assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in [*boxes[n + 1 :], *marks])
+
+
 def test_a_note_does_not_outlive_what_it_vouches_for(climbed, folder, tmp_path, monkeypatch):
     """A climb that is killed under other settings must not leave their predictions under the old key."""
     notes = [tmp_path / "F16" / name for name in ("predict.json", "ask.json")]
