@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dfqs_nb.core.display import per_cent
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes
 from dfqs_nb.ladder.divergence import estimate, summary
@@ -130,12 +131,16 @@ def hand_on(stage: Stage, ladder: Ladder, tested: pd.DataFrame) -> list[str]:
     for row in (rungs[1], low) if len(rungs) > 2 else rungs[1:]:
         known = row["kld_low"] == row["kld_low"]
         interval = f"{row['kld_low']:.2g} to {row['kld_high']:.2g}" if known else "unknown"
-        within = f" ({row['routing_low']:.1%} to {row['routing_high']:.1%})" if known else ""
+        within = f" ({per_cent(row['routing_low'])} to {per_cent(row['routing_high'])})" if known else ""
         counts = f"n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks"
         lines.append(
             f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {interval}, 99 % of tokens "
             f"under {row['kld_tail']:.2g}, {counts})"
-            + (f", same experts in {row['routing']:.1%}{within}" if row["routing"] == row["routing"] else "")
+            + (
+                f", same experts in {per_cent(row['routing'])}{within}"
+                if row["routing"] == row["routing"]
+                else ""
+            )
         )
     for (step, a, b), part in tested.groupby(["step", "a", "b"], sort=False):
         parts = []
