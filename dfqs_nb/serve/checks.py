@@ -16,9 +16,9 @@ from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import probe
 from dfqs_nb.scores import ItemSet
 from dfqs_nb.serve.client import Endpoint, Reply, pick
-from dfqs_nb.serve.measure import comparison_table, room_for, side_by_side, tally
+from dfqs_nb.serve.measure import comparison_table, room_for, tally
 from dfqs_nb.serve.servers import LocalServer
-from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
+from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, side_by_side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,7 +171,8 @@ class Checks:
 
     def same_beside_others(self) -> Finding:
         """Send the same requests at once: slots share batches, and batches change numbers."""
-        beside = side_by_side(self.answer, PROMPTS * N_CONCURRENT, N_CONCURRENT)
+        with side_by_side(self.answer, PROMPTS * N_CONCURRENT, N_CONCURRENT) as answers:
+            beside = list(answers)
         pairs = list(zip(self.alone * N_CONCURRENT, beside, strict=True))
         n_other = sum(ours.text != theirs.text for ours, theirs in pairs)
         finding, moved = f"{n_other} of {len(pairs)} answers differ with {N_CONCURRENT} requests at once", 0.0
@@ -205,8 +206,8 @@ def check_all(connected: Mapping[str, Endpoint], model: Model, **limits: int) ->
         checks = Checks(connected[name], model, **limits)
         return [checks.run(check) | {"server": name} for check in CHECKS]
 
-    of_servers = side_by_side(rows, connected, room_for(model))
-    by_check = [row for of_check in zip(*of_servers, strict=True) for row in of_check]
+    with side_by_side(rows, connected, room_for(model)) as of_servers:
+        by_check = [row for of_check in zip(*of_servers, strict=True) for row in of_check]
     return pd.DataFrame(by_check)[["check", "server", "verdict", "finding"]]
 
 
@@ -234,7 +235,8 @@ def speed_of_all(
             ask(TIMED_PROMPT)
             for n in clients:
                 started = time.perf_counter()
-                replies = side_by_side(ask, prompts[: n * REQUESTS], n)
+                with side_by_side(ask, prompts[: n * REQUESTS], n) as answers:
+                    replies = list(answers)
                 seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
                 if not tokens:
                     raise EndpointError("it tells no number of tokens, so it has no speed")

@@ -7,11 +7,10 @@ counts of a text are compared with those of its halves.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,14 +20,11 @@ from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Model
 from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun
 from dfqs_nb.serve.client import Endpoint, Reply
-from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
+from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, side_by_side
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Work = TypeVar("Work")
-Made = TypeVar("Made")
-PROCESS = "process"  # in the place of a server's name
 MARK = "MESSAGE-STANDS-HERE"
 CUT_SHARE, CUT_TOKENS = 0.02, 8  # by which halves may have more tokens than their whole, which ends in no cut
 SHORT = 1_600  # characters that every server reads whole
@@ -109,14 +105,6 @@ def score_set(
 # ---- the same questions in this process and through a server, item by item ----
 
 
-def side_by_side(work: Callable[[Work], Made], items: Iterable[Work], n_at_once: int) -> list[Made]:
-    """Do the work for each item, up to ``n_at_once`` at a time; results in the order of the items."""
-    if n_at_once == 1:
-        return [work(item) for item in items]  # an interrupt ends it at once, and not after the last item
-    with ThreadPoolExecutor(n_at_once) as pool:
-        return list(pool.map(work, items))
-
-
 def room_for(model: Model) -> int:
     """How many runtimes with this model's threads have a core for each thread; at least one."""
     return max(1, usable_cores() // (model.settings.n_threads or 1))
@@ -147,8 +135,6 @@ def compare_all(
     chosen, place, tables = Options(**options), Path(folder), list[pd.DataFrame]()
 
     def ask(name: str) -> list[SetRun]:
-        if name == PROCESS:
-            return [scores.score_set(model, s, place / name, chosen, model_id=model_id) for s in item_sets]
         known: dict[str, Any] = {"model_id": model_id if name in local else "", "model": model}
         try:
             return [score_set(connected[name], s, place / name, chosen, **known) for s in item_sets]
@@ -156,8 +142,11 @@ def compare_all(
             stopped[name] = error.what
             return []
 
-    runs, *served = side_by_side(ask, [PROCESS, *connected], room_for(model))
-    for name, answers in zip(connected, served, strict=True):
+    with side_by_side(ask, connected, room_for(model) - 1) as served:
+        here = place / "process"
+        runs = [scores.score_set(model, s, here, chosen, model_id=model_id) for s in item_sets]
+        all_served = list(served)
+    for name, answers in zip(connected, all_served, strict=True):
         # a server that failed has no answers
         for item_set, run, theirs in zip(item_sets, runs, answers, strict=False):
             tables.append(_compared(model, item_set, run, theirs).assign(server=name))

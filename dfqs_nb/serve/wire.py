@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,7 +24,8 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.model import ContextFullError
 
-Answer = TypeVar("Answer")
+Answer, Work = TypeVar("Answer"), TypeVar("Work")
+_thread = threading.local()  # ``over``: set when nobody waits for this thread any more
 RETRIES, PROBE_RETRIES = 4, 2  # of a question, and of a request for what a server need not have
 CONNECT_SECONDS = 10.0
 PAGE_SECONDS = 30.0  # that a page may take which is no answer
@@ -58,7 +61,9 @@ def in_time(seconds: float, work: Callable[[], Answer]) -> Answer:
 
     The client's own limits are for each read: a server that drips its headers would never reach them.
     """
-    result = Future[Answer]()
+    result, over = Future[Answer](), getattr(_thread, "over", None)
+    if over and over.is_set():
+        raise SystemExit  # it ends the thread
 
     def run() -> None:
         try:
@@ -66,8 +71,28 @@ def in_time(seconds: float, work: Callable[[], Answer]) -> Answer:
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name="request", daemon=True).start()
     return result.result(seconds)
+
+
+@contextmanager
+def side_by_side(
+    work: Callable[[Work], Answer], items: Iterable[Work], n_at_once: int
+) -> Iterator[Iterator[Answer]]:
+    """Do the work for each item, up to ``n_at_once`` at a time (0: as results are taken); results in order.
+
+    An interrupt ends the block at once: requests under way are left to themselves, and no others are sent.
+    """
+    if n_at_once < 1:
+        yield map(work, items)
+        return
+    over = getattr(_thread, "over", None) or threading.Event()
+    with ThreadPool(n_at_once, setattr, (_thread, "over", over)) as pool:
+        try:
+            yield pool.imap(work, items)
+        except KeyboardInterrupt:
+            over.set()
+            raise
 
 
 def broken(why: str, url: str) -> TemporaryError:
@@ -120,7 +145,11 @@ class Wire:
 
         One that does not end in these seconds, or is too large, is an error.
         """
-        return in_time(seconds, partial(self._page, url, body, seconds))
+        try:
+            return in_time(seconds, partial(self._page, url, body, seconds))
+        except TimeoutError:  # the connections are closed, which ends the thread that reads; others ask again
+            vars(self).pop("client", self.client).close()
+            raise
 
     def _page(self, url: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
         timeout = httpx2.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import socket
 import threading
+import time
 import traceback
 
 import pytest
@@ -106,6 +109,27 @@ def test_an_answer_that_drips_ends_in_time(server, where):
     with no_hang(), pytest.raises(EndpointError, match="no answer in time"):
         endpoint.chat("x", 6)
     assert len(server.asked) == 1
+    end = time.monotonic() + 10
+    while any(thread.name == "request" for thread in threading.enumerate()):
+        assert time.monotonic() < end, "a thread still reads"
+        time.sleep(0.01)
+    server.faults = []
+    assert endpoint.chat("x").text == TEXT, "the next request has a connection"
+
+
+def test_an_interrupt_waits_for_no_request_and_no_other_is_sent(server):
+    endpoint = client.connect(server.url)
+    server.faults = ["slow 2"] * 9
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    began = time.monotonic()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        wire.side_by_side(endpoint.chat, "abcdef", 2) as answers,
+    ):
+        list(answers)
+    assert time.monotonic() - began < 1.8
+    time.sleep(3)
+    assert len(server.asked) == 2
 
 
 def test_an_answer_of_100_megabytes_is_left(server):
