@@ -15,10 +15,9 @@ from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import probe
 from dfqs_nb.scores import ItemSet
-from dfqs_nb.serve.client import Endpoint, Reply, pick
+from dfqs_nb.serve.client import ContextOverflowError, Endpoint, EndpointError, Reply, pick, side_by_side
 from dfqs_nb.serve.measure import comparison_table, room_for, tally
 from dfqs_nb.serve.servers import LocalServer
-from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, side_by_side
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,8 +19,7 @@ from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Model
 from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun
-from dfqs_nb.serve.client import Endpoint, Reply
-from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, side_by_side
+from dfqs_nb.serve.client import ContextOverflowError, Endpoint, EndpointError, Reply, side_by_side
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,9 +14,9 @@ from dfqs_nb.llama.generate import Sampling
 from dfqs_nb.llama.model import ContextFullError
 from dfqs_nb.scores import ItemSet, Options, sandbox
 from dfqs_nb.scores import run as scores
-from dfqs_nb.serve import checks, measure, wire
+from dfqs_nb.serve import checks, measure
 from dfqs_nb.serve import client as endpoint
-from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, TemporaryError
+from dfqs_nb.serve.client import ContextOverflowError, EndpointError, TemporaryError
 from dfqs_nb.workbook import cli
 
 QUESTIONS = ItemSet.load("nano-reasoning")
@@ -26,7 +26,7 @@ PASSING = ["429", "500", "truncated", "die", "garbage", "null"]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(wire, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 @pytest.fixture

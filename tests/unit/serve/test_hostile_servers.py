@@ -17,8 +17,8 @@ from no_hang import no_hang
 
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import ItemSet, Options
-from dfqs_nb.serve import checks, client, measure, servers, wire
-from dfqs_nb.serve.wire import ContextOverflowError, EndpointError, TemporaryError
+from dfqs_nb.serve import checks, client, measure, servers
+from dfqs_nb.serve.client import ContextOverflowError, EndpointError, TemporaryError
 
 QUESTIONS = ItemSet.load("nano-reasoning")
 KEY = "sk-never-to-be-seen-9d21"
@@ -26,7 +26,7 @@ KEY = "sk-never-to-be-seen-9d21"
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(wire, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(client, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_an_interrupt_waits_for_no_request_and_no_other_is_sent(server):
     began = time.monotonic()
     with (
         pytest.raises(KeyboardInterrupt),
-        wire.side_by_side(endpoint.chat, "abcdef", 2) as answers,
+        client.side_by_side(endpoint.chat, "abcdef", 2) as answers,
     ):
         list(answers)
     assert time.monotonic() - began < 1.8

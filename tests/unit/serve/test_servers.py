@@ -32,7 +32,7 @@ from dfqs_nb.scores import ItemSet, Options
 from dfqs_nb.serve import checks as server_checks
 from dfqs_nb.serve import client as endpoint
 from dfqs_nb.serve import measure, servers
-from dfqs_nb.serve.wire import ContextOverflowError, EndpointError
+from dfqs_nb.serve.client import ContextOverflowError, EndpointError
 
 SETTINGS = OpenSettings(n_ctx=512, n_threads=1)
 OURS = {"model_id": "", "local": (), "stopped": {}}  # options of `compare_all`
