@@ -1,5 +1,6 @@
 """Quantize a model with llama.cpp's own quantizer, tensor by tensor as a recipe says.
 
+A recipe (``data/quantize/*.toml``) is a mix of llama.cpp, and rules that override it for named tensors.
 ``llama_model_quantize`` runs in a child process, which may die of a broken header. A dry run of llama.cpp
 itself tells beforehand which tensors it will write.
 """
@@ -7,9 +8,11 @@ itself tells beforehand which tensors it will write.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,17 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pydantic.dataclasses
 
 from dfqs_nb.core import child, display, files, machine
-from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
-from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes
-from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, TENSOR_TYPES, Tensor, check_layout, read_header
+from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
+from dfqs_nb.core.paths import data_dir, tilde
+from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes, layer_of
+from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, TENSOR_TYPES, GGUFHeader, Tensor, check_layout, read_header
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix
-from dfqs_nb.ladder.recipes import QuantizeError, Recipe, file_types, load_recipe
 from dfqs_nb.llama.build import ERROR, LOG
 from dfqs_nb.llama.settings import llama_version
 
+NO_WEIGHTS = ("Q8_1", "Q8_K", "F64", *INTEGER_TYPES)  # types of activations and tables
+WRITTEN = [name for name, *_ in TENSOR_TYPES.values() if name not in NO_WEIGHTS]
+STRICT = pydantic.ConfigDict(extra="forbid")
 BLOCKS = {name: (code, block, nbytes) for code, (name, block, nbytes) in TENSOR_TYPES.items()}
 BUFFER_BYTES = 512 << 20  # of rows that the child holds at once
 HEADER_BYTES = 1 << 20  # that a new header may need beyond the source's, with padding
@@ -38,6 +45,95 @@ IN_A_CHILD: Callable[..., dict[str, Any]] = partial(child.run, CHILD)
 TENSOR = re.compile(
     r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?"
 )  # a line of llama.cpp's log
+
+
+class QuantizeError(DfqsError):
+    """A recipe does not fit a model, or llama.cpp refuses it."""
+
+
+def file_types() -> dict[str, int]:
+    """llama.cpp's file types by name, as this build numbers them."""
+    import llama_cpp.llama_cpp as api
+
+    prefix = re.compile(r"LLAMA_FTYPE_(MOSTLY_|ALL_)?(?!GUESSED)")
+    return {prefix.sub("", name): value for name, value in vars(api).items() if prefix.match(name)}
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class Rule:
+    """Tensors whose name contains a match of ``pattern`` get ``type``."""
+
+    pattern: re.Pattern[str]
+    type: str
+    layers: float = 1.0  # only the first layers, this share of all: rounded down, at least one; 1: all
+    optional: bool = False  # whether the rule may match no tensor
+
+    def matches(self, name: str, n_layers: int) -> bool:
+        """Whether the rule is about this tensor of a model of so many layers.
+
+        >>> rule = Rule(re.compile("ffn_down_exps"), "Q2_K", layers=0.125)
+        >>> rule.matches("blk.4.ffn_down_exps.weight", 43), rule.matches("blk.5.ffn_down_exps.weight", 43)
+        (True, False)
+        """
+        layer = layer_of(name)
+        in_reach = self.layers >= 1 or (layer is not None and layer < max(1, int(self.layers * n_layers)))
+        return in_reach and self.pattern.search(name) is not None
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class Recipe:
+    """How a model is quantized; a ``ValueError`` says what is wrong with it."""
+
+    name: str
+    mix: str  # of `file_types`: chooses for tensors that no rule names
+    keep: tuple[re.Pattern[str], ...] = ()  # tensors that stay as in the source
+    rules: tuple[Rule, ...] = ()  # the first that matches counts
+    weights: re.Pattern[str] | None = None  # the importance matrix's entries that are used
+    sha256: str = ""  # of the recipe's file
+
+    def __post_init__(self) -> None:
+        for name, known in [(self.mix, list(file_types())), *((rule.type, WRITTEN) for rule in self.rules)]:
+            if name not in known:
+                raise ValueError(f"unknown type {name!r}; there are: {', '.join(known)}")
+
+    def chosen(self, header: GGUFHeader) -> dict[str, Rule | None]:
+        """The tensors that the mix does not choose for, by name, with their rule; None: it stays as it is."""
+        rules = dict[str, Rule | None]()
+        for name in [tensor.name for tensor in header.tensors if tensor.type not in INTEGER_TYPES]:
+            if any(pattern.search(name) for pattern in self.keep):
+                rules[name] = None
+            elif rule := next((rule for rule in self.rules if rule.matches(name, header.n_layers)), None):
+                rules[name] = rule
+        return rules
+
+    def idle_rules(self, header: GGUFHeader) -> list[Rule]:
+        """The rules that match no tensor of a model, although they have to."""
+        used = self.chosen(header).values()
+        return [rule for rule in self.rules if rule not in used and not rule.optional]
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A recipe by its name, in any case, or by the path of its file; a `QuantizeError` if it is none."""
+    path, folder = Path(name), data_dir() / "quantize"
+    if path.suffix != ".toml":
+        path = folder / f"{str(name).lower()}.toml"
+        if not path.exists():
+            known = ", ".join(sorted(file.stem.upper() for file in folder.glob("*.toml")))
+            hint = f"there are: {known}; or give a .toml file"
+            raise QuantizeError(f"no recipe is called {str(name)!r}", hint=hint)
+    try:
+        raw = path.read_bytes()
+        return Recipe(**tomllib.loads(raw.decode("utf-8")), sha256=hashlib.sha256(raw).hexdigest())
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise QuantizeError(what, where=path, hint="check the path") from error
+    except (ValueError, TypeError) as error:  # TypeError: the file gives its own sha256
+        what = str(error)
+        if isinstance(error, pydantic.ValidationError):
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+        hint = "see data/quantize/ for the format"
+        raise QuantizeError(f"not a recipe ({what})", where=tilde(path), hint=hint) from error
 
 
 @dataclass(frozen=True)

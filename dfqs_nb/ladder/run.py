@@ -31,7 +31,7 @@ from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.ladder import divergence, quantizer
 from dfqs_nb.ladder.imatrix import ImportanceMatrix
-from dfqs_nb.ladder.recipes import Recipe, load_recipe
+from dfqs_nb.ladder.quantizer import Recipe, load_recipe
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version, threads_for
 from dfqs_nb.llama.timing import probe

@@ -171,8 +171,7 @@ def quantize(
     Example: `dfqs-nb quantize dfqs-nano-f16 iq1_s-xl -o small.gguf --calibrate calibration-nano`
     """
     from dfqs_nb.ladder.imatrix import collect, read_imatrix
-    from dfqs_nb.ladder.quantizer import check_output
-    from dfqs_nb.ladder.recipes import load_recipe
+    from dfqs_nb.ladder.quantizer import check_output, load_recipe
 
     shards, chosen = open_shards(models.resolve(source)[0]), load_recipe(recipe)
     if not (output or dry_run):

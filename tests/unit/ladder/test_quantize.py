@@ -23,8 +23,7 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.ladder import RUNGS, imatrix, quantizer
 from dfqs_nb.ladder.imatrix import Entry, ImatrixError, ImportanceMatrix
-from dfqs_nb.ladder.quantizer import plan, quantize
-from dfqs_nb.ladder.recipes import QuantizeError, Recipe, Rule, load_recipe
+from dfqs_nb.ladder.quantizer import QuantizeError, Recipe, Rule, load_recipe, plan, quantize
 from dfqs_nb.llama import check
 
 REFERENCE = data_dir() / "reference"
