@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple, TypeVar
@@ -123,13 +123,124 @@ def shown_url(url: str) -> str:
     return re.sub(r"([?#;]).*", r"\1***", re.sub("(?<=://).*@", "***@", url))
 
 
-@dataclass(frozen=True)
-class Wire:
-    """The way to one address: ``url`` ends in ``/v1`` and may be shown."""
+def _words(body: Any) -> str:
+    """The server's own words in the JSON of an error."""
+    body = body if isinstance(body, dict) else {"detail": body}
+    inner = body.get("error", body)
+    inner = inner if isinstance(inner, dict) else {"message": inner}
+    kind = inner.get("type") or inner.get("code") or ""
+    return f"{inner.get('message') or body.get('detail') or body} {kind}".strip()[:300]
 
-    url: str
+
+def pick(page: Any, path: str, kind: type[Kind], *, strict: bool = False) -> Kind | None:
+    """The value at a path of a JSON page, if it is of this kind; ``strict``: another one is a ValueError.
+
+    >>> pick({"info": {"version": "1"}}, "info.version", str), pick([], "info.version", str)
+    ('1', None)
+    """
+    for name in path.split("."):
+        if strict and not isinstance(page, dict | None):
+            raise ValueError(f"a {type(page).__name__} in place of an object")
+        page = page.get(name) if isinstance(page, dict) else None
+    if strict and not isinstance(page, kind | None):
+        raise ValueError(f"its {path} is no {kind.__name__}")
+    return page if isinstance(page, kind) else None
+
+
+class Reply(NamedTuple):
+    """A completion over a server."""
+
+    text: str
+    finish_reason: str  # eos (the model ended it), stop (a stop text came) or length (no room for more)
+    n_prompt: int  # tokens, counted by the server; 0: not told
+    n_tokens: int  # of the answer, counted by the server; 0: not told
+    logprobs: Sequence[tuple[str, float]] = ()  # of its tokens, if they were asked for
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server, how to ask it, and what it reports about itself (None or empty: nothing). See `connect`."""
+
+    url: str  # ends in ``/v1`` and may be shown
     key: SecretStr = SecretStr("")  # noqa: RUF009 (it cannot be changed)
     timeout_seconds: float = ANSWER_SECONDS
+    model: str = ""
+    retries: int = RETRIES
+    server: str = "unknown"  # or llama.cpp, llama-cpp-python, Ollama, vLLM
+    version: str = ""
+    n_ctx: int | None = None  # of one request
+    n_slots: int | None = None  # requests that it works on at once
+    chat_template: str = field(default="", repr=False)
+    weights: str = ""  # their bytes, number and type
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of each request
+
+    @property
+    def identity(self) -> str:
+        """The name under which answers are kept where the model's SHA-256 is unknown."""
+        return f"{self.server}:{self.model} {self.weights}".strip()
+
+    def conditions(self) -> dict[str, Any]:
+        """What an answer depends on, as far as the server reports it; neither address nor key."""
+        name = "" if self.server in self.version else self.server
+        return {
+            "runtime": f"{name} {self.version}".strip(),
+            "endpoint": True,
+            "endpoint_model": self.model,
+            "n_ctx": self.n_ctx,
+            "n_slots": self.n_slots,
+            "request_options": dict(self.options),
+        }
+
+    def chat(self, prompt: str, max_tokens: int = 256, **options: Any) -> Reply:
+        """The answer to a chat in the server's template; see `ask`."""
+        return self.ask({"messages": [{"role": "user", "content": prompt}]}, max_tokens, **options)
+
+    def complete(self, text: str, max_tokens: int = 256, **options: Any) -> Reply:
+        """The continuation of plain text, without a template; see `ask`."""
+        return self.ask({"prompt": text}, max_tokens, **options)
+
+    def ask(
+        self,
+        prompt: Mapping[str, Any],
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Reply:
+        """One answer to ``messages`` or a ``prompt``, retried after 429, 5xx or a lost or broken answer.
+
+        ``options`` are further fields of the request. Raises an `EndpointError`.
+        """
+        request = {"model": self.model, **prompt, "max_tokens": max_tokens}
+        request |= {"temperature": sampling.temperature, "seed": sampling.seed}
+        request |= {"top_p": sampling.top_p} if sampling.temperature > 0 else {}
+        request |= {"stop": list(stop)} if stop else {}
+        request |= {**self.options, **options}
+        return self.persist(partial(self._reply, request), self.retries)
+
+    def _reply(self, request: Mapping[str, Any]) -> Reply:
+        """One request, asked once."""
+        chat, get = "messages" in request, partial(pick, strict=True)
+        url = f"{self.url}/{'chat/' if chat else ''}completions"
+        page = self.page(url, request, self.timeout_seconds)
+        choice = next(iter(get(page, "choices", list) or []), None)
+        holder, usage = get(choice, "message", dict) if chat else choice, get(page, "usage", dict)
+        reason = get(choice, "finish_reason", str)
+        if holder is None:
+            raise broken("it holds no message", self.url)
+        if reason is None:
+            raise broken("it does not say why it ended", self.url)
+        if reason not in ("stop", "length"):  # content_filter or tool_calls: asking again changes nothing
+            hint = "switch filters and tools off at the server, or take another server"
+            raise EndpointError(f"the server ended the answer for {reason!r}", where=self.url, hint=hint)
+        if reason == "stop" and not request.get("stop"):
+            reason = "eos"  # one word for both in the protocol
+        n_prompt, n_tokens = (get(usage, name, int) or 0 for name in ("prompt_tokens", "completion_tokens"))
+        guesses = pick(choice, "logprobs.content", list) or []
+        pairs = [(pick(guess, "token", str) or "", pick(guess, "logprob", float) or 0.0) for guess in guesses]
+        return Reply(get(holder, "content" if chat else "text", str) or "", reason, n_prompt, n_tokens, pairs)
+
+    # -- the way to it --
 
     @cached_property
     def client(self) -> httpx2.Client:
@@ -146,7 +257,7 @@ class Wire:
     def hide(self, text: str) -> str:
         r"""A text from outside: without the key, halves of characters joined or replaced.
 
-        >>> Wire("http://a/v1", SecretStr("sk-12345")).hide("no sk-12345 \ud83d\ude00 \udcaf")
+        >>> Endpoint("http://a/v1", SecretStr("sk-12345")).hide("no sk-12345 \ud83d\ude00 \udcaf")
         'no *** 😀 �'
         """
         key = self.key.get_secret_value()
@@ -246,121 +357,6 @@ class Wire:
             return None
 
 
-def _words(body: Any) -> str:
-    """The server's own words in the JSON of an error."""
-    body = body if isinstance(body, dict) else {"detail": body}
-    inner = body.get("error", body)
-    inner = inner if isinstance(inner, dict) else {"message": inner}
-    kind = inner.get("type") or inner.get("code") or ""
-    return f"{inner.get('message') or body.get('detail') or body} {kind}".strip()[:300]
-
-
-def pick(page: Any, path: str, kind: type[Kind], *, strict: bool = False) -> Kind | None:
-    """The value at a path of a JSON page, if it is of this kind; ``strict``: another one is a ValueError.
-
-    >>> pick({"info": {"version": "1"}}, "info.version", str), pick([], "info.version", str)
-    ('1', None)
-    """
-    for name in path.split("."):
-        if strict and not isinstance(page, dict | None):
-            raise ValueError(f"a {type(page).__name__} in place of an object")
-        page = page.get(name) if isinstance(page, dict) else None
-    if strict and not isinstance(page, kind | None):
-        raise ValueError(f"its {path} is no {kind.__name__}")
-    return page if isinstance(page, kind) else None
-
-
-class Reply(NamedTuple):
-    """A completion over a server."""
-
-    text: str
-    finish_reason: str  # eos (the model ended it), stop (a stop text came) or length (no room for more)
-    n_prompt: int  # tokens, counted by the server; 0: not told
-    n_tokens: int  # of the answer, counted by the server; 0: not told
-    logprobs: Sequence[tuple[str, float]] = ()  # of its tokens, if they were asked for
-
-
-@dataclass(frozen=True)
-class Endpoint(Wire):
-    """A server, how to ask it, and what it reports about itself (None or empty: nothing). See `connect`."""
-
-    model: str = ""
-    retries: int = RETRIES
-    server: str = "unknown"  # or llama.cpp, llama-cpp-python, Ollama, vLLM
-    version: str = ""
-    n_ctx: int | None = None  # of one request
-    n_slots: int | None = None  # requests that it works on at once
-    chat_template: str = field(default="", repr=False)
-    weights: str = ""  # their bytes, number and type
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of each request
-
-    @property
-    def identity(self) -> str:
-        """The name under which answers are kept where the model's SHA-256 is unknown."""
-        return f"{self.server}:{self.model} {self.weights}".strip()
-
-    def conditions(self) -> dict[str, Any]:
-        """What an answer depends on, as far as the server reports it; neither address nor key."""
-        name = "" if self.server in self.version else self.server
-        return {
-            "runtime": f"{name} {self.version}".strip(),
-            "endpoint": True,
-            "endpoint_model": self.model,
-            "n_ctx": self.n_ctx,
-            "n_slots": self.n_slots,
-            "request_options": dict(self.options),
-        }
-
-    def chat(self, prompt: str, max_tokens: int = 256, **options: Any) -> Reply:
-        """The answer to a chat in the server's template; see `ask`."""
-        return self.ask({"messages": [{"role": "user", "content": prompt}]}, max_tokens, **options)
-
-    def complete(self, text: str, max_tokens: int = 256, **options: Any) -> Reply:
-        """The continuation of plain text, without a template; see `ask`."""
-        return self.ask({"prompt": text}, max_tokens, **options)
-
-    def ask(
-        self,
-        prompt: Mapping[str, Any],
-        max_tokens: int,
-        sampling: Sampling = GREEDY,
-        stop: Sequence[str] = (),
-        **options: Any,
-    ) -> Reply:
-        """One answer to ``messages`` or a ``prompt``, retried after 429, 5xx or a lost or broken answer.
-
-        ``options`` are further fields of the request. Raises an `EndpointError`.
-        """
-        request = {"model": self.model, **prompt, "max_tokens": max_tokens}
-        request |= {"temperature": sampling.temperature, "seed": sampling.seed}
-        request |= {"top_p": sampling.top_p} if sampling.temperature > 0 else {}
-        request |= {"stop": list(stop)} if stop else {}
-        request |= {**self.options, **options}
-        return self.persist(partial(self._reply, request), self.retries)
-
-    def _reply(self, request: Mapping[str, Any]) -> Reply:
-        """One request, asked once."""
-        chat, get = "messages" in request, partial(pick, strict=True)
-        url = f"{self.url}/{'chat/' if chat else ''}completions"
-        page = self.page(url, request, self.timeout_seconds)
-        choice = next(iter(get(page, "choices", list) or []), None)
-        holder, usage = get(choice, "message", dict) if chat else choice, get(page, "usage", dict)
-        reason = get(choice, "finish_reason", str)
-        if holder is None:
-            raise broken("it holds no message", self.url)
-        if reason is None:
-            raise broken("it does not say why it ended", self.url)
-        if reason not in ("stop", "length"):  # content_filter or tool_calls: asking again changes nothing
-            hint = "switch filters and tools off at the server, or take another server"
-            raise EndpointError(f"the server ended the answer for {reason!r}", where=self.url, hint=hint)
-        if reason == "stop" and not request.get("stop"):
-            reason = "eos"  # one word for both in the protocol
-        n_prompt, n_tokens = (get(usage, name, int) or 0 for name in ("prompt_tokens", "completion_tokens"))
-        guesses = pick(choice, "logprobs.content", list) or []
-        pairs = [(pick(guess, "token", str) or "", pick(guess, "logprob", float) or 0.0) for guess in guesses]
-        return Reply(get(holder, "content" if chat else "text", str) or "", reason, n_prompt, n_tokens, pairs)
-
-
 def connect(
     base_url: str,
     model: str = "",
@@ -378,31 +374,33 @@ def connect(
     where it is known better than the server reports. An `EndpointError` says whether the address, the key,
     the model or a busy server is the cause.
     """
-    wire = _wire(base_url, key, key_variable)
-    page = wire.persist(lambda: wire.page(f"{wire.url}/models"), retries)
+    endpoint = replace(
+        _address(base_url, key, key_variable), timeout_seconds=timeout_seconds, retries=retries
+    )
+    page = endpoint.persist(lambda: endpoint.page(f"{endpoint.url}/models"), retries)
     if not isinstance(page, dict) or "data" not in page:
         what = "something answers there, but it does not list models"
-        raise EndpointError(what, where=wire.url, hint=ADDRESS_HINT)
+        raise EndpointError(what, where=endpoint.url, hint=ADDRESS_HINT)
     entries = pick(page, "data", list) or []
     listed = {name: entry for entry in entries if (name := pick(entry, "id", str)) is not None}
     if model and listed and model not in listed or not model and len(listed) != 1:
         # a server that lists none may have the model nevertheless
         what = f"no model is called {model!r} there" if model else "name the model to ask"
         has = f"it has {', '.join(list(listed)[:8]) or 'none'}{' and more' if len(listed) > 8 else ''}"
-        raise EndpointError(what, where=wire.url, hint=has)
+        raise EndpointError(what, where=endpoint.url, hint=has)
     model = model or next(iter(listed))
-    facts, entry = _facts(wire, listed), listed.get(model)
+    facts, entry = _facts(endpoint, listed), listed.get(model)
     weights = [pick(entry, f"meta.{name}", object) for name in ("size", "n_params", "ftype")]
     n_ctx = facts.get("n_ctx") or pick(entry, "max_model_len", int) or pick(entry, "meta.n_ctx", int)
     facts |= {"n_ctx": n_ctx, "options": PLAIN.get(facts["server"], {})}
     facts |= {"weights": " ".join(str(value) for value in weights if value)}
     facts |= {"version": version} if version else {}
-    return Endpoint(wire.url, wire.key, timeout_seconds, model, retries, **facts)
+    return replace(endpoint, model=model, **facts)
 
 
-def _facts(wire: Wire, listed: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(endpoint: Endpoint, listed: Mapping[str, Any]) -> dict[str, Any]:
     """What an `Endpoint` has of the server itself, from paths that only one kind of server has."""
-    props = wire.optional("/props")
+    props = endpoint.optional("/props")
     if settings := pick(props, "default_generation_settings", dict):
         return {
             "server": "llama.cpp",
@@ -412,9 +410,9 @@ def _facts(wire: Wire, listed: Mapping[str, Any]) -> dict[str, Any]:
             "chat_template": pick(props, "chat_template", str) or "",
         }
     for path, server in (("/api/version", "Ollama"), ("/version", "vLLM")):
-        if version := pick(wire.optional(path), "version", str):
+        if version := pick(endpoint.optional(path), "version", str):
             return {"server": server, "version": version}
-    described = wire.optional("/openapi.json")
+    described = endpoint.optional("/openapi.json")
     if "llama.cpp Python" in (pick(described, "info.title", str) or ""):
         version = pick(described, "info.version", str) or ""
         return {"server": "llama-cpp-python", "version": version}
@@ -422,10 +420,10 @@ def _facts(wire: Wire, listed: Mapping[str, Any]) -> dict[str, Any]:
     return {"server": (owners.pop() if len(owners) == 1 else "") or "unknown"}
 
 
-def _wire(base_url: str, key: str, key_variable: str) -> Wire:
+def _address(base_url: str, key: str, key_variable: str) -> Endpoint:
     """The way to an address of the protocol's root.
 
-    >>> _wire("HTTP://localhost:8080/", "", "").url
+    >>> _address("HTTP://localhost:8080/", "", "").url
     'http://localhost:8080/v1'
     """
     key = key or os.environ.get(key_variable, "")
@@ -446,7 +444,7 @@ def _wire(base_url: str, key: str, key_variable: str) -> Wire:
     if not (key.isascii() and key.isprintable()):
         hint = f"export {key_variable or 'a variable'} with the key alone"
         raise EndpointError("the key has characters that no key has", where=url, hint=hint)
-    return Wire(url, SecretStr(key))
+    return Endpoint(url, SecretStr(key))
 
 
 def is_url(text: object) -> bool:
