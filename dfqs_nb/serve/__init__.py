@@ -4,7 +4,7 @@
 (True, False)
 """
 
-from dfqs_nb.serve import checks, measure, recipes, servers
+from dfqs_nb.serve import checks, recipes, servers
 from dfqs_nb.serve.client import check_in_process, connect, is_url
 
-__all__ = ["check_in_process", "checks", "connect", "is_url", "measure", "recipes", "servers"]
+__all__ = ["check_in_process", "checks", "connect", "is_url", "recipes", "servers"]

@@ -210,7 +210,7 @@ def score(
             wire: dict[str, Any] = {"key_variable": key_variable, "timeout_seconds": timeout}
             opened: Any = serve.connect(model, endpoint_model, **wire)
             model_id, folder = "", run_dir(run or Path(f"endpoint-{opened.model}").name)
-            score_set: Any = serve.measure.score_set
+            score_set: Any = serve.checks.score_set
         else:
             opened = stack.enter_context(open_model(model, n_ctx, threads))
             model_id, folder = identity(opened), run_dir(run or default_run_name(model))

@@ -14,7 +14,7 @@ from dfqs_nb.llama.generate import Sampling
 from dfqs_nb.llama.model import ContextFullError
 from dfqs_nb.scores import ItemSet, Options, sandbox
 from dfqs_nb.scores import run as scores
-from dfqs_nb.serve import checks, measure
+from dfqs_nb.serve import checks
 from dfqs_nb.serve import client as endpoint
 from dfqs_nb.serve.client import ContextOverflowError, EndpointError, TemporaryError
 from dfqs_nb.workbook import cli
@@ -170,7 +170,7 @@ def test_another_service_s_key_is_not_sent(server, monkeypatch):
 def test_no_key_in_errors_nor_in_any_file(server, tmp_path):
     server.key, server.answer = KEY, oracle
     remote = endpoint.connect(server.url, key=KEY, retries=0)
-    measure.score_set(remote, QUESTIONS, tmp_path, Options(limit=3, progress=False))
+    checks.score_set(remote, QUESTIONS, tmp_path, Options(limit=3, progress=False))
     server.faults = ["500"]
     with pytest.raises(TemporaryError) as caught:
         remote.chat("x")
@@ -286,7 +286,7 @@ def test_a_server_that_says_nothing_ends_in_time(server):
 
 def test_scores_over_an_endpoint_are_those_of_the_answers(server, tmp_path):
     server.answer = oracle
-    run = measure.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
+    run = checks.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert run.score.value == 1.0 and run.score.n == len(QUESTIONS.items) and server.busiest == 1
     assert run.conditions["endpoint_model"] == "good"
     assert server.asked[0]["messages"][0]["content"] == QUESTIONS.items[0].asked(QUESTIONS.instruction)
@@ -297,30 +297,30 @@ def test_a_failure_stops_the_run_and_what_was_answered_before_it_stays(server, t
     remote = endpoint.connect(server.url, retries=0)
     server.faults = ["none"] * 20 + ["500"] * 200
     with pytest.raises(TemporaryError):
-        measure.score_set(remote, QUESTIONS, tmp_path, Options(progress=False))
+        checks.score_set(remote, QUESTIONS, tmp_path, Options(progress=False))
     kept = next(tmp_path.glob("answers-*.jsonl")).read_text().splitlines()
     assert len(kept) == 20 and len(server.asked) == 21
     server.faults.clear()
-    run = measure.score_set(remote, QUESTIONS, tmp_path, Options(progress=False))
+    run = checks.score_set(remote, QUESTIONS, tmp_path, Options(progress=False))
     assert run.n_resumed == len(kept) and run.score.value == 1.0
 
 
 def test_a_server_is_not_asked_multiple_choice(server, tmp_path):
     with pytest.raises(EndpointError, match="no likelihood of a choice"):
-        measure.score_set(endpoint.connect(server.url), QUESTIONS.as_choices(), tmp_path)
+        checks.score_set(endpoint.connect(server.url), QUESTIONS.as_choices(), tmp_path)
 
 
 def test_passing_faults_do_not_change_a_score(server, tmp_path):
     server.answer = oracle
     server.faults = [fault for passing in PASSING for fault in (passing, "none", "none")]
-    run = measure.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
+    run = checks.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert run.score.value == 1.0 and len(server.asked) == len(QUESTIONS.items) + len(PASSING)
 
 
 def test_an_overflow_stops_a_run_and_is_no_wrong_answer(server, tmp_path):
     server.faults = ["overflow"]
     with pytest.raises(ContextOverflowError):
-        measure.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
+        checks.score_set(endpoint.connect(server.url), QUESTIONS, tmp_path, Options(progress=False))
     assert not list(tmp_path.glob("answers-*.jsonl"))
 
 
@@ -328,7 +328,7 @@ def test_conditions_of_another_server_do_not_share_answers(server, tmp_path):
     server.answer = oracle
     for version, asked in (("1", 4), ("1", 4), ("2", 8)):
         remote = endpoint.connect(server.url, version=version)
-        measure.score_set(remote, QUESTIONS, tmp_path, Options(limit=4, progress=False))
+        checks.score_set(remote, QUESTIONS, tmp_path, Options(limit=4, progress=False))
         assert len(server.asked) == asked
 
 
@@ -336,7 +336,7 @@ def test_another_file_under_the_same_name_does_not_share_answers(server, tmp_pat
     """As llama.cpp's server lists what it serves; a model's name is only what its user called it."""
     for ftype, n_resumed in (("Q8_0", 0), ("IQ1_S", 0), ("Q8_0", 4)):
         server.meta = {"meta": {"n_params": 14881885, "size": 16495092, "ftype": ftype}}
-        run = measure.score_set(
+        run = checks.score_set(
             endpoint.connect(server.url), QUESTIONS, tmp_path, Options(limit=4, progress=False)
         )
         assert run.n_resumed == n_resumed
@@ -345,7 +345,7 @@ def test_another_file_under_the_same_name_does_not_share_answers(server, tmp_pat
 def test_code_without_a_sandbox_is_not_asked_for(server, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "find_sandbox", lambda: sandbox.Sandbox("none"))
     with pytest.raises(sandbox.SandboxError):
-        measure.score_set(endpoint.connect(server.url), ItemSet.load("nano-code"), tmp_path)
+        checks.score_set(endpoint.connect(server.url), ItemSet.load("nano-code"), tmp_path)
     assert not server.asked
 
 

@@ -17,7 +17,7 @@ from no_hang import no_hang
 
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import ItemSet, Options
-from dfqs_nb.serve import checks, client, measure, servers
+from dfqs_nb.serve import checks, client, servers
 from dfqs_nb.serve.client import ContextOverflowError, EndpointError, TemporaryError
 
 QUESTIONS = ItemSet.load("nano-reasoning")
@@ -54,9 +54,9 @@ def test_halves_of_a_character_are_joined_or_replaced(server, pieces, text):
 
 def test_halves_of_a_character_do_not_stop_a_run(server, tmp_path):
     server.faults = ['halves ["\\udcaf"]'] * 3
-    run = measure.score_set(client.connect(server.url), QUESTIONS, tmp_path, Options(limit=3, progress=False))
+    run = checks.score_set(client.connect(server.url), QUESTIONS, tmp_path, Options(limit=3, progress=False))
     assert run.items["completion"].tolist() == ["\ufffd"] * 3
-    again = measure.score_set(
+    again = checks.score_set(
         client.connect(server.url), QUESTIONS, tmp_path, Options(limit=3, progress=False)
     )
     assert again.n_resumed == 3
@@ -148,7 +148,7 @@ def test_a_question_that_is_cut_is_no_wrong_answer(server, tmp_path):
     questions = QUESTIONS.__class__(**{**vars(QUESTIONS), "items": (*QUESTIONS.items[:3], long)})
     server.window = 70
     with pytest.raises(ContextOverflowError, match="cut the prompt"):
-        measure.score_set(client.connect(server.url), questions, tmp_path, Options(progress=False))
+        checks.score_set(client.connect(server.url), questions, tmp_path, Options(progress=False))
 
 
 def test_a_server_that_counts_no_tokens_ends_the_check_of_its_context(server):
@@ -181,7 +181,7 @@ def test_a_server_that_repeats_the_key_does_not_get_it_shown(server, status, kin
 def test_a_key_in_an_answer_is_in_no_file(server, tmp_path):
     server.faults = ["echo 200"] * 2
     endpoint = client.connect(server.url, key=KEY)
-    measure.score_set(endpoint, QUESTIONS, tmp_path, Options(limit=2, progress=False))
+    checks.score_set(endpoint, QUESTIONS, tmp_path, Options(limit=2, progress=False))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
 

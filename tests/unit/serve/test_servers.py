@@ -31,7 +31,7 @@ from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import ItemSet, Options
 from dfqs_nb.serve import checks as server_checks
 from dfqs_nb.serve import client as endpoint
-from dfqs_nb.serve import measure, servers
+from dfqs_nb.serve import servers
 from dfqs_nb.serve.client import ContextOverflowError, EndpointError
 
 SETTINGS = OpenSettings(n_ctx=512, n_threads=1)
@@ -122,10 +122,10 @@ def test_the_checks_find_a_sound_server(server, model):
 
 def test_the_same_items_in_process_and_through_it(server, model, tmp_path):
     questions = ItemSet.load("nano-reasoning")
-    items = measure.compare_all(
+    items = server_checks.compare_all(
         model, {"s": server.connect()}, [questions], tmp_path, limit=24, progress=False, **OURS
     )
-    assert len(items) == 24 and items["same_text"].all(), measure.comparison_table(items)["causes"]
+    assert len(items) == 24 and items["same_text"].all(), server_checks.comparison_table(items)["causes"]
     assert items["text_process"].equals(items["text_server"])
 
 
@@ -153,7 +153,7 @@ def test_an_answer_that_fills_the_context_is_no_wrong_answer(server, tmp_path):
     connected = server.connect()
     connected = dataclasses.replace(connected, options={**connected.options, "ignore_eos": True})
     with pytest.raises(ContextOverflowError, match="512 tokens of context were full after"):
-        measure.score_set(connected, many, tmp_path, Options(progress=False))
+        server_checks.score_set(connected, many, tmp_path, Options(progress=False))
 
 
 # ---- models that think ----
@@ -192,10 +192,10 @@ def test_a_thinking_stays_in_the_answer(thinking, tmp_path):
         split = connected.chat(QUESTION, 48, reasoning_format="deepseek", **forced).text
         assert "</think>" not in split and "The box." in split, "what this is about"
         questions = ItemSet.load("nano-reasoning")
-        items = measure.compare_all(
+        items = server_checks.compare_all(
             model, {"s": connected}, [questions], tmp_path, limit=4, progress=False, **OURS
         )
-        assert items["same_text"].all(), measure.comparison_table(items)["causes"]
+        assert items["same_text"].all(), server_checks.comparison_table(items)["causes"]
 
 
 # ---- differences are explained ----
@@ -206,9 +206,9 @@ def test_a_difference_is_followed_to_its_token(model, monkeypatch, near, cause):
     questions = ItemSet.load("nano-reasoning")
     item = questions.items[0]
     ours = llama_generate.chat(model, item.asked(questions.instruction), questions.max_tokens)
-    monkeypatch.setattr(measure, "NEAR_TIE", near)
+    monkeypatch.setattr(server_checks, "NEAR_TIE", near)
     text = b"".join(map(model.token_bytes, ours.token_ids[:2])).decode() + "zzz"
-    reason = measure.explain(model, questions, item, text)
+    reason = server_checks.explain(model, questions, item, text)
     assert reason["cause"] == cause and reason["token"] == 2 and reason["margin"] > 0
 
 
@@ -227,7 +227,7 @@ def test_a_server_asks_for_its_key_and_is_gone_when_it_is_stopped(merged_referen
         key = server.key.get_secret_value().encode()
         with pytest.raises(EndpointError):
             endpoint.connect(server.base_url).chat(QUESTION, 4)
-        measure.score_set(server.connect(), questions, tmp_path, Options(limit=2, progress=False))
+        server_checks.score_set(server.connect(), questions, tmp_path, Options(limit=2, progress=False))
         command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 2 and len(key) > 30 and key not in command
@@ -309,12 +309,12 @@ def test_what_the_notebook_hands_on(server, merged_reference, model, tmp_path):
     checks = pd.DataFrame([{"check": "context length", "server": "llama.cpp", "verdict": "pass"}])
     speeds = server_checks.speed_of_all(connected, (1, 2), 8, {})
     options = {"progress": False, "model_id": "0", "stopped": {}}
-    items = measure.compare_all(
+    items = server_checks.compare_all(
         model, connected, questions, tmp_path, limit=4, local=("llama.cpp",), **options
     )
     answers = next(tmp_path.glob("llama.cpp/answers-*.jsonl"))
     kept = answers.read_bytes()
-    measure.compare_all(model, connected, questions, tmp_path, limit=1, local=(), **options)
+    server_checks.compare_all(model, connected, questions, tmp_path, limit=1, local=(), **options)
     assert len(kept.splitlines()) == 4 and len(answers.read_bytes().splitlines()) == 5, (
         "another model, it may be"
     )
@@ -343,12 +343,12 @@ def test_a_server_that_fails_for_good_is_left_out_and_named(server, model, tmp_p
     with FaultyServer(faults=["500"]) as faulty:
         connected = {"bad": endpoint.connect(faulty.url, retries=0), "good": server.connect()}
         options = {"local": (), "model_id": "", "stopped": stopped, "limit": 2, "progress": False}
-        items = measure.compare_all(model, connected, questions, tmp_path, **options)
+        items = server_checks.compare_all(model, connected, questions, tmp_path, **options)
         assert set(items["server"]) == {"good"} and list(stopped) == ["bad"] and "500" in stopped["bad"]
         assert set(server_checks.speed_of_all(connected, (1,), 4, stopped)["server"]) == {"good"}
         faulty.faults = ["500"]
         with pytest.raises(EndpointError, match="no server answers"):
-            measure.compare_all(model, {"bad": connected["bad"]}, questions, tmp_path / "2", **options)
+            server_checks.compare_all(model, {"bad": connected["bad"]}, questions, tmp_path / "2", **options)
 
 
 @pytest.mark.slow
@@ -357,10 +357,10 @@ def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
     with llama_model.open_model(merged_reference, settings) as model:
         with servers.start(merged_reference, settings) as server:
             connected = {"llama.cpp": server.connect()}
-            items = measure.compare_all(
+            items = server_checks.compare_all(
                 model, connected, ItemSet.of_tier("nano"), tmp_path, progress=False, **OURS
             )
-        table = measure.comparison_table(items)
+        table = server_checks.comparison_table(items)
         assert items["same_text"].all(), table["causes"]
         assert (table["right_process"] == table["right_server"]).all()
         assert table["items"].tolist() == [len(each.items) for each in ItemSet.of_tier("nano")]
