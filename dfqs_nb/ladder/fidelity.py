@@ -87,8 +87,9 @@ class Record:
                 lines += [Line.model_validate_json(line)] if line.strip() else []
         except ValidationError as error:
             fault = error.errors()[0]
-            what = f"line {number}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+            what = f"line {number}: {'.'.join(map(str, fault['loc'])) or 'no object'}: {fault['msg']}"
             hint = f'its first line must name the format, "record": "{FORMAT}"; docs/fidelity.md describes it'
+            hint = hint if number == 1 else "it is cut or damaged: copy it again, or make it again"
             raise RecordError(what, where=paths.tilde(path), hint=hint) from error
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is empty"

@@ -8,6 +8,7 @@ itself tells beforehand which tensors it will write.
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import os
 import re
@@ -131,7 +132,8 @@ def load_recipe(name: str | Path) -> Recipe:
         what = str(error)
         if isinstance(error, pydantic.ValidationError):
             first = error.errors()[0]
-            what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+            at = ".".join(map(str, first["loc"]))
+            what = f"{at}: {first['msg']}" if at else first["msg"].removeprefix("Value error, ")
         hint = "see data/quantize/ for the format"
         raise QuantizeError(f"not a recipe ({what})", where=tilde(path), hint=hint) from error
 
@@ -231,6 +233,8 @@ def check_output(output: Path, shards: ShardSet, overwrite: bool) -> None:
     """Check that the output may have its name; errors as `quantize`."""
     if any(output.exists() and output.samefile(path) for path in shards.paths):
         raise OutputError("is the source itself", where=output, hint="name another file")
+    if output.is_dir():
+        raise OutputError("is a folder", where=output, hint="name a file in it")
     if output.exists() and not overwrite:
         raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
     if not output.parent.is_dir():
@@ -256,6 +260,8 @@ def quantize(
     """
     output, shards = Path(output), open_shards(source)
     check_output(output, shards, overwrite)
+    for torn in output.parent.glob(f".{glob.escape(output.name)}.*.part"):  # left by a kill
+        torn.unlink()
     planned = plan(shards, recipe, imatrix, run)
     needed = planned.nbytes + shards.headers[0].data_offset + HEADER_BYTES
     free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then

@@ -110,8 +110,8 @@ def within_budget(
     The speed of the source, timed here on a few tokens, stands for that of every rung. Of the default rungs,
     those for routed experts are left out of a dense model's ladder.
     """
-    shards = open_shards(source)
-    dense = [name for name in RUNGS if tuple(rungs) == RUNGS and load_recipe(name).idle_rules(shards.as_one)]
+    shards, recipes = open_shards(source), {name: load_recipe(name) for name in rungs}  # a wrong name ends it
+    dense = [name for name in RUNGS if tuple(rungs) == RUNGS and recipes[name].idle_rules(shards.as_one)]
     rungs = [name for name in rungs if name not in dense]
     with open_model(shards, OpenSettings.of(shards, n_ctx=512, n_threads=settings.n_threads)) as model:
         pace, load, n_vocab = probe(model), model.load_seconds, model.n_vocab
@@ -247,8 +247,6 @@ class _Climber(ExitStack):
         note, matrix = path.with_name("made.json"), self.matrix if recipe.weights else None
 
         def make() -> dict[str, Any]:
-            for torn in path.parent.glob(f".{path.name}.*.part"):  # left by a kill
-                torn.unlink()
             how: dict[str, Any] = {"n_threads": self.settings.n_threads, "overwrite": True}
             how |= {"progress": False, "run": self._worker.run}
             quantizer.quantize(self.shards, recipe, path, imatrix=matrix, **how)

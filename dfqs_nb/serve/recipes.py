@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from dfqs_nb.core.display import size
+from dfqs_nb.core.display import did_you_mean, size
 from dfqs_nb.core.errors import DfqsError, SpaceError
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.machine import available_memory, gpu_memories, usable_cores
@@ -167,7 +167,8 @@ def write_recipe(
     and folder does not do.
     """
     if target not in targets():
-        raise DfqsError(f"no target is called {target!r}", hint=f"there are {', '.join(targets())}")
+        hint = f"{did_you_mean(target, [*targets()])}there are {', '.join(targets())}"
+        raise DfqsError(f"no target is called {target!r}", hint=hint)
     chosen, source, folder = targets()[target], _source(model), Path(folder).absolute()
     key_variable = key_variable or (DEFAULT_KEY_VARIABLE if chosen.needs_key else "")
     if key_variable and not (key_variable.isidentifier() and key_variable.isascii()):

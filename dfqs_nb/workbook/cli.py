@@ -6,6 +6,7 @@ Other packages are imported inside the functions, so that a fast command starts 
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import math
 import os
@@ -303,7 +304,7 @@ def deploy(
     recipe = recipes.write_recipe(
         target, model, folder, **sizes, key_variable=key_variable, overwrite=overwrite
     )
-    say(*(f"- {note}" for note in recipe.notes), "", *recipe.commands)
+    say(*(f"- {note}" for note in recipe.notes), "", f"cd {shlex.quote(str(folder))}", *recipe.commands)
     say(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")
 
 
@@ -411,7 +412,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if isinstance(error, OSError) and (place := error.filename2 or error.filename):
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC and "the disk"
+        if isinstance(error, OSError) and (place := error.filename2 or error.filename or full):
             return _fail(f"{tilde(str(place))}: cannot be read or written ({error.strerror})")
         what = f"unexpected {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         log = Path(tempfile.gettempdir(), LOG)

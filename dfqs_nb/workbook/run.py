@@ -210,12 +210,16 @@ def _summed_up(folder: Path, done: list[NotebookRun]) -> WorkbookRun:
 
 
 def _absolute(value: Any) -> Any:
-    """A relative path of what exists made absolute: a notebook runs in another folder than the user.
+    """Relative paths of what exists made absolute: a notebook runs in another folder than the user.
 
-    Links stay as they are: in a hub cache a shard's name is the link's, not its target's.
+    A value may be a path, or words of which some are. Links stay as they are: in a hub cache a shard's name
+    is the link's, not its target's.
     """
-    is_path = isinstance(value, str) and ("/" in value or ".gguf" in value.lower())
-    return str(Path(value).absolute()) if is_path and there_is(value) else value
+    if not isinstance(value, str):
+        return value
+    words = [value] if there_is(value) else value.split(" ")
+    paths = {word for word in words if there_is(word) and ("/" in word or Path(word).suffix)}
+    return " ".join(str(Path(word).absolute()) if word in paths else word for word in words)
 
 
 def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) -> NotebookRun:

@@ -158,6 +158,7 @@ def test_a_model_that_ends_at_once_gives_no_record(original, questions, tmp_path
         (lambda lines: [lines[0], '{"id": "a", "prompt": [-1], "text": "", "steps": []}'], "2: prompt.0"),
         (lambda lines: [lines[0], '{"id": "", "prompt": [1], "text": "", "steps": [[[1, 9]]]}'], "2: steps"),
         (lambda lines: [lines[0], "\ud800"], "line 2"),
+        (lambda lines: [lines[0], lines[1][:-9]], "line 2: no object: Invalid JSON.*it is cut or damaged"),
     ],
 )
 def test_a_broken_record_names_its_line(record, tmp_path, change, message):

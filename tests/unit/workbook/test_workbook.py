@@ -145,6 +145,9 @@ def test_a_relative_model_file_reaches_the_notebook_as_absolute(outputs, tmp_pat
     assert f"got {tmp_path / 'nb/../nb'}" in texts(outputs / "mine" / "01_show.ipynb")
     workbook.run_workbook("mine", {"model": "outputs"}, [show])
     assert "got outputs\n" in texts(outputs / "mine" / "01_show.ipynb"), "a registry name is not a path"
+    (tmp_path / "my.toml").touch()
+    workbook.run_workbook("mine", {"model": "Q8_0  my.toml"}, [show])  # as rungs, with a recipe of one's own
+    assert f"got Q8_0  {tmp_path / 'my.toml'}" in texts(outputs / "mine" / "01_show.ipynb")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
