@@ -47,18 +47,18 @@ def divergence_by_bits(table: pd.DataFrame) -> Axes:
 
 
 def _name(ax: Axes, rows: pd.DataFrame) -> None:
-    """Write each rung's name below its marks or above them, as near as nothing else stands there."""
+    """Write each rung's name over or under its marks: as near to one as nothing else stands there."""
     ax.figure.draw_without_rendering()
-    taken, inside = [mark.get_window_extent() for mark in ax.lines], ax.bbox
+    taken, heights = [mark.get_window_extent() for mark in ax.lines], np.linspace(0.02, 0.98, 97)
+    style: Any = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "center", "fontsize": 8}
     for rung in rows.itertuples():
-        low, high = (
-            pick([rung.kld, rung.kld_low, rung.kld_high, rung.kld_tail]) for pick in (np.nanmin, np.nanmax)
-        )
-        text = ax.annotate(rung.rung, (0, 0), (0, 0), textcoords="offset points", ha="center", fontsize=8)
-        for away in [side * (6 + 5 * n) for n in range(4 * len(rows)) for side in (-1, 1)]:
-            text.xy = rung.bits_per_weight, high if away > 0 else max(low, ax.get_ylim()[0])
-            text.set(position=(0, away), va="bottom" if away > 0 else "top")
-            box = text.get_window_extent().padded(1)
-            if inside.y0 < box.y0 and box.y1 < inside.y1 and not any(map(box.overlaps, taken)):
+        values = [rung.kld, rung.kld_tail, *([rung.kld_low, rung.kld_high] if rung.kld_low >= 0 else [])]
+        marks = ax.transData.transform([(rung.bits_per_weight, value) for value in values])
+        away = np.abs(heights[:, None] - ax.transAxes.inverted().transform(marks)[:, 1]).min(axis=1)
+        text = ax.text(rung.bits_per_weight, 0, rung.rung, **style)
+        for height in heights[away.argsort(kind="stable")]:
+            text.set_y(height)
+            box = text.get_window_extent().padded(2)
+            if not any(map(box.overlaps, taken)):
                 break
         taken.append(box)
