@@ -51,5 +51,6 @@ def load_prompts(name: str, kind: type[AnySet]) -> AnySet:
         known = ", ".join(sorted(file.stem.replace("_", "-") for file in folder.glob("*.json")))
         raise PromptError(f"no prompt set is called {name!r}", hint=f"there are: {known or 'none'}") from None
     except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
-        what, hint = f"not the prompt set {name} ({one_line(error)})", "restore it with git"
+        what = f"{name} is of another kind, or damaged ({one_line(error):.100})"
+        hint = "name another prompt set, or restore it with git"
         raise PromptError(what, where=tilde(folder), hint=hint) from error

@@ -247,7 +247,7 @@ def code_in(answer: str, name: str) -> str | None:
     blocks = [textwrap.dedent(block).strip("\n") for _, block in FENCED.findall(answer)][::-1]
     head = re.compile(rf"^(async )?def {re.escape(name)}\b", re.MULTILINE)
     codes = blocks or [_plain_code(answer)]
-    defining = (code for code in codes if name in _names(code))
+    defining = (code for code in codes if name in names_in(code))
     return next(defining, None) or next(filter(head.search, codes), None)  # a fault is seen when it runs
 
 
@@ -262,7 +262,7 @@ def parsed(code: str) -> tuple[SymbolTable | None, int]:
             return None, 1
 
 
-def _names(code: str) -> set[str]:
+def names_in(code: str) -> set[str]:
     """What the code defines, if it is Python."""
     table = parsed(code)[0]
     return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_local()} if table else set()

@@ -20,7 +20,7 @@ from pydantic import Field, SkipValidation, TypeAdapter
 
 from dfqs_nb.core import files, paths
 from dfqs_nb.core.errors import PromptError
-from dfqs_nb.scores.grading import code_in, parsed
+from dfqs_nb.scores.grading import code_in, names_in, normalised, parsed
 from dfqs_nb.scores.sandbox import Candidate
 
 TIERS = {
@@ -121,8 +121,10 @@ class ItemSet:
         """
         if tier not in TIERS:
             raise PromptError(f"no tier is called {tier!r}", hint=f"there are: {', '.join(TIERS)}")
-        first = [f"{TIERS[tier][0]}-choices"] if choices else []
-        return cls.load_all([*first, *TIERS[tier], *(sorted(Path(folder).glob("*.jsonl")) if folder else ())])
+        own = sorted(Path(folder).expanduser().glob("*.jsonl")) if folder else []
+        if folder and not own:
+            raise PromptError("no folder with question sets (*.jsonl)", where=paths.tilde(folder))
+        return cls.load_all([*[f"{TIERS[tier][0]}-choices"] * choices, *TIERS[tier], *own])
 
     def as_choices(self) -> ItemSet:
         """A reasoning set as multiple choice: the choices are answers of the same family.
@@ -183,6 +185,8 @@ def _read(path: Path) -> ItemSet:
         raise PromptError(f"cannot be read ({error.strerror})", where=paths.tilde(path), hint=hint) from error
     (first, *lines), number, items = raw.split(b"\n"), 1, dict[str, Item]()
     try:
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise ValueError("this is UTF-16; save the file as UTF-8")
         head = HEAD.validate_json(first.removeprefix(b"\xef\xbb\xbf"), strict=True)
         if not re.fullmatch(r"(?=.*\S)[\w. -]{1,50}", head.name):
             rule = "use up to 50 letters, digits, '-', '_' and '.'"
@@ -209,15 +213,21 @@ def _fault(head: ItemSet, item: Item) -> str:
     for name in NEEDED[head.kind]:
         if not getattr(item, name):
             return f"no {name}"
+    if head.kind == "reasoning" and not normalised(item.answer):
+        return f"answer: nothing of {item.answer!r:.60} is compared"
     if head.kind == "choice" and len(item.choices) <= max(1, item.gold):
         return "gold names no choice" if item.gold else "choices: there is only one"
+    if len(set(item.choices)) < len(item.choices):
+        return "choices: two are the same"
     if head.kind == "code" and not item.entry_point.isidentifier():
         return f"entry_point: {item.entry_point!r:.60} is no name of a function"
     try:
         compile(item.tests, "tests", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return f"tests: not Python ({str(error) or 'too deep'})"
-    return ""
+    return (
+        "tests: they define no check" if head.kind == "code" and "check" not in names_in(item.tests) else ""
+    )
 
 
 def _reason(error: Any) -> str:

@@ -57,6 +57,12 @@ class Options:
         if self.thinking not in THINKING:
             hint = f"use one of {', '.join(THINKING)}"
             raise errors.PromptError(f"thinking is {self.thinking!r}", hint=hint)
+        for name, value in {
+            "limit of questions": self.limit,
+            "thinking_tokens": self.thinking_tokens,
+        }.items():
+            if value < 0:
+                raise errors.PromptError(f"the {name} is {value}", hint="use 0 or more")
 
     @property
     def sampling(self) -> Sampling:
@@ -162,7 +168,9 @@ class Answerer:
         n = sum(row["grade"] != CUT for row in rows)
         part = {"part": f"{n} of {item_set.n_whole} questions"} if n < item_set.n_whole else {}
         facts: dict[str, Any] = {"conditions": item_set.identity() | part | own, "model": self.model_id}
-        return SetRun.of(item_set.kind, item_set.name, rows, n_items=max(1, n), n_resumed=n_resumed, **facts)
+        return SetRun.of(
+            item_set.kind, item_set.name, rows, n_items=n or len(items), n_resumed=n_resumed, **facts
+        )
 
     def _answers(self, todo: Mapping[str, Request], until: float) -> Iterator[tuple[str, Row]]:
         """Answers as they come, by the id of their item; the first is begun unless ``until`` is 0."""
@@ -191,7 +199,7 @@ def score_set(
     requests = (answerer.request(item_set, item, options) for item in item_set.items)
     longest = max(len(request.tokens(model)) + request.max_tokens for request in requests)
     if longest > model.settings.n_ctx:
-        hint = f"open the model with n_ctx of at least {longest:,}, not {model.settings.n_ctx:,}"
+        hint = f"--n-ctx {longest} or more (in a notebook: n_ctx = {longest}), not {model.settings.n_ctx}"
         raise errors.PromptError(f"the set {item_set.name} needs {longest:,} tokens of context", hint=hint)
     return answerer.score(item_set, folder, options)
 

@@ -26,7 +26,7 @@ import typer
 from typer import Argument, Option
 
 from dfqs_nb import __version__
-from dfqs_nb.core.display import did_you_mean, plain, quoted
+from dfqs_nb.core.display import did_you_mean, one_line, plain, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
@@ -223,6 +223,9 @@ def score(
             timed = replace(options, until=time.monotonic() + share)
             runs.append(score_set(opened, item_set, place, timed, model_id=model_id))
             say(runs[-1].score.sentence)
+            for row in runs[-1].answered.query("not correct").head(1).itertuples():
+                right = "" if item_set.kind == "code" else f"; expected {row.expected!r}"
+                say(one_line(f"not right, for example {row.id}: {row.reason:.150}{right:.60}"))
         results = [vars(run.score) | {"conditions": run.conditions} for run in runs]
         say(f"wrote {tilde(write_json(place / 'results.json', results))}; the answers are beside it")
 

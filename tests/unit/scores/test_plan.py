@@ -107,12 +107,12 @@ def test_an_answer_is_cut_at_its_time_and_is_neither_right_nor_wrong(tmp_path):
     assert len(answers) == 1 and answers[0] < 20, "it stopped after the token at which its time ended"
     assert run.items["grade"].tolist() == ["cut"]
     assert run.items["reason"].tolist() == [f"cut by the budget after {answers[0]} tokens"]
-    assert run.score.value is None and (run.score.n, run.score.n_missing) == (1, 1)
+    assert run.score.value is None and (run.score.n, run.score.n_missing) == (192, 192)
     assert "withheld" in run.score.sentence and run.conditions["part"] == "0 of 192 questions"
     kept = json.loads((next(tmp_path.glob("answers-*.jsonl"))).read_text())
     assert kept["finish_reason"] == "time" and kept["completion"] == "Let me"
     results = Results([run])
-    assert results.table()["n_missing"].tolist() == [1] and results.families().empty
+    assert results.table()["n_missing"].tolist() == [192] and results.families().empty
     assert figures.score_families(results.families()).startswith("No figure")
     assert results.failures(4)["reason"].str.contains("budget").all()
 

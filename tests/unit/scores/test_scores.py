@@ -174,9 +174,11 @@ def test_a_stop_text_counts_only_behind_the_thinking(model, monkeypatch, opened,
     assert made.text == text + "It must end in </answer>.</think><answer>12" and made.finish_reason == "stop"
 
 
-def test_a_thinking_that_means_nothing_is_refused():
-    with pytest.raises(PromptError):
-        Options(thinking="yes")
+def test_a_setting_that_means_nothing_is_refused():
+    """A limit of -1 would leave out the last question without a word."""
+    for wrong in ({"thinking": "yes"}, {"limit": -1}, {"thinking_tokens": -1}):
+        with pytest.raises(PromptError):
+            Options(**wrong)
 
 
 @needs_sandbox
@@ -271,7 +273,7 @@ def test_without_a_sandbox_code_is_not_even_asked(model, tmp_path, monkeypatch):
 
 
 def test_a_set_that_does_not_fit_is_refused(model, tmp_path):
-    with pytest.raises(PromptError, match="needs .* tokens of context"):
+    with pytest.raises(PromptError, match=r"needs .* tokens of context; --n-ctx \d+ or more"):
         score_set(model, dataclasses.replace(QUESTIONS, max_tokens=400), tmp_path, Options(progress=False))
 
 

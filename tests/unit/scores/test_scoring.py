@@ -443,6 +443,7 @@ def test_nano_prompts_cannot_come_from_the_training_generator():
 HEAD = {"set": "mine", "kind": "reasoning"}
 ITEM = {"id": "1", "prompt": "p", "answer": "a"}
 CODE = {"set": "x", "kind": "code"}
+CHOICE = {"set": "x", "kind": "choice"}
 TESTED = {"id": "1", "prompt": "def f():\n", "tests": "def check(c): pass", "entry_point": "f"}
 
 
@@ -481,6 +482,13 @@ TESTED = {"id": "1", "prompt": "def f():\n", "tests": "def check(c): pass", "ent
         ([HEAD, '{"id": "1", "prompt": "x\\ud83dy", "answer": "a"}'], "line 2: Invalid JSON"),
         ([HEAD, "[" * 4000], "line 2: Invalid JSON"),
         ([HEAD, b'{"id": "\xff"}'], "line 2: Invalid JSON"),
+        ([json.dumps(HEAD).encode("utf-16")], "line 1: this is UTF-16; save the file as UTF-8"),
+        ([HEAD, {**ITEM, "answer": " ."}], "line 2: answer: nothing of ' .' is compared"),
+        ([CODE, {**TESTED, "tests": "assert f() == 1"}], "line 2: tests: they define no check"),
+        (
+            [CHOICE, {"id": "1", "prompt": "p", "choices": ["a", "b", "a"]}],
+            "line 2: choices: two are the same",
+        ),
     ],
 )
 def test_a_broken_set_is_refused_with_its_line_and_field(tmp_path, lines, message):
@@ -516,6 +524,9 @@ def test_a_set_of_ones_own_is_found_in_its_folder(tmp_path):
     assert sets[-1].tier == "own"
     with pytest.raises(PromptError, match="there are: .*nano-code"):
         ItemSet.load("theirs")
+    for folder in (tmp_path / "missing", tmp_path / "mine.jsonl"):
+        with pytest.raises(PromptError, match=f"{folder.name}: no folder with question sets"):
+            ItemSet.of_tier("nano", folder)
 
 
 def test_two_sets_of_one_name_are_never_asked_together(tmp_path):

@@ -58,6 +58,16 @@ def test_a_notebook_takes_over_what_the_command_asked(tmp_path, capsys):
     assert [run.score.value for run in runs] == [result["value"] for result in results]
 
 
+def test_the_command_shows_an_answer_that_is_not_right(tmp_path, capsys):
+    """A chat model answers in a sentence, so a set without an instruction scores 0, and a reader wonders why."""
+    rows = [{"set": "mine", "kind": "reasoning"}]
+    rows += [{"id": "a", "prompt": "What is the capital of France?", "answer": "Paris"}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert main(["score", MODEL, "--set", str(tmp_path / "mine.jsonl"), "--n-ctx", "512", "--run", "x"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not right, for example a: answered 'The capital of France is Paris.'; expected 'Paris'" in said
+
+
 def test_a_budget_ends_the_asking_and_each_set_has_its_share(tmp_path, capsys):
     asked = ["score", MODEL, "--tier", "nano", "--n-ctx", "1024", "--run", "x", "--allow-unsandboxed"]
     assert main([*asked, "--budget-minutes", "0.01"]) == 0
