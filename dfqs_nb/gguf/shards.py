@@ -181,9 +181,14 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     for header in headers:
         if (own := max(header.count("split.count", count), 1)) != count:
             raise _refused(f"belongs to a set of {own}, not of {count}", header.path)
-    by_number = {header.count("split.no") + 1 if count > 1 else 1: header for header in headers}
-    missing = ", ".join(str(number) for number in range(1, count + 1) if number not in by_number)
-    if missing or len(headers) > count:
-        what = f"shard {missing} of {count} is missing" if missing else f"{len(headers)} shards of {count}"
+    by_number = dict[int, GGUFHeader]()
+    for header in headers:
+        number = header.count("split.no") + 1 if count > 1 else 1
+        if (other := by_number.setdefault(number, header)) is not header:
+            what = f"shard {number} of {count} is there twice" if count > 1 else "a whole model, no shard"
+            what += f" (the other is {other.path.name})" if other.path != header.path else ""
+            raise _refused(what, header.path, "name each shard of one model once")
+    if missing := ", ".join(str(number) for number in range(1, count + 1) if number not in by_number):
+        what = f"shard {missing} of {count} is missing"
         raise _refused(what, headers[0].path.parent, f"name each of {count} shards once")
     return [by_number[number] for number in sorted(by_number)]

@@ -266,16 +266,15 @@ def _shared(path: Path) -> str:
 
 def _check_space(output: Path, plan: Plan, consume: bool) -> None:
     part, device = disk.part_path(output), output.parent.stat().st_dev
-    stored = part.stat().st_blocks * 512 if part.exists() else 0
-    needed = plan.nbytes - stored
-    if consume:
-        sources = [path.stat() for path in plan.sources]
-        needed -= sum(status.st_blocks * 512 for status in sources if status.st_dev == device)
-        needed = max(needed, 0) + CONSUME_EXTRA_BYTES + len(plan.header)
-    free = shutil.disk_usage(output.parent).free
+    whole = plan.nbytes - (part.stat().st_blocks * 512 if part.exists() else 0)
+    sources = [path.stat() for path in plan.sources]
+    given_back = sum(status.st_blocks * 512 for status in sources if status.st_dev == device)
+    consuming = max(whole - given_back, 0) + CONSUME_EXTRA_BYTES + len(plan.header)
+    needed, free = consuming if consume else whole, shutil.disk_usage(output.parent).free
     if free < needed:
-        also = "" if consume else ", or pass --consume, which deletes the shards and needs no second copy"
-        message, hint = f"needs {needed:,} bytes and {free:,} are free", f"free {needed - free:,} bytes{also}"
+        message, hint = f"needs {needed:,} bytes and {free:,} are free", f"free {needed - free:,} bytes"
+        if consuming <= free:
+            hint += ", or pass --consume (repair: --in-place), which DELETES the shards on the way"
         raise SpaceError(message, where=output.parent, hint=hint)
 
 

@@ -43,7 +43,15 @@ def inspect(
 
     Examples: `dfqs-nb inspect model.gguf`, `dfqs-nb inspect hf://owner/repo/model.gguf`
     """
-    sound = [_inspect(path, quick) for path in paths]
+    sound = []
+    for path in paths:
+        try:
+            sound.append(_inspect(path, quick))
+        except DfqsError as error:
+            if len(paths) == 1:
+                raise
+            say(f"{error}")
+            sound.append(False)
     raise typer.Exit(int(not all(sound)))
 
 

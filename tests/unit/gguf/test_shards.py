@@ -96,7 +96,13 @@ def test_swapped_shards(pair, tmp_path):
 
 def test_duplicate_shard(pair, tmp_path):
     copy = Path(shutil.copy(pair[0], tmp_path / "copy.gguf"))
-    refused([*pair, copy], "3 shards of 2", "once")
+    refused([*pair, copy], "copy.gguf: shard 1 of 2 is there twice", f"the other is {pair[0].name}", "once")
+    refused([pair[0], pair[0]], "shard 1 of 2 is there twice; name each")
+
+
+def test_two_whole_models_are_no_set(pair, merged_reference):
+    whole = Path(shutil.copy(merged_reference, pair[0].with_name("whole.gguf")))
+    refused([merged_reference, whole], "whole.gguf: a whole model, no shard", merged_reference.name)
 
 
 def test_two_models_by_name():

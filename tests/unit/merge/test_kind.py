@@ -83,12 +83,12 @@ CASES = {
         "illegal split file idx: 1 (file: case.gguf), model must be loaded with the first split",
     ),
     "shard twice": Case(
-        lambda m: m.first + m.first, Kind.DAMAGED, "shard 2 of 2 is missing", "invalid split file name"
+        lambda m: m.first + m.first, Kind.DAMAGED, "shard 1 of 2 is there twice", "invalid split file name"
     ),
     "both shards, one of them twice": Case(
         lambda m: m.first + m.second + m.second,
         Kind.DAMAGED,
-        "3 shards of 2",
+        "shard 2 of 2 is there twice",
         "invalid split file name",
     ),
     "glued and cut off": Case(

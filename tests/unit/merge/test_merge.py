@@ -154,6 +154,16 @@ def test_no_space_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     refused(SpaceError, "needs 5,752,960 bytes", "1,000 are free", output=tmp_path / "out.gguf")
 
 
+def test_consume_is_advised_only_where_it_makes_room(pair, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(SpaceError, match="free 4,752,960 bytes$"):
+        merge_model(pair[0], tmp_path / "out.gguf")
+    monkeypatch.setattr(merging, "CONSUME_EXTRA_BYTES", 0)
+    with pytest.raises(SpaceError, match="free 4,752,960 bytes, or pass --consume .repair: --in-place."):
+        merge_model(pair[0], tmp_path / "out.gguf")
+
+
 @pytest.fixture
 def small_windows(monkeypatch):
     """The reference model in 88 windows, not in one."""

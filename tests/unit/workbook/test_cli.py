@@ -64,6 +64,12 @@ def test_inspect_says_what_is_wrong_and_what_to_do(tmp_path):
     assert "loader" not in dfqs("inspect", FIRST, "--quick").stdout
 
 
+def test_inspect_goes_on_after_a_file_that_cannot_be_read(tmp_path):
+    done = dfqs("inspect", "--quick", tmp_path / "none.gguf", FIRST)
+    assert done.returncode == 1 and "none.gguf: cannot be read" in done.stdout
+    assert "shard 1 of 2; all 2 are here" in done.stdout and not done.stderr
+
+
 def test_inspect_of_a_byte_part_says_how_to_join(tmp_path):
     whole, first = specimens.reference_shards().paths[1].read_bytes(), tmp_path / "w.gguf.part1of2"
     first.write_bytes(whole[:1_000_000])
