@@ -219,6 +219,8 @@ def check_output(
                 raise IntegrityError(reason, where=path, hint=RESUME)
         if consume:
             _check_consumable(plan)
+        if not os.access(output.parent, os.W_OK):
+            raise OutputError("the folder may not be written", where=output.parent, hint="choose another one")
         _check_space(output, plan, consume)
 
 

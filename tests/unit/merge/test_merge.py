@@ -226,7 +226,7 @@ def test_read_only_folder(tmp_path):
         cwd=REPOSITORY,
         check=False,
     )
-    assert "cannot be written (Permission denied)" in ran.stdout, ran.stderr
+    assert "locked: the folder may not be written; choose another" in ran.stdout, ran.stderr
     assert list(folder.iterdir()) == []
 
 
