@@ -18,9 +18,8 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import canonical_sha256
 from dfqs_nb.core.journal import holds, remembered
 from dfqs_nb.core.paths import outputs_dir
-from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, check_fits, estimate
+from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, Sizes, check_fits, estimate
 from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.llama.settings import OpenSettings
 
@@ -119,7 +118,7 @@ def needs_of(header: GGUFHeader, settings: OpenSettings, plan: Plan | None = Non
     if kv.exactness != "exact":
         kv = KvCacheBytes([plan["kv_bytes"] // n] * n)
     if plan["card_layers"]:
-        model, here = placement.Model(header), n + 1 - plan["card_layers"]  # the output is the last layer
+        model, here = Sizes(header), n + 1 - plan["card_layers"]  # the output is the last layer
         weights = model.dense[-1] + sum(model.dense[:here]) + sum(model.experts[:here])  # and the embedding
         kv = replace(kv, layers=kv.layers[:here])
     resident = 0 if settings.use_mmap else weights

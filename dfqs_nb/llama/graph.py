@@ -27,7 +27,7 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import advise_read, available_memory, window_bytes
 from dfqs_nb.gguf.header import padded
-from dfqs_nb.gguf.placement import Layout
+from dfqs_nb.gguf.memory import Layout
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 

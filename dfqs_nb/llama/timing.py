@@ -15,7 +15,7 @@ from dfqs_nb.core.display import duration, per_cent, quoted, size, tqdm
 from dfqs_nb.core.machine import Disk, available_memory, disk_bandwidth, read_bytes, watched_load
 from dfqs_nb.core.stage import fit
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.placement import Layout
+from dfqs_nb.gguf.memory import Layout
 from dfqs_nb.llama.build import HERE
 from dfqs_nb.llama.model import Model
 

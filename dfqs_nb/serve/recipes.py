@@ -26,8 +26,8 @@ from dfqs_nb.core.errors import DfqsError, SpaceError
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.machine import available_memory, gpu_memories, usable_cores
 from dfqs_nb.core.paths import data_dir, public_address, tilde
+from dfqs_nb.gguf import memory
 from dfqs_nb.gguf import models as registry
-from dfqs_nb.gguf import placement
 from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import check_fits, estimate
@@ -275,8 +275,8 @@ def _settings(
     least, most, held = max(target.least_n_ctx, 1), 2**31 - 256, UNKNOWN_N_CTX
     if header:
         n_threads, n_layers = threads_for(header), int(header.arch("block_count", 0))
-        shape, here = placement.Model(header), (available_memory().available_bytes, gpu_memories())
-        held = min(MOST_N_CTX, max(256, placement.largest_context(shape, *here)))
+        shape, here = memory.Sizes(header), (available_memory().available_bytes, gpu_memories())
+        held = min(MOST_N_CTX, max(256, memory.largest_context(shape, *here)))
         most = shape.n_context or most
     if not least <= (n_ctx or least) <= most:
         what = f"a context of {n_ctx or least:,} tokens is not between {least:,} and {most:,}"
@@ -285,8 +285,8 @@ def _settings(
         raise DfqsError(f"{layers} GPU layers", hint="give 0 or more, or leave --gpu-layers out")
     n_ctx = n_ctx or max(least, min(held, most))
     if header and n_gpu_layers is None:
-        layers = placement.place(shape, n_ctx, *here, whole=True).n_gpu_layers
-        flags = placement.place(shape, n_ctx, *here).flags
+        layers = memory.place(shape, n_ctx, *here, whole=True).n_gpu_layers
+        flags = memory.place(shape, n_ctx, *here).flags
     ratio = round(min(1.0, layers / (n_layers + 1)), 2)
     settings = {"n_ctx": n_ctx, "n_threads": n_threads, "n_gpu_layers": layers}
     return settings | {"gpu_ratio": ratio, "flags": flags}

@@ -225,18 +225,18 @@ def plan(
     from dfqs_nb.core.machine import available_memory
     from dfqs_nb.llama.timing import forecast
 
-    cards = [gguf.placement.size_of(text) for text in vram.split(",") if text.strip()]
+    cards = [gguf.memory.size_of(text) for text in vram.split(",") if text.strip()]
     machines = [text for text in ram.split(",") if text.strip()]
-    ram_bytes = gguf.placement.size_of(machines[0]) if machines else available_memory().available_bytes
+    ram_bytes = gguf.memory.size_of(machines[0]) if machines else available_memory().available_bytes
     with models.outline(model) as known:
         header, far = known.as_one, bool(known.places)
-        shape = gguf.placement.Model(header)
+        shape = gguf.memory.Sizes(header)
         if shape.n_context and context > shape.n_context:
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
             raise DfqsError(what, where=models.shown(model), hint=f"give --context {shape.n_context} or less")
         say(f"{models.shown(model)}: {size(known.nbytes)}, {header.architecture}")
         compute = _runtime_rows(known, context)
-        placed = gguf.placement.place(shape, context, ram_bytes, cards, compute_bytes=compute)
+        placed = gguf.memory.place(shape, context, ram_bytes, cards, compute_bytes=compute)
         outlook = None
         if placed.disk_token_bytes and not (far or known.glued or cards):
             room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
@@ -247,7 +247,7 @@ def plan(
         say(f"\n{pd.DataFrame(sizes, names, SIZES).to_string()}\n")
         if note := gguf.memory.kv_cache_bytes(header, context).note:
             say(f"the cache is an estimate: {note}")
-        largest = gguf.placement.largest_context(shape, ram_bytes, cards, compute_bytes=compute)
+        largest = gguf.memory.largest_context(shape, ram_bytes, cards, compute_bytes=compute)
         alone = "" if cards else " (graphics cards not counted; --vram 24GB counts one)"
         say((f"largest context: {largest:,} tokens" if largest else "no context fits") + alone)
         say(*_advice(placed, speeds, outlook))
@@ -262,7 +262,7 @@ def plan(
         if not machines and known.nbytes > ram_bytes:
             machines = MACHINES
         if len(machines) > 1 and not cards:
-            table = gguf.placement.machines_table(shape, context, machines, speeds, compute_bytes=compute)
+            table = gguf.memory.machines_table(shape, context, machines, speeds, compute_bytes=compute)
             say(f"\n{table.drop(columns=['on cards', 'flags']).to_string(float_format='{:.2f}'.format)}")
 
 

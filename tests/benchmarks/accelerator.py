@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from specimen import write_specimen
 
+from dfqs_nb.gguf.memory import EXPERTS
 from dfqs_nb.gguf.models import resolve
-from dfqs_nb.gguf.placement import EXPERTS
 from dfqs_nb.llama import OpenSettings
 from dfqs_nb.llama.build import LOG, default_params
 from dfqs_nb.llama.timing import measure_speed

@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dfqs_nb.gguf.memory import kv_cache_bytes
-from dfqs_nb.gguf.placement import Model, place, size_of
+from dfqs_nb.gguf.memory import Sizes, kv_cache_bytes, place, size_of
 from dfqs_nb.gguf.shards import open_shards
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
@@ -55,7 +54,7 @@ def placements(program: str, path: Path, cards: list[int], contexts: list[int], 
     """Our placement on a card of this size, and what llama.cpp plans for its flags, in bytes."""
     header = open_shards(path).as_one
     asked = [(vram, n_ctx) for vram in cards for n_ctx in contexts]
-    placed = [place(Model(header), n_ctx, ram, [vram]) for vram, n_ctx in asked]
+    placed = [place(Sizes(header), n_ctx, ram, [vram]) for vram, n_ctx in asked]
     words = [f"n_ctx={n_ctx} {words_of(each.flags)}" for (_, n_ctx), each in zip(asked, placed, strict=True)]
     rows = []
     for (vram, n_ctx), ours, answer in zip(asked, placed, ask(program, path, words), strict=True):
@@ -92,7 +91,7 @@ def fits(program: str, path: Path, cards: list[int], contexts: list[int], ram: i
             int(number) for pattern, _ in answer["ot"] for number in re.findall(r"blk\\\.(\d+)", pattern)
         )
         row |= {"n_ctx": answer["n_ctx"], "-ngl": answer["ngl"], "layers with experts in RAM": len(layers)}
-        ours = place(Model(header), answer["n_ctx"], ram, [vram])
+        ours = place(Sizes(header), answer["n_ctx"], ram, [vram])
         row |= {"ours": len(ours.in_ram), "our flags": " ".join(ours.flags)}
         row |= {"weights on the card": card["model"], "cache": card["context"], "compute": card["compute"]}
         row |= {"ours on the card": ours.devices[0].dense_bytes + ours.devices[0].expert_bytes}

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import specimen
 
 from dfqs_nb.core.machine import available_memory, block_folder, disk_bandwidth
-from dfqs_nb.gguf import placement
+from dfqs_nb.gguf import memory
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama import graph
 from dfqs_nb.llama.model import open_model
@@ -123,7 +123,7 @@ def skewed(path: Path, strength: float = 0.35) -> None:
             if "exp_probs_b" in tensor.name:
                 order = draw.permutation(tensor.n_elements)
                 file.write((-strength * np.log1p(order)).astype("<f4").tobytes())
-            elif placement.HASH_TABLE in tensor.name:
+            elif memory.HASH_TABLE in tensor.name:
                 used, n_tokens = tensor.shape
                 weights = 1.0 / (1 + np.arange(SHAPE.n_experts)) ** 1.6
                 keys = draw.exponential(size=(n_tokens, SHAPE.n_experts)) / weights

@@ -18,7 +18,7 @@ from gguf_fixtures import real_size_header
 from llama_cpp_tools import Unavailable, rpc_backend, tool
 from llama_fit import ask, replay, words_of
 
-from dfqs_nb.gguf import placement
+from dfqs_nb.gguf import memory
 from dfqs_nb.gguf.header import read_header
 
 pytestmark = pytest.mark.slow
@@ -77,7 +77,7 @@ def cards(programs):
 def test_our_flags_give_the_bytes_that_llama_cpp_plans(flash, programs, cards, sizes):
     """Weights and cache of every card and of memory, for the flags that `plan` prints."""
     vram = [size * GB for size in sizes]
-    placed = placement.place(placement.Model(flash), CONTEXT, 128 * GB, vram)
+    placed = memory.place(memory.Sizes(flash), CONTEXT, 128 * GB, vram)
     [answer] = ask(programs[0], flash.path, [cards(vram), f"n_ctx={CONTEXT} {words_of(placed.flags)}"])
     theirs = answer["devices"]
     assert [row["total"] for row in theirs[:-1]] == vram, "the cards are those that we asked for"
@@ -92,13 +92,13 @@ def test_our_flags_give_the_bytes_that_llama_cpp_plans(flash, programs, cards, s
 def test_fit_keeps_as_many_experts_in_memory(flash, programs, cards, sizes):
     """`--fit` splits a layer and leaves 1 GiB beside its compute buffer; we keep layers whole and 1 GiB for all."""
     vram = [size * GB for size in sizes]
-    placed = placement.place(placement.Model(flash), CONTEXT, 128 * GB, vram)
+    placed = memory.place(memory.Sizes(flash), CONTEXT, 128 * GB, vram)
     [answer] = ask(programs[0], flash.path, [cards(vram), f"n_ctx={CONTEXT} fit={vram[0]}"])
     assert answer["status"] == 0
     theirs = sorted(int(n) for pattern, _ in answer["ot"] for n in re.findall(r"blk\\\.(\d+)", pattern))
     on_cards = sum(row["model"] for row in answer["devices"][:-1])
     ours = sum(device.dense_bytes + device.expert_bytes for device in placed.devices[:-1])
-    layer = max(placement.Model(flash).experts)
+    layer = max(memory.Sizes(flash).experts)
     compute = sum(row["compute"] for row in answer["devices"][:-1])
     assert abs(len(theirs) - len(placed.in_ram)) <= len(sizes), (theirs, placed.in_ram)
     assert on_cards - layer * len(sizes) <= ours <= on_cards + compute + layer * len(sizes)

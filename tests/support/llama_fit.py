@@ -15,7 +15,7 @@ from typing import Any
 
 from dfqs_nb.gguf.facts import layer_of
 from dfqs_nb.gguf.header import GGUFHeader, padded
-from dfqs_nb.gguf.placement import EXPERTS
+from dfqs_nb.gguf.memory import EXPERTS
 
 
 def ask(

@@ -11,7 +11,7 @@ from llama_fit import replay
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import REPOSITORY
-from dfqs_nb.gguf import placement
+from dfqs_nb.gguf import memory
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.header import read_header
@@ -37,13 +37,13 @@ def flash(tmp_path_factory):
 
 @pytest.mark.parametrize(("ram", "cards"), MACHINES)
 def test_the_flags_put_every_tensor_where_the_plan_has_it(flash, ram, cards):
-    placed = placement.place(placement.Model(flash), 32768, ram * GB, [card * GB for card in cards])
+    placed = memory.place(memory.Sizes(flash), 32768, ram * GB, [card * GB for card in cards])
     planned = [device.dense_bytes + device.expert_bytes for device in placed.devices]
     assert replay(flash, placed.flags, len(cards)) == planned
     assert sum(planned) == sum(tensor.nbytes for tensor in flash.tensors)
     caches = [device.cache_bytes for device in placed.devices]
     assert sum(caches) == kv_cache_bytes(flash, 32768).total
-    assert all(device.left_bytes >= placement.SPARE_BYTES for device in placed.devices[:-1])
+    assert all(device.left_bytes >= memory.SPARE_BYTES for device in placed.devices[:-1])
     read = sum(device.token_bytes for device in placed.devices)
     assert read == pytest.approx(parameters(flash, in_bytes=True).active, abs=4), (
         "a token reads as much wherever it lies"
@@ -57,10 +57,10 @@ def test_caches_by_layer_are_the_cache(flash):
 
 
 def test_flags_read_as_people_write_them(flash):
-    model = placement.Model(flash)
+    model = memory.Sizes(flash)
 
     def flags(*cards: int) -> str:
-        return " ".join(placement.place(model, 32768, 64 * GB, [card * GB for card in cards]).flags)
+        return " ".join(memory.place(model, 32768, 64 * GB, [card * GB for card in cards]).flags)
 
     assert flags() == "-ngl 0"
     assert re.fullmatch(r"-ngl 99 --n-cpu-moe \d+", flags(24))
@@ -70,31 +70,31 @@ def test_flags_read_as_people_write_them(flash):
 
 
 def test_more_of_anything_is_never_slower_and_never_holds_less(flash):
-    model, speeds = placement.Model(flash), {"GPU": 936e9, "RAM": 80e9, "disk": 3.5e9}
+    model, speeds = memory.Sizes(flash), {"GPU": 936e9, "RAM": 80e9, "disk": 3.5e9}
     rates = [
-        placement.place(model, 8192, ram * GB, [card * GB for card in cards]).bound(speeds)[0]
+        memory.place(model, 8192, ram * GB, [card * GB for card in cards]).bound(speeds)[0]
         for ram, cards in ((16, ()), (32, ()), (64, ()), (64, (24,)), (64, (24, 24)), (64, (80,)))
     ]
     assert rates == sorted(rates)
-    card = placement.place(model, 8192, 64 * GB, [24 * GB])
+    card = memory.place(model, 8192, 64 * GB, [24 * GB])
     assert card.bound({"RAM": 80e9}) == (None, ["GPU"])
-    paged = placement.place(model, 8192, 16 * GB, [])
+    paged = memory.place(model, 8192, 16 * GB, [])
     assert paged.bound({"RAM": 80e9}) == (None, ["disk"])
 
 
 def test_the_largest_context_is_the_largest(flash):
-    model, machine = placement.Model(flash), (64 * GB, [8 * GB])
-    n_ctx = placement.largest_context(model, *machine)
-    layers = placement.place(model, 256, *machine).n_gpu_layers
+    model, machine = memory.Sizes(flash), (64 * GB, [8 * GB])
+    n_ctx = memory.largest_context(model, *machine)
+    layers = memory.place(model, 256, *machine).n_gpu_layers
     assert 256 <= n_ctx < 1_048_576 and n_ctx % 256 == 0
-    assert placement.place(model, n_ctx, *machine).n_gpu_layers == layers
-    assert placement.place(model, n_ctx + 256, *machine).n_gpu_layers < layers
-    assert placement.largest_context(model, 1 << 20) == 0, "memory for no cache at all"
+    assert memory.place(model, n_ctx, *machine).n_gpu_layers == layers
+    assert memory.place(model, n_ctx + 256, *machine).n_gpu_layers < layers
+    assert memory.largest_context(model, 1 << 20) == 0, "memory for no cache at all"
 
 
 def test_a_table_of_machines(flash):
-    table = placement.machines_table(
-        placement.Model(flash), 8192, ["24 GB", "128 GB", "64GB + 24GB"], {"RAM": 80e9}
+    table = memory.machines_table(
+        memory.Sizes(flash), 8192, ["24 GB", "128 GB", "64GB + 24GB"], {"RAM": 80e9}
     )
     assert table.loc["128 GB", "from disk a token"] == "0 B"
     assert table["at most tokens/s"].isna().tolist() == [True, False, True], "no disk speed was given"
@@ -102,14 +102,14 @@ def test_a_table_of_machines(flash):
 
 def test_sizes_are_powers_of_two_and_one_that_is_none_is_refused():
     with pytest.raises(DfqsError, match="is no size; write 64GB"):
-        placement.size_of("much")
-    assert [placement.size_of(text) for text in ("64GB", "1.5 GiB", "500M")] == [64 << 30, 3 << 29, 500 << 20]
+        memory.size_of("much")
+    assert [memory.size_of(text) for text in ("64GB", "1.5 GiB", "500M")] == [64 << 30, 3 << 29, 500 << 20]
 
 
 def test_memory_for_half_of_the_experts_holds_half_of_the_reads(flash):
-    model = placement.Model(flash)
+    model = memory.Sizes(flash)
     routed, here = sum(model.experts), sum(model.dense) + sum(model.caches(4096))
-    placed = placement.place(model, 4096, here + routed // 2)
+    placed = memory.place(model, 4096, here + routed // 2)
     assert placed.disk_token_bytes == pytest.approx(0.5 * routed * 6 / 256, rel=1e-3)
     assert placed.ram.compute_bytes is None, "nobody planned it"
 

@@ -25,10 +25,10 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import Disk, Memory
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf import placement
+from dfqs_nb.gguf import memory
 from dfqs_nb.gguf.broken import glue
 from dfqs_nb.gguf.header import headers_inside, read_header
-from dfqs_nb.gguf.placement import Layout
+from dfqs_nb.gguf.memory import Layout, Sizes
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import build, check, graph, timing
 from dfqs_nb.llama.graph import Paging
@@ -276,10 +276,10 @@ def test_a_group_of_this_process_limits_its_memory(tmp_path):
 @pytest.mark.parametrize("share", [0.2, 0.5, 2.0])
 def test_the_forecast_agrees_with_the_placement(moe, share, monkeypatch):
     monkeypatch.setattr(Disk, "under", lambda _path: Disk("vda", 0))
-    headers, model = open_shards(moe).headers, placement.Model(open_shards(moe).as_one)
-    memory = round(share * sum(model.experts)) + sum(model.dense[:-1])
-    placed = placement.place(model, 256, memory + model.dense[-1] + sum(model.caches(256)))
-    expected = forecast(headers, memory, 1e9)
+    headers, model = open_shards(moe).headers, Sizes(open_shards(moe).as_one)
+    room = round(share * sum(model.experts)) + sum(model.dense[:-1])
+    placed = memory.place(model, 256, room + model.dense[-1] + sum(model.caches(256)))
+    expected = forecast(headers, room, 1e9)
     reads = [expected.rows[f"a token reads, {how}"] for how in ("with help", "without help")]
     assert expected.helped == pytest.approx(placed.disk_token_bytes, abs=1) and len(set(reads)) == 1
     assert reads[0] == (f"{size(expected.helped)}, 0.00 s at that speed" if share < 1 else "0 B")
@@ -289,7 +289,7 @@ def test_the_forecast_agrees_with_the_placement(moe, share, monkeypatch):
     parts = [part for layer in Layout.of(headers).experts.values() for part in layer]
     piece = sum(part.slice_bytes for part in parts) // len(parts)
     monkeypatch.setattr(Disk, "under", lambda _path: Disk("vda", piece))
-    larger = forecast(headers, memory, 1e9)
+    larger = forecast(headers, room, 1e9)
     assert larger.helped == expected.helped
     without = size(min(3 * expected.helped, sum(model.experts)))
     assert larger.rows["a token reads, without help"].split(",")[0] == without, (
@@ -312,7 +312,7 @@ def test_every_tensor_of_experts_has_its_place_biases_too(arch, tmp_path):
     assert sorted(place.start for place in places) == sorted(
         shards.headers[0].data_offset + tensor.offset for tensor in theirs
     )
-    assert sum(place.slice_bytes * place.n for place in places) == sum(placement.Model(shards.as_one).experts)
+    assert sum(place.slice_bytes * place.n for place in places) == sum(Sizes(shards.as_one).experts)
 
 
 def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe, monkeypatch):

@@ -29,7 +29,7 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.machine import Memory
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import broken as specimens
-from dfqs_nb.gguf import memory, placement
+from dfqs_nb.gguf import memory
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.gguf.shards import open_shards
@@ -404,9 +404,7 @@ def test_gpu_layers_follow_the_gpus_memory(real_size, unstored, tmp_path, monkey
     assert 20 < recipe.settings["n_gpu_layers"] < 44, "not all of 43 layers and the output"
     command = yaml.safe_load(texts(recipe)["compose.yaml"])["services"]["llama-server"]["command"]
     flags = list(
-        placement.place(
-            placement.Model(read_header(real_size)), recipe.settings["n_ctx"], 0, [24 << 30] * 2
-        ).flags
+        memory.place(memory.Sizes(read_header(real_size)), recipe.settings["n_ctx"], 0, [24 << 30] * 2).flags
     )
     assert flags[:2] == ["-ngl", "99"] and flags[-2] == "-ot", (
         "all dense parts, and some layers' experts in memory"

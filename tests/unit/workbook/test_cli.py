@@ -143,7 +143,7 @@ def test_inspect_starts_without_the_heavy_imports():
     )
     loaded = set(done.stdout.splitlines()[-1].split())
     assert loaded.isdisjoint({"numpy", "pandas", "matplotlib", "llama_cpp", "gguf", "huggingface_hub"})
-    assert loaded.isdisjoint({"psutil", "tomllib", "dfqs_nb.merge.merge", "dfqs_nb.gguf.placement"})
+    assert loaded.isdisjoint({"psutil", "tomllib", "dfqs_nb.merge.merge", "dfqs_nb.gguf.memory"})
 
 
 def test_quantize_plans_every_tensor_and_writes_what_it_planned(tmp_path, capsys):
