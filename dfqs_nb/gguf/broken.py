@@ -10,18 +10,17 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import FORMATS, read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 
-NAME = "DFQS-Nano-IQ1_S-XL"
-
 
 def reference_shards() -> ShardSet:
     """The embedded reference model: two shards of a real ``deepseek4`` mixture of experts."""
-    return open_shards(data_dir() / "reference" / f"{NAME}-00001-of-00002.gguf")
+    return open_shards(data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf")
 
 
 def glue(folder: str | Path) -> Path:
     """A raw concatenation of the reference shards, like the published single file of the real shards."""
-    path = Path(folder) / f"{NAME}-glued.gguf"
-    path.write_bytes(b"".join(shard.read_bytes() for shard in reference_shards().paths))
+    shards = reference_shards()
+    path = Path(folder) / f"{shards.name}-glued.gguf"
+    path.write_bytes(b"".join(shard.read_bytes() for shard in shards.paths))
     return path
 
 

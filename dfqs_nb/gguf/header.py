@@ -41,7 +41,6 @@ MAGIC, DEFAULT_ALIGNMENT = b"GGUF", 32
 MAX_NAME_BYTES, MAX_LAYERS = 63, 512  # GGML_MAX_NAME less its terminating zero, LLAMA_MAX_LAYERS
 MAX_HEADER_BYTES = 1 << 28  # real headers stay under 50 MB; a larger claim is a hostile or broken file
 MAX_STRINGS = 1 << 22  # in one array: the largest vocabularies and merge lists have under a million
-AT_REST = "try again when it is at rest"
 GET_AGAIN = "get the file from its source again"
 OTHER_TOOL = "the file was converted by another tool or an older one: convert it again"
 CUT_OFF = "the download was cut off (download it again), or it is a part of a file: `dfqs-nb inspect FILE`"
@@ -230,7 +229,7 @@ class _Cursor:
         goal = min(max(end, 2 * len(self.bytes), FIRST_READ), self.most, MAX_HEADER_BYTES)
         while len(self.bytes) < goal:
             if not (chunk := self.file.read(goal - len(self.bytes))):
-                raise HeaderError("shrank while it was read", where=self.path, hint=AT_REST)
+                raise self.fail("ends early: the file shrank meanwhile", "try again when it is at rest")
             self.bytes += chunk
 
     def skip(self, n_bytes: int) -> int:

@@ -173,9 +173,8 @@ def cache_table(header: GGUFHeader, contexts: Sequence[int]) -> pd.DataFrame:
     """KV cache in MiB (f16) by ``n_ctx``, in the columns ``swa_full=False`` and ``swa_full=True``."""
     import pandas as pd
 
-    both = (False, True)
-    mib = [[kv_cache_bytes(header, n, swa_full=full).total / 2**20 for full in both] for n in contexts]
-    return pd.DataFrame(mib, pd.Index(contexts, name="n_ctx"), [f"swa_full={full}" for full in both])
+    mib = [[kv_cache_bytes(header, n, swa_full=swa).total / 2**20 for swa in (False, True)] for n in contexts]
+    return pd.DataFrame(mib, pd.Index(contexts, name="n_ctx"), ["swa_full=False", "swa_full=True"])
 
 
 def published() -> dict[str, Any]:

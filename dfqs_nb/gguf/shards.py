@@ -37,7 +37,7 @@ class ShardSet:
     @property
     def nbytes(self) -> int:
         """Bytes of all files together."""
-        return sum(header.file_size for header in self.headers)
+        return sum({header.path: header.file_size for header in self.headers}.values())  # one, if glued
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -107,12 +107,9 @@ def open_shards(model: Files | GGUFHeader | Sequence[str | Path]) -> ShardSet:
     `HeaderError`: llama.cpp could not read a header. `ShardError`: the shards are no whole model, or changed.
     """
     if isinstance(model, ShardSet):
-        sizes = Counter[Path]()
-        for header in model.headers:
-            sizes[header.path] += header.file_size  # one file may hold them all, glued
-        for path, n_bytes in sizes.items():
-            if not path.is_file() or path.stat().st_size != n_bytes:
-                raise _refused("is gone, or has changed since it was opened", path, "open the model again")
+        for it in model.headers:
+            if not it.path.is_file() or it.path.stat().st_size != it.file_size:
+                raise _refused("is gone, or has changed since it was opened", it.path, "open the model again")
         return model
     if isinstance(model, (str, Path)):
         model = read_header(model)
@@ -178,11 +175,10 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
     count = next((n for header in headers if (n := header.count("split.count")) > 1), 1)
     if count > MAX_SHARDS:  # a hostile number fills the memory
         raise _refused(f"claims to be of {count:,} shards", headers[0].path, GET_AGAIN)
+    by_number = dict[int, GGUFHeader]()
     for header in headers:
         if (own := max(header.count("split.count", count), 1)) != count:
             raise _refused(f"belongs to a set of {own}, not of {count}", header.path)
-    by_number = dict[int, GGUFHeader]()
-    for header in headers:
         number = header.count("split.no") + 1 if count > 1 else 1
         if (other := by_number.setdefault(number, header)) is not header:
             what = f"shard {number} of {count} is there twice" if count > 1 else "a whole model, no shard"

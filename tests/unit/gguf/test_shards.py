@@ -8,8 +8,10 @@ from gguf_fixtures import split_like_llama
 
 from dfqs_nb.core.errors import DfqsError, HeaderError, LayoutError, ShardError
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.gguf.broken import glue
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import find_shards, open_shards, shard_path
+from dfqs_nb.merge import diagnose
 
 REFERENCE = data_dir() / "reference"
 IQ1 = [shard_path(REFERENCE / "DFQS-Nano-IQ1_S-XL", n, 2) for n in (1, 2)]
@@ -164,3 +166,8 @@ def test_an_opened_set_is_not_taken_for_what_lies_there_now(pair, change):
         pair[1].write_bytes(b"GGUF")
     with pytest.raises(ShardError, match="gone, or has changed"):
         open_shards(opened)
+
+
+def test_shards_glued_into_one_file_are_opened_once_more_like_any(tmp_path):
+    glued = diagnose(glue(tmp_path)).shards()
+    assert open_shards(glued) is glued and glued.nbytes == glued.paths[0].stat().st_size
