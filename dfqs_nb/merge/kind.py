@@ -272,11 +272,7 @@ def diagnosis_table(paths: Iterable[str | Path]) -> pd.DataFrame:
     from dfqs_nb.llama import check
 
     diagnoses = [diagnose(path) for path in paths]
+    rows = [(plain(d.path.name), d.nbytes, str(d.kind), d.finding, d.next_step) for d in diagnoses]
+    table = pd.DataFrame(rows, columns=["file", "bytes", "kind", "finding", "next_step"]).set_index("file")
     verdicts = check.verdicts([diagnosis.path for diagnosis in diagnoses])
-    answers = [verdict.reason or "loads" for verdict in verdicts]
-    rows = [
-        (plain(d.path.name), d.nbytes, str(d.kind), d.finding, d.next_step, answer)
-        for d, answer in zip(diagnoses, answers, strict=True)
-    ]
-    columns = ["file", "bytes", "kind", "finding", "next_step", "llama_cpp"]
-    return pd.DataFrame(rows, columns=columns).set_index("file")
+    return table.assign(llama_cpp=[verdict.reason or "loads" for verdict in verdicts])

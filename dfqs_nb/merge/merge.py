@@ -57,12 +57,11 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     ``merged_to``: a folder where an earlier merge may have put the model, before it deleted these files.
     `HeaderError`, `LayoutError`, `ShardError`, `RegistryError`: files are missing, not sound, or not one set.
     """
-    files: list[Path] = []
     try:
-        for given in _each(model):
-            files += [Path(given)] if is_file(given) else resolve(given)
+        found = [[Path(given)] if is_file(given) else resolve(given) for given in _each(model)]
     except RegistryError as error:
         raise (merged_to and _merged_before(model, merged_to)) or error from error
+    files = [path for paths in found for path in paths]
     first, alone = diagnose(files[0], allow_holes=True), len(files) == 1
     if alone and (first.kind is Kind.UNFINISHED or not first.headers):
         raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)
@@ -113,8 +112,7 @@ def merge_once(
         if not fresh and (earlier := earlier_result(path)):
             return earlier
         hashes = hash_file(path, [header])
-        seconds = time.perf_counter() - began
-        return MergeResult(path, header.file_size, *hashes, plan.identities, seconds)
+        return MergeResult(path, header.file_size, *hashes, plan.identities, time.perf_counter() - began)
     earlier = earlier_result(output)
     if earlier and not fresh and earlier.sources == plan.identities:
         return earlier
