@@ -354,8 +354,6 @@ def _events(raw: bytes) -> tuple[list[Event], int]:
 
 def in_the_way(journal: Path) -> IntegrityError:
     """The error for a copy that would overwrite an unfinished one that consumes its sources."""
-    hint = (
-        "finish it first, by its own command with --consume (repair: --in-place): its part file holds what "
-    )
-    hint += "the sources no longer have. Remove both only if all sources are whole"
+    hint = "finish it first, by its own command with --consume (repair: --in-place): its part file holds "
+    hint += "what the sources no longer have. Remove both only if all sources are whole"
     return IntegrityError("an unfinished consuming merge is in the way", where=journal, hint=hint)

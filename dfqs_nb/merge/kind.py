@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OPENING_BYTES = 4096
+COMPRESSED = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"BZh"  # gzip, zstd, xz, bzip2
 MAX_PARTS = 10_000  # headers followed inside one file
 AGAIN = "get it from its source again"
 RESUME = "resume the download, or the stopped merge; if holes are meant, fill them with `cp --sparse=never`"
@@ -148,6 +149,8 @@ def by_first_bytes(first: bytes, size: int) -> Finding:
     if not first.strip(b"\0"):
         finding = f"zeros: the first {len(first):,} bytes of {size:,} were never written"
         return Kind.UNFINISHED, finding, "only its room was reserved: resume or repeat the download"
+    if first.startswith(COMPRESSED):
+        return Kind.OTHER_FORMAT, "a compressed file", "unpack it: gzip -d, zstd -d, xz -d or bzip2 -d"
     text = first.decode("utf-8-sig", "ignore" if len(first) == OPENING_BYTES else "replace").strip()
     if "\ufffd" not in text and all(char.isprintable() or char.isspace() for char in text):
         words = " ".join(re.sub(r"<[^>]*>", " ", text).split())[:200] or text[:80]

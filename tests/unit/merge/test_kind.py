@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import shutil
 import struct
@@ -166,6 +167,9 @@ CASES = {
     ),
     "text": Case(
         lambda m: b"Entry not found", Kind.DOCUMENT, "Entry not found", "invalid magic characters: 'Entr'"
+    ),
+    "compressed": Case(
+        lambda m: gzip.compress(m.first), Kind.OTHER_FORMAT, "a compressed file", "invalid magic characters"
     ),
     "zeros": Case(lambda m: bytes(100_000), Kind.UNFINISHED, "zeros", "invalid magic characters"),
     "big-endian": Case(
