@@ -2,8 +2,8 @@
 
 DFQS 1.0: "routing remains deterministic under standard inference loads". Two things are judged: the same run
 again, in the same process and in a fresh one (`judge`), and the same text beside others in one batch
-(`judge_loads`). What differs when a setting differs is sensitivity, not failure. Bounds are on runs, batches
-and texts, because the choices of one text are not independent.
+(`judge_loads`). What differs when a setting differs is sensitivity, not failure. A bound is on texts: choices
+of one text are not independent, batches share texts, and repeated runs share a process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from dfqs_nb.routing.plan import IDENTICAL, Condition, Text
 from dfqs_nb.routing.trace import COMPARED, Trace, compare
 from dfqs_nb.stats import at_most, mean_interval
 
-ABOUT = ("condition", "kind", "against", "status", "load", "n_others", "text", "domain")
+ABOUT = (
+    *("condition", "kind", "against", "status", "process", "n_threads"),
+    *("load", "n_others", "text", "domain"),
+)
 STABLE_SHARE = 0.99  # identical sets under every setting of the runtime, for "routing stable"
 SHARES = (0.5, 0.8, 0.9, 0.95)  # of choices, of which experts are counted
 CONFIRMED, CONTRADICTED, NOT_TESTABLE = "confirmed", "contradicted", "not testable here"
@@ -47,7 +50,8 @@ def compared(
     rows: list[dict[str, Any]] = []
     for each in (each for each in planned if each.against):
         about: dict[str, Any] = {"condition": each.name, "kind": each.kind, "against": each.against}
-        about |= {"status": status[each.name], "load": each.name.split(", batch ")[0], "text": ""}
+        about |= {"status": status[each.name], "process": each.process, "n_threads": each.settings.n_threads}
+        about |= {"load": each.name.split(", batch ")[0], "text": ""}
         about["n_others"] = max(0, len(each.arrivals) - 1)
         if each.name not in traces:
             rows.append(about)
@@ -74,41 +78,41 @@ def failures(rows: pd.DataFrame) -> list[str]:
 def judge(rows: pd.DataFrame) -> Verdict:
     """The verdict on repetitions, of the rows of `compared`; its facts are those of the stage file.
 
-    No expert set may differ (dense: no logit), and every repetition must run. ``upper_bound`` is 95 %, on
-    choices, as if those of one text were independent; ``runs_upper_bound`` is on repeated runs.
+    No expert set may differ (dense: no logit), and every repetition must run.
     """
     repeats = rows[rows["kind"] == IDENTICAL]
     done, failed = repeats[repeats["status"] == "done"], failures(repeats)
     changed = int(((done["n_differ"] > 0) | (done["n_choices"] == 0) & (done["logits_equal"] < 1)).sum())
     once = done.drop_duplicates("text")  # the text, and each short text
-    n_differ, n_each = int(done["n_differ"].sum()), int(once["n_choices"].sum())
     facts: dict[str, Any] = {
         "passed": bool(len(done)) and not failed and not changed,
-        "routed": n_each > 0,
+        "routed": bool(once["n_choices"].sum()),
         "n_tokens": int(once["n_tokens"].sum()),
         "n_layers": int(done["n_layers"].max()) if len(done) else 0,
         "n_runs": len(done),
+        "n_processes": done["process"].nunique(),
         "n_choices": int(done["n_choices"].sum()),
-        "n_differ": n_differ,
+        "n_differ": int(done["n_differ"].sum()),
         "n_runs_differ": changed,
-        "upper_bound": at_most(min(n_differ, n_each), n_each),
-        "runs_upper_bound": at_most(changed, len(done)),
         "logits_equal": float(done["logits_equal"].mean()) if len(done) else 0.0,
         "same_output": not done["same_output"].eq(False).any(),  # None does not count
         "failed_runs": failed,
     }
     if not len(done) and not failed:
         return Verdict(False, "Not judged: no repetition fits into the budget.", facts)
-    bound = f"95 % upper bound: {per_cent(facts['runs_upper_bound'])} of repeated runs."
+    n_processes = facts["n_processes"]
+    runs = f"repeated runs in {n_processes} process{'es' * (n_processes > 1)}"
     if failed:
         text = f"{len(failed)} of the repetitions did not run ({failed[0]})."
     elif facts["routed"]:
-        text = f"{n_differ:,} of {facts['n_choices']:,} choices differed under identical conditions, in "
-        text += f"{changed} of {len(done)} repeated runs (texts of {facts['n_tokens']:,} tokens in all, "
-        text += f"{facts['n_layers']} layers). {bound}"
+        text = (
+            f"{facts['n_differ']:,} of {facts['n_choices']:,} choices differed under identical conditions, "
+        )
+        text += f"in {changed} of {len(done)} {runs} (texts of {facts['n_tokens']:,} tokens in all, "
+        text += f"{facts['n_layers']} layers)."
     else:
         text = f"dense model, nothing to route; the logits of {per_cent(facts['logits_equal'], 2)} of "
-        text += f"{facts['n_tokens']:,} tokens were equal bit for bit over {len(done)} repeated runs. {bound}"
+        text += f"{facts['n_tokens']:,} tokens were equal bit for bit over {len(done)} {runs}."
     return Verdict(facts["passed"], f"{'PASS' if facts['passed'] else 'FAIL'}: {text}", facts)
 
 
@@ -169,7 +173,7 @@ def judge_loads(rows: pd.DataFrame, again: Verdict) -> Verdict:
 
 
 def _under_load(beside: pd.DataFrame) -> str:
-    """What happened beside others, with bounds on the independent units."""
+    """What happened beside others, with a bound on texts."""
     it, rate = SimpleNamespace(**_counts(beside)), ""
     *smaller, largest = map(str, sorted(beside["n_others"].unique()))
     company = f"{', '.join(smaller)} or {largest} others" if smaller else counted(int(largest), "others")
@@ -178,13 +182,12 @@ def _under_load(beside: pd.DataFrame) -> str:
         low, high = mean_interval(of_texts[:, 0] / of_texts[:, 1])
         between = f", 95 % interval over texts {per_cent(low, 2)} to {per_cent(high, 2)}" * (low == low)
         rate = f" ({per_cent(it.n_differ / it.n_choices, 2)}{between})"
-    batches = per_cent(at_most(it.n_runs_differ, it.n_runs))
-    texts = per_cent(at_most(it.n_texts_differ, it.n_texts), 0)
+    bound = per_cent(at_most(it.n_texts_differ, it.n_texts), 0)
     return (
         f"with {counted(it.n_texts, 'texts')} of {counted(beside['domain'].nunique(), 'domains')} beside "
-        f"{company} in one batch, {it.n_differ:,} of {it.n_choices:,} choices differ from those alone{rate}. "
-        f"{_moved(beside)} 95 % upper bounds: {batches} of batches ({it.n_runs_differ} of {it.n_runs} "
-        f"differ), {texts} of texts ({it.n_texts_differ} of {it.n_texts})."
+        f"{company} in one batch (n_threads {beside['n_threads'].max()}), {it.n_differ:,} of "
+        f"{it.n_choices:,} choices differ from those alone{rate}, in {it.n_texts_differ} of {it.n_texts} "
+        f"texts (95 % upper bound: {bound}) and {it.n_runs_differ} of {it.n_runs} batches. {_moved(beside)}"
     )
 
 

@@ -338,11 +338,12 @@ def test_levels_are_those_of_the_text():
     assert {levels[name] for name in ("cpu-baseline", "runtime", "prompt-sets")} == {"condition"}
 
 
-def test_both_bounds_of_determinism_are_stated(header):
+def test_repeated_runs_are_counted_with_their_processes(header):
     stages = changed("routing", "verdict", "load_passed", to=None)
     evidence = judged(stages, header).loc["routing-deterministic", "evidence"]
-    assert "in 0 of 36 repetitions" in evidence
-    assert "95 % upper bounds: 8 % of repeated runs; 0.06 % of the choices about these texts" in evidence
+    assert "in 0 of 36 repetitions (processes: 2; " in evidence and "bound" not in evidence
+    evidence = judged(run_stages(), header).loc["routing-deterministic", "evidence"]
+    assert evidence.endswith("differ, in 0 of 36 runs (processes: 2)") and evidence.count("bound") == 1
 
 
 @pytest.mark.parametrize(

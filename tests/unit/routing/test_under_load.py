@@ -271,6 +271,7 @@ def rows_of(n_differ: dict[str, int], n_texts: int = 16) -> pd.DataFrame:
                 "kind": "load",
                 "status": "done",
                 "n_others": 7,
+                "n_threads": 1,
                 "condition": f"{load} {text // 8}",
                 "text": f"text {text}",
                 "domain": f"domain {text % 4}",
@@ -291,15 +292,14 @@ def again(passed: bool = True, n_runs_differ: int = 0) -> Verdict:
     return Verdict(passed, "", {"n_runs_differ": n_runs_differ})
 
 
-def test_nothing_changed_bounds_batches_and_texts():
+def test_nothing_changed_bounds_texts_and_counts_batches():
     verdict = judge_loads(rows_of({"a": 0, "b": 0}), again())
     assert verdict.passed
-    bounds = 1 - 0.05 ** (1 / 4), 1 - 0.05 ** (1 / 16)
-    assert (
-        f"{100 * bounds[0]:.1f} % of batches (0 of 4" in verdict.text
-        and f"{100 * bounds[1]:.0f} % of texts" in verdict.text
-    )
+    bound = f"(95 % upper bound: {100 * (1 - 0.05 ** (1 / 16)):.0f} %)"
+    assert f"in 0 of 16 texts {bound} and 0 of 4 batches. Logits" in verdict.text
+    assert verdict.text.count("bound") == 1
     assert verdict.text.startswith("Deterministic under load: with 16 texts of 4 domains beside 7 others")
+    assert "in one batch (n_threads 1), 0 of 3,200 choices" in verdict.text
     assert judge_loads(rows_of({"a": 0}), again(False, 1)).text.startswith(
         "Not deterministic, not even alone"
     )
