@@ -95,11 +95,18 @@ class Experiment:
         return pd.DataFrame(shares, index=self.reference.layers).T
 
     def flips(self) -> pd.DataFrame:
-        """Flips under changes of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``."""
-        parts = [pd.DataFrame(columns=["condition", "kind", "token", "layer", "margin"])]
+        """Flips under changes of settings: ``condition``, ``kind``, ``token``, ``layer``, ``margin``.
+
+        ``first``: no earlier layer of the same or an earlier token flipped in the run, which would have
+        changed what the router sees.
+        """
+        parts = [pd.DataFrame(columns=["condition", "kind", "token", "layer", "margin", "first"])]
         for row, a, b in self._pairs(self.sensitivities):
-            tokens, columns = np.nonzero(differences(a, b))
+            tokens, columns = np.nonzero(differ := differences(a, b))
+            before = np.logical_or.accumulate(np.logical_or.accumulate(differ), axis=1)
+            is_first = ~np.pad(before, ((0, 0), (1, 0)))[tokens, columns]
             places = {"token": tokens, "layer": a.layers[columns], "margin": a.margin[tokens, columns]}
+            places["first"] = is_first
             parts.append(pd.DataFrame({"condition": row.condition, "kind": row.kind, **places}))
         return pd.concat(parts[1:] or parts, ignore_index=True)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from dfqs_nb.core.display import per_cent
+from dfqs_nb.core.display import counted, per_cent
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title
 
 if TYPE_CHECKING:
@@ -36,16 +36,20 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int) -> Axes:
 
 
 def router_margins(margins: pd.Series, flips: pd.DataFrame) -> Axes:
-    """The router's margins, with the choices that flipped below; of `Experiment.margins` and ``flips``."""
+    """The router's margins, with the choices that flipped below; of `Experiment.margins` and ``flips``.
+
+    Flips that come first in their run are dark. The title counts each of these choices once.
+    """
     ax = new_axes()
     values = margins[margins > 0]
     edges = np.geomspace(values.min(), values.max(), 40)
     heights, _ = np.histogram(values, edges)
     ax.stairs(heights, edges, fill=True, color=PALETTE[4], alpha=0.7)
     for row, (kind, group) in enumerate(flips.groupby("kind", sort=False), start=1):
-        at, depth = group["margin"], -0.055 * row * heights.max()
-        colour, label = PALETTE[5 - row % 6], f"{kind} ({len(at)})"
-        ax.plot(at, [depth] * len(at), "|", color=colour, markersize=8, label=label)
+        depth, label = -0.055 * row * heights.max(), f"{kind} ({group['first'].sum()} of {len(group)})"
+        for is_first, at in group.groupby("first")["margin"]:
+            style = {"label": label} if is_first else {"alpha": 0.3}
+            ax.plot(at, [depth] * len(at), "|", color=PALETTE[5 - row % 6], markersize=8, **style)
     ax.axhline(0, color=INK, linewidth=0.6)
     ax.set_xscale("log")
     ax.set_xlabel("router margin: k-th score minus the next (scores have no unit)")
@@ -55,10 +59,12 @@ def router_margins(margins: pd.Series, flips: pd.DataFrame) -> Axes:
     typical = margins.median()
     title = f"No choice flipped; the median margin is {typical:.2g}"
     if len(flips):
-        name = "flips under a change of"
+        name = "flips under a change of\n(dark: the first in their run)"
         ax.legend(frameon=False, fontsize=8, title=name, title_fontsize=8, loc="upper left")
-        times = typical / flips["margin"].median()
+        first = flips[flips["first"]].drop_duplicates(["token", "layer"])
+        times = typical / first["margin"].median()
         smaller = f"a median margin {times:,.0f} times smaller than typical"
-        title = f"Flipped choices have {smaller if times >= 1 else 'no smaller margins than others'}"
+        smaller = smaller if times >= 1 else "no smaller margins than others"
+        title = f"The {counted(len(first), 'first flips')} have {smaller}"
     set_title(ax, title)
     return ax
