@@ -170,13 +170,19 @@ def estimate(name: str, values: Any) -> dict[str, float]:
     return {name: float(values.mean()) if values.size else low, f"{name}_low": low, f"{name}_high": high}
 
 
-def summary(tokens: pd.DataFrame) -> dict[str, Any]:
-    """Estimates of ``perplexity``, ``kld`` and ``same_top``, counts, and the ``kld_tail``."""
+def summary(tokens: pd.DataFrame, source: pd.DataFrame) -> dict[str, Any]:
+    """Estimates of ``kld`` and ``same_top``, counts, ``kld_tail``, ``perplexity`` and ``perplexity_ratio``.
+
+    The ratio is to the perplexity of ``source``, its tokens of the same chunks. Paired by chunk, as
+    ``llama-perplexity`` has it, its interval leaves out how much the chunks differ from each other.
+    """
     means = tokens.groupby("chunk")[["nll", "kld", "same_top"]].mean()
+    changes = means["nll"] - source.groupby("chunk")["nll"].mean()
     return {
         "n_tokens": len(tokens),
         "n_chunks": len(means),
-        **{name: exp(value) for name, value in estimate("perplexity", means["nll"]).items()},
+        "perplexity": exp(means["nll"].mean()),
+        **{name: exp(value) for name, value in estimate("perplexity_ratio", changes).items()},
         **estimate("kld", means["kld"]),
         **estimate("same_top", means["same_top"]),
         "kld_tail": float(tokens["kld"].quantile(TAIL)),

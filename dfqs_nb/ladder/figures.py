@@ -39,9 +39,9 @@ def divergence_by_bits(table: pd.DataFrame) -> Axes:
     tail = "dash: 99 % of all lie below"
     ax.set_ylabel(f"KL divergence from {source} (nats a token)\n{kind}; {tail}\n{counts}", fontsize=9)
     ax.margins(y=0.12)
-    far, near = rows.loc[rows["kld"].idxmax()], rows.loc[rows["kld"].idxmin()]
-    ratio = f"{far['kld'] / near['kld']:,.0f} times as far as {near['rung']}"
-    set_title(ax, f"{far['rung']} diverges most from {source}: {ratio}")
+    ends = rows.sort_values("kld").iloc[[0, -1]].drop_duplicates("rung")
+    moved = " to ".join(f"{row.kld:.2g} nats ({row.rung})" for row in ends.itertuples())
+    set_title(ax, f"Predictions move by {moved}")
     _name(ax, rows)
     return ax
 

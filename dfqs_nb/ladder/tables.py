@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def table(ladder: Ladder) -> pd.DataFrame:
     for rung in ladder.rungs:
         experts = [tensor for tensor in rung.header.tensors if class_of(tensor.name) == "routed experts"]
         row = {"rung": rung.name, "bytes": rung.header.file_size, "bits_per_weight": rung.bits_per_weight}
-        row |= {"expert_bits": bits_per_weight(experts), **summary(rung.tokens)}
+        row |= {"expert_bits": bits_per_weight(experts), **summary(rung.tokens, ladder.rungs[0].tokens)}
         row |= estimate("routing", by_chunk(rung)["routing"])
         for run in rung.runs:
             score = {"": run.score.value, "_low": run.score.low, "_high": run.score.high, "_n": run.score.n}
@@ -79,6 +80,11 @@ def routing_table(ladder: Ladder) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype({"hashed": bool})
 
 
+def without_level(ladder: Ladder) -> list[str]:
+    """The rungs that belong to none of `LEVELS`, so that `hierarchy` leaves them out."""
+    return [rung.name for rung in ladder.rungs if all(rung.name not in names for names in LEVELS.values())]
+
+
 def hierarchy(ladder: Ladder) -> pd.DataFrame:
     """The hierarchy of DFQS 1.0, tested: a row for each step between levels, and metric.
 
@@ -89,9 +95,9 @@ def hierarchy(ladder: Ladder) -> pd.DataFrame:
     """
     levels = {level: [rung for rung in ladder.rungs if rung.name in names] for level, names in LEVELS.items()}
     present = [(level, rungs) for level, rungs in levels.items() if rungs]
-    rows = []
+    rows, bits = [], attrgetter("bits_per_weight")
     for (above, uppers), (below, lowers) in pairwise(present):
-        a, b = uppers[-1], lowers[0]
+        a, b = min(uppers, key=bits), max(lowers, key=bits)
         step = f"{above} -> {below}", a.name, b.name, a.bits_per_weight, b.bits_per_weight
         rows += [(*step, *row) for row in _compared(a, b)]
     tested = pd.DataFrame(rows, columns=COMPARED)

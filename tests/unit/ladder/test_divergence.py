@@ -141,17 +141,25 @@ def tokens_of(values: np.ndarray) -> pd.DataFrame:
 def test_intervals_come_from_chunks_and_widen_where_chunks_differ():
     even = np.full((8, 10), 0.5)
     apart = even + np.linspace(-0.4, 0.4, 8)[:, None]
-    narrow, wide = (divergence.summary(tokens_of(nll)) for nll in (even, apart))
+    narrow, wide = (divergence.summary(tokens_of(nll), tokens_of(even)) for nll in (even, apart))
     assert narrow["kld_low"] == narrow["kld_high"] == narrow["kld"] == pytest.approx(0.5)
     assert wide["kld_low"] < 0.4 and wide["kld_high"] > 0.6
     assert wide["kld_tail"] == pytest.approx(np.quantile(apart, 0.99))
 
 
+def test_a_ratio_of_perplexities_is_paired_so_chunks_that_differ_do_not_widen_it():
+    apart = np.full((8, 10), 0.5) + np.linspace(-0.4, 0.4, 8)[:, None]
+    found = divergence.summary(tokens_of(apart + 0.1), tokens_of(apart))
+    ratio = found["perplexity_ratio"], found["perplexity_ratio_low"], found["perplexity_ratio_high"]
+    assert ratio == pytest.approx([math.exp(0.1)] * 3)
+    assert found["perplexity"] == pytest.approx(math.exp(0.6))
+
+
 @pytest.mark.parametrize("n", [2, 5, 6])
 def test_few_chunks_have_no_interval(n):
     values = np.linspace(0.1, 0.5, n)[:, None] * np.ones((n, 4))
-    found = divergence.summary(tokens_of(values))
-    for name in ("perplexity", "kld", "same_top"):
+    found = divergence.summary(tokens_of(values), tokens_of(values / 2))
+    for name in ("perplexity_ratio", "kld", "same_top"):
         bounds = found[f"{name}_low"], found[f"{name}_high"]
         assert [math.isnan(bound) for bound in bounds] == [n < 6, n < 6] and found[name] >= 0
 
@@ -171,9 +179,11 @@ def value(said: str, name: str) -> tuple[float, float]:
 
 
 def summary(base: list[np.ndarray], other: list[np.ndarray], targets: list[np.ndarray]) -> dict:
-    columns = map(divergence.compared, base, other, targets)
-    parts = [pd.DataFrame(each).assign(chunk=chunk) for chunk, each in enumerate(columns)]
-    return divergence.summary(pd.concat(parts))
+    tables = []
+    for rows in (other, base):
+        columns = map(divergence.compared, base, rows, targets)
+        tables.append(pd.concat(pd.DataFrame(each).assign(chunk=n) for n, each in enumerate(columns)))
+    return divergence.summary(*tables)
 
 
 @pytest.mark.slow
@@ -196,7 +206,8 @@ def test_numbers_agree_with_llama_perplexity_within_its_error_bars(tmp_path, nam
             scored = [next(divergence.predictions(recorded, piece)) for piece in pieces]
             rows[kind], targets = map(list, zip(*scored, strict=True))
     ours = summary(rows["base"], rows["other"], targets)
-    for name, line in (("perplexity", "Mean PPL(Q)"), ("kld", "Mean    KLD")):
+    lines = {"perplexity": "Mean PPL(Q)", "perplexity_ratio": "Mean PPL(Q)/PPL(base)", "kld": "Mean    KLD"}
+    for name, line in lines.items():
         theirs, bar = value(said, line)
         assert abs(ours[name] - theirs) <= bar, line
     tail = re.search(r"99.0%   KLD: *([\d.]+)", said)

@@ -19,7 +19,7 @@ from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.core.stage import read_stage
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.ladder import figures, run, tables
+from dfqs_nb.ladder import divergence, figures, run, tables
 from dfqs_nb.ladder.quantizer import QuantizeError
 from dfqs_nb.ladder.run import Ladder, Rung, Settings
 from dfqs_nb.ladder.tables import SAME
@@ -51,10 +51,15 @@ def climbed(folder, broken):
     return ladder.climb(F16, folder, ["Q8_0", broken, "Q4_K_M"], settings=SMALL)
 
 
-def test_the_source_is_the_first_rung_and_has_no_divergence_from_itself(climbed):
+def test_the_source_is_the_first_rung_and_evaluated_again_has_no_divergence_from_itself(climbed, folder):
+    """Against the predictions that the climb kept: in its own row the source is held against itself."""
     assert [rung.name for rung in climbed.rungs] == ["F16", "Q8_0", "Q4_K_M"]
-    assert climbed.rungs[0].header.path == F16 and climbed.rungs[0].tokens["kld"].max() == 0
-    assert climbed.rungs[0].tokens["same_top"].all()
+    assert climbed.rungs[0].header.path == F16
+    with open_recorded(F16, OpenSettings(n_ctx=64, n_threads=1)) as recorded:
+        pieces = divergence.load_text(SMALL.text).chunks(recorded.model, 64, 3)
+        again = divergence.beside_source(recorded, pieces, folder / run.PREDICTIONS, is_source=False)
+    assert again["kld"].max() < 1e-6 and again["same_top"].all()
+    assert again["nll"].to_numpy() == pytest.approx(climbed.rungs[0].tokens["nll"].to_numpy(), abs=1e-3)
 
 
 def test_a_rung_that_cannot_be_made_is_named_and_does_not_end_the_climb(climbed):
@@ -65,7 +70,8 @@ def test_a_rung_that_cannot_be_made_is_named_and_does_not_end_the_climb(climbed)
 def test_every_rung_has_every_measurement(climbed):
     table = tables.table(climbed).set_index("rung")
     assert table["n_tokens"].eq(3 * 31).all()
-    assert table.loc["Q8_0", "kld"] < table.loc["Q4_K_M", "kld"]
+    assert 0 < table.loc["Q8_0", "kld"] < table.loc["Q4_K_M", "kld"]
+    assert table.loc["F16", "perplexity_ratio"] == 1 != table.loc["Q4_K_M", "perplexity_ratio"]
     assert table[["kld_low", "kld_high"]].isna().all().all()  # of 3 chunks
     assert table["bits_per_weight"].is_monotonic_decreasing
     assert table.loc["Q8_0", "expert_bits"] == 8.5
@@ -237,14 +243,15 @@ def test_the_source_s_predictions_are_kept_as_one_array_of_log_probabilities(cli
 # ---- arithmetic ----
 
 
-def rung(name: str, kld: float, noise: float = 0.01) -> Rung:
-    """A rung of a dense model with about this divergence in each of 16 chunks."""
+def rung(name: str, kld: float, noise: float = 0.01, bits: int = 8) -> Rung:
+    """A rung of a dense model with about this divergence in each of 16 chunks, and these bits a weight."""
     draw = np.random.default_rng(list(name.encode()))  # hash() would draw anew in every process
     values = np.abs(kld + noise * draw.standard_normal(16 * 8))
     columns = {"nll": values + 1, "kld": values, "same_top": values < 0.3}
     tokens = pd.DataFrame({"chunk": np.repeat(np.arange(16), 8), **columns})
     routing = pd.DataFrame({"chunk": [], "hashed": np.zeros(0, bool), "identical": []})
-    return Rung(name, SimpleNamespace(tensors=()), tokens, routing, ())
+    weights = SimpleNamespace(name="output.weight", nbytes=bits, n_elements=8, type="F16")
+    return Rung(name, SimpleNamespace(tensors=(weights,)), tokens, routing, ())
 
 
 @pytest.mark.parametrize(
@@ -257,11 +264,15 @@ def test_a_clear_loss_is_worse_a_clear_gain_better_and_noise_no_evidence(upper, 
     assert tested.loc["KL divergence", "difference"] == pytest.approx(lower - upper, abs=0.01)
 
 
-def test_between_levels_the_smallest_rung_meets_the_largest():
-    names = ["F16", "Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "IQ2_XXS", "IQ1_S-XL"]
-    tested = tables.hierarchy(Ladder(tuple(rung(name, 0.1) for name in names), SMALL, {}))
+@pytest.mark.parametrize("turned", [False, True])
+def test_between_levels_the_smallest_rung_meets_the_largest_in_any_order(turned):
+    names = {"F16": 16, "Q8_0": 9, "Q6_K": 7, "Q4_K_M": 5, "Q3_K_M": 4, "IQ2_XXS": 3, "IQ1_S-XL": 2}
+    rungs = [rung(name, 0.1, bits=bits) for name, bits in names.items()]
+    climbed = Ladder(tuple(rungs[:1] + rungs[:0:-1] if turned else rungs), SMALL, {})
+    tested = tables.hierarchy(climbed)
     pairs = list(dict.fromkeys(zip(tested["a"], tested["b"], strict=True)))
     assert pairs == [("Q8_0", "Q6_K"), ("Q4_K_M", "IQ2_XXS"), ("IQ2_XXS", "IQ1_S-XL")]
+    assert tables.without_level(climbed) == ["Q3_K_M"]
 
 
 def test_a_climb_is_cut_in_the_stated_order():
