@@ -18,15 +18,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CLEARLY = 1.1  # times as fast as the fastest repetition
+CACHE_BYTES = 32e6  # that a processor's cache can hold, or most of it
 
 
 def with_roof(speeds: pd.DataFrame, model: Model, bandwidth: float) -> pd.DataFrame:
     """Speeds by `llama.timing.measure_speed`, with ``roof`` (tokens a second) and ``utilisation`` of decode.
 
-    ``bandwidth``: bytes a second that all cores read from memory together. The cache is not counted.
+    ``bandwidth``: bytes a second that the model's threads read from memory together. Both are NaN where all
+    weights fit in the cache (`CACHE_BYTES`), because memory then sets no roof.
     """
-    timed = speeds.assign(roof=bandwidth / parameters(model.header, in_bytes=True).active)
-    timed["roof"] = timed["roof"].where(timed["phase"] == "decode")
+    weights = parameters(model.header, in_bytes=True)
+    timed = speeds.assign(roof=bandwidth / weights.active)
+    timed["roof"] = timed["roof"].where((timed["phase"] == "decode") & (weights.total >= CACHE_BYTES))
     return timed.assign(utilisation=timed["median"] / timed["roof"])
 
 

@@ -22,8 +22,10 @@ def model(merged_reference):
         yield opened
 
 
-def test_decode_has_a_roof_at_each_depth(model):
+def test_decode_has_a_roof_at_each_depth_where_the_weights_exceed_the_cache(model, monkeypatch):
     speeds = measure_speed(model, [64, 256], n_tokens=16, repetitions=2)
+    assert speed.with_roof(speeds, model, bandwidth=1e12)[["roof", "utilisation"]].isna().all(axis=None)
+    monkeypatch.setattr(speed, "CACHE_BYTES", parameters(model.header, in_bytes=True).total)
     table = speed.with_roof(speeds, model, bandwidth=1e12)
     assert list(table["phase"]) == ["prefill", "decode"] * 2 and list(table["depth"]) == [64, 64, 256, 256]
     decode = table[table["phase"] == "decode"]
