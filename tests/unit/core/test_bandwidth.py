@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dfqs_nb.core.machine import Disk, block_folder, disk_bandwidth, memory_bandwidth
+from dfqs_nb.core import machine
+from dfqs_nb.core.machine import DISK_SECONDS, Disk, block_folder, disk_bandwidth, memory_bandwidth
 
 PIECE_BYTES = 2 << 20
 
@@ -45,10 +46,9 @@ def test_the_disk_under_a_file_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "posix_fadvise", lambda f, at, n, how: asked.add((at, how)) or advise(f, at, n, how)
     )
-    disk, speed = Disk.under(path), disk_bandwidth(path, 64 << 10)
+    disk, _ = Disk.under(path), disk_bandwidth(path, 64 << 10)
     wanted = {at for at, how in asked if how == os.POSIX_FADV_WILLNEED}
     assert len(wanted) >= 60, "pieces from many places"
-    assert speed is None or speed > 0
     assert not disk.device or Path("/sys/class/block", disk.device).exists() and disk.read_ahead_bytes >= 0
     assert disk_bandwidth(path, 1 << 20) is None, "too small a file"
 
@@ -66,3 +66,19 @@ def test_the_disk_is_measured_while_a_part_of_the_file_is_mapped(tmp_path):
         assert disk is None or 1e6 < (disk_bandwidth(path, PIECE_BYTES) or 0) < 100e9
         assert sum(mapped[at] for at in range(0, 64 * PIECE_BYTES, mmap.PAGESIZE)) > 0
         assert disk_bandwidth(path, PIECE_BYTES) is None, "all of it"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the advice is for Linux")
+@pytest.mark.parametrize("counted", [1.0, 0.8, 0.4])
+def test_a_speed_is_of_what_the_kernel_counts_as_read_and_none_below_half(tmp_path, monkeypatch, counted):
+    (tmp_path / "m").write_bytes(bytes(4 << 20))
+    read, pread = [0], os.pread
+
+    def counting(handle, n_bytes, at):
+        read[0] += n_bytes
+        return pread(handle, n_bytes, at)
+
+    monkeypatch.setattr(os, "pread", counting)
+    monkeypatch.setattr(machine, "read_bytes", lambda: counted * read[0])
+    speed = disk_bandwidth(tmp_path / "m", 64 << 10)
+    assert speed == (pytest.approx(counted * read[0] / DISK_SECONDS, rel=0.3) if counted > 0.5 else None)

@@ -19,7 +19,7 @@ from test_memory import smollm2
 
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import DfqsError, ModelError, SpaceError
-from dfqs_nb.core.machine import available_memory
+from dfqs_nb.core.machine import available_memory, has_amx
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.header import read_header
@@ -345,9 +345,13 @@ def test_default_parameters_are_restored_after_a_failure(tmp_path):
     assert api.llama_model_default_params is default
 
 
-def test_no_repacked_copy_of_the_weights():
-    build_llama(NANO, SETTINGS).close()
-    assert not any("REPACK" in line or "AMX" in line for line in LOG.tail() if "buffer size" in line)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_weights_are_repacked_only_where_that_is_asked_for(wanted):
+    if wanted and has_amx():
+        pytest.skip("extra buffers crash on CPUs with AMX")
+    build_llama(NANO, dataclasses.replace(SETTINGS, use_extra_bufts=wanted)).close()
+    repacked = [line for line in LOG.tail() if "buffer size" in line and ("REPACK" in line or "AMX" in line)]
+    assert bool(repacked) == wanted
 
 
 def test_opening_prints_nothing(capfd):

@@ -67,16 +67,12 @@ def test_every_row_belongs_to_the_sequence_whose_token_it_is(tmp_path, arch, uni
     texts = unlike_texts(700 if arch == "deepseek4" else moe_models.VOCAB)
     trace, plain = plain_rows(path, texts, [0, 3, 0, 1], unified, n_ubatch)
     tokens = np.array(plain.tokens)
-    known = np.isin(tokens, np.concatenate(texts))
     for column, layer in enumerate(trace.layers):
         rows = plain.rows("topk", layer)
         assert len(rows) == len(tokens)
-        by_token = {token: row for token, row in zip(tokens[known], rows[known], strict=True)}
-        wanted = np.array([by_token[token] for text in texts for token in text])
         # a greedy answer may repeat a token of another text: those rows come later, and are left out
         first = [np.flatnonzero(tokens == token)[0] for text in texts for token in text]
         np.testing.assert_array_equal(trace.experts[:, column], rows[first])
-        assert wanted.shape == trace.experts[:, column].shape
 
 
 @pytest.mark.parametrize("unified", [True, False])
@@ -94,7 +90,8 @@ def test_deepseek4_beside_others_chooses_as_alone_and_answers_alike(unified):
     np.testing.assert_array_equal(np.sort(alone.experts, axis=2), np.sort(single.experts, axis=2))
     theirs = beside.part(2)
     differ = (np.sort(theirs.experts, axis=2) != np.sort(alone.experts, axis=2)).any(axis=2)
-    assert differ.mean() < 0.02 and np.abs(theirs.margin - alone.margin)[:, 1:].max() < 0.1
+    assert np.abs(theirs.margin - alone.margin)[:, 1:].max() < 0.1
+    assert differ.mean() < 0.02 and alone.margin[differ].max(initial=0) < 0.01, "no near-tie decided it"
 
 
 def test_batches_are_cut_as_llama_cpps_source_says():
