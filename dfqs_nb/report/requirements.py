@@ -20,6 +20,8 @@ from dfqs_nb.report.spec import filled, spec_table
 from dfqs_nb.report.template import sentence
 
 MET, NOT_MET, NOT_TESTED, NOT_APPLICABLE = "met", "not met", "not tested", "not applicable"
+# What people read of an option, which is neither met nor unmet; a report's file has the words above.
+OPTION = {MET: "used", NOT_MET: "not used"}
 COLUMNS = ("id", "level", "requirement", "verdict", "evidence", "notebook", "how", "source")
 LONG_FROM, LONG_TO = 8192, 65536  # the lengths that the paper names for the long-context curve
 # Settings that are equal where metrics were measured; n_ctx is not listed, because the curve varies it.
@@ -146,7 +148,7 @@ def long_context(case: Case, long_context: Any) -> Judgement:
 
 def gpu(case: Case, generate: Any) -> Judgement:
     """An option: whether this run used it."""
-    return judged(MET) if reading.on_gpu(generate) else judged(NOT_TESTED, "unused")
+    return judged(MET) if reading.on_gpu(generate) else judged(NOT_MET, "unused")
 
 
 def beyond_64k(case: Case) -> Judgement:

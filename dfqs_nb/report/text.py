@@ -121,9 +121,12 @@ def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     lines = [(name, sentence("metric", name, report["details"][name])) for name in report["metrics"]]
     columns = ["number", "document", "section", "claim", "found", "verdict", "evidence", "source"]
     stated = pd.DataFrame(report["claims"], columns=["id", *columns]).set_index("id")
+    demands = pd.DataFrame(report["conformance"], columns=requirements.COLUMNS).set_index("id")
+    options = demands["level"] == "MAY"
+    demands.loc[options, "verdict"] = demands.loc[options, "verdict"].replace(requirements.OPTION)
     return {
         "metrics": pd.DataFrame(lines, columns=["metric", "value"]).set_index("metric"),
-        "requirements": pd.DataFrame(report["conformance"], columns=requirements.COLUMNS).set_index("id"),
+        "requirements": demands,
         "claims": stated,
         "needs": needs_table(report["hardware_envelope"]),
     }
