@@ -36,8 +36,8 @@ CSA_RATIO, HCA_RATIO, CELL_PADDING = 4, 128, 256
 ADVICE = "lower n_ctx or n_ubatch, set use_mmap=True, swa_full=False, flash_attn=True, or close programs"
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX: what --n-cpu-moe keeps in memory
 HASH_TABLE = "ffn_gate_tid2eid"  # of a layer that routes by token id
-# Of each card, for its driver (--fit leaves 1 GiB) and compute buffer: of DeepSeek-V4-Flash an H100 planned
-# 0.9 GB at 131,072 tokens, and 2.1 GB at 1,048,576.
+# Of each card, for the process and its compute buffer. Of DeepSeek-V4-Flash an H100 planned 1.5 GB in all at
+# 131,072 tokens with flash attention; without it, these 2 GiB are enough up to 32,768 (docs/real_size.md).
 SPARE_BYTES = 2 << 30
 RAM = "RAM"
 
@@ -192,7 +192,7 @@ def published_shape() -> GGUFHeader:
 def size_of(text: str) -> int:
     """Bytes of a size as people write it; ``GB`` and ``GiB`` are both 2^30 bytes, as memory is sold."""
     if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", text.strip(), re.I)):
-        raise DfqsError(f"{text!r} is no size", hint="write 64GB")
+        raise DfqsError(f"{text!r} is no size", hint="write 64GiB")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2][:1].upper() or " "))
 
 
@@ -349,12 +349,13 @@ def largest_context(model: Sizes, ram_bytes: int, vram_bytes: Sequence[int] = ()
 def machines_table(
     model: Sizes, n_ctx: int, machines: Sequence[str], speeds: dict[str, float] | None = None, **options: Any
 ) -> pd.DataFrame:
-    """A row a machine (memory, then each card: ``64GB + 24GB``); with ``speeds`` also tokens a second."""
+    """A row a machine (memory, then each card: ``64GiB + 24GiB``); with ``speeds`` also tokens a second."""
     import pandas as pd
 
-    rows = []
+    rows, named = [], list[str]()
     for name in machines:
         ram, *cards = map(size_of, name.split("+"))
+        named.append(" + ".join(f"{n_bytes / 2**30:g} GiB" for n_bytes in (ram, *cards)))
         placed = place(model, n_ctx, ram, cards, **options)
         row = {
             "on cards": size(sum(card.dense_bytes + card.expert_bytes for card in placed.devices[:-1])),
@@ -364,7 +365,7 @@ def machines_table(
             "flags": " ".join(placed.flags),
         }
         rows.append(row if speeds is None else row | {"at most tokens/s": placed.bound(speeds)[0]})
-    return pd.DataFrame(rows, pd.Index(machines, name="machine"))
+    return pd.DataFrame(rows, pd.Index(named, name="machine"))
 
 
 class Experts(NamedTuple):

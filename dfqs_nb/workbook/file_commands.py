@@ -22,7 +22,7 @@ from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.workbook.terminal import FILES, Overwrite, app, say, say_table
 
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
-MACHINES = ["64GB", "96GB", "128GB"]
+MACHINES = ["64GiB", "96GiB", "128GiB"]
 RAM, GPU, DISK = "RAM", "GPU", "disk"
 SIZES = ["dense", "routed experts", "cache", "compute", "left", "read a token"]  # of what lies on a device
 SPLIT = ("split.no", "split.count", "split.tensors.count")  # how a model is cut, not what it is
@@ -95,7 +95,7 @@ def _outlook(shards: ShardSet, glued: bool, is_far: bool) -> dict[str, Any]:
         fits = gguf.memory.check_fits(needs) or "fits, weights and all"
     except (HeaderError, SpaceError) as error:
         fits = error.what
-    fits += " (graphics cards not counted; `dfqs-nb plan --vram 24GB` counts one)"
+    fits += " (graphics cards not counted; `dfqs-nb plan --vram 24GiB` counts one)"
     return {"llama.cpp": verdict, f"memory, {OUTLOOK_N_CTX:,} tokens": fits}
 
 
@@ -205,8 +205,8 @@ def quantize(
 @app.command(rich_help_panel=FILES)
 def plan(
     model: Place,
-    ram: str = Option("", metavar="64GB,96GB", help="Memory; the first is planned. Default: what is free."),
-    vram: str = Option("", metavar="24GB,24GB", help="Memory of each graphics card."),
+    ram: str = Option("", metavar="64GiB,96GiB", help="Memory; the first is planned. Default: what is free."),
+    vram: str = Option("", metavar="24GiB,24GiB", help="Memory of each graphics card. GB here means GiB."),
     context: int = Option(8192, min=1, metavar="TOKENS", help="Length of the context."),
     ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of memory. 0: measured here."),
     gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of a card's memory. 0: unknown."),
@@ -216,9 +216,9 @@ def plan(
 ) -> None:
     """Plan where a model's tensors would lie, and how fast it can be.
 
-    It prints the llama-server command. Only headers are downloaded.
+    It prints the llama-server command. Only headers are downloaded. Memory is sold in GiB: 64GB means 64 GiB.
     Examples: `dfqs-nb plan model.gguf`,
-    `dfqs-nb plan hf://owner/repo/model.gguf --ram 64GB --vram 24GB,24GB --context 32768`
+    `dfqs-nb plan hf://owner/repo/model.gguf --ram 64GiB --vram 24GiB,24GiB --context 32768`
     """
     import pandas as pd
 
@@ -248,16 +248,19 @@ def plan(
         if note := gguf.memory.kv_cache_bytes(header, context).note:
             say(f"the cache is an estimate: {note}")
         largest = gguf.memory.largest_context(shape, ram_bytes, cards, compute_bytes=compute)
-        alone = "" if cards else " (graphics cards not counted; --vram 24GB counts one)"
+        alone = "" if cards else " (graphics cards not counted; --vram 24GiB counts one)"
         say((f"largest context: {largest:,} tokens" if largest else "no context fits") + alone)
         say(*_advice(placed, speeds, outlook))
         if cards:
             say("a card's compute buffer is unknown: 2 GiB of each card are left for it and the driver")
+            say("of DeepSeek-V4-Flash, 2 GiB are enough with flash attention (-fa on) up to 262,144 tokens")
+            say("and without it up to 32,768")
             say("there, llama-server also places without these flags (--fit), and plans that buffer")
         name = known.paths[0].name if far else str(known.paths[0])
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
             name = next(iter(known.places)).name if far else model
-        words = ["llama-server", "-m", name, "-c", str(context), *placed.flags, "-np", "1"]
+        flash = ["-fa", "on"] if cards else []
+        words = ["llama-server", "-m", name, "-c", str(context), *placed.flags, *flash, "-np", "1"]
         say(f"\n{shlex.join(words)}")
         if not machines and known.nbytes > ram_bytes:
             machines = MACHINES

@@ -96,12 +96,12 @@ def test_a_table_of_machines(flash):
     table = memory.machines_table(
         memory.Sizes(flash), 8192, ["24 GB", "128 GB", "64GB + 24GB"], {"RAM": 80e9}
     )
-    assert table.loc["128 GB", "from disk a token"] == "0 B"
+    assert table.loc["128 GiB", "from disk a token"] == "0 B"
     assert table["at most tokens/s"].isna().tolist() == [True, False, True], "no disk speed was given"
 
 
 def test_sizes_are_powers_of_two_and_one_that_is_none_is_refused():
-    with pytest.raises(DfqsError, match="is no size; write 64GB"):
+    with pytest.raises(DfqsError, match="is no size; write 64GiB"):
         memory.size_of("much")
     assert [memory.size_of(text) for text in ("64GB", "1.5 GiB", "500M")] == [64 << 30, 3 << 29, 500 << 20]
 

@@ -85,7 +85,7 @@ def test_a_plan_of_what_does_not_fit_here_has_rows_of_larger_machines(server, tm
     speeds = ("--ram-gbs", "10", "--disk-gbs", "1")
     done = dfqs(server, tmp_path, "plan", "hf://someone/flash/glued.gguf", *speeds)
     assert done.returncode == 0, done.stderr
-    assert all(f"\n{machine} " in done.stdout for machine in ("64GB", "96GB", "128GB")), done.stdout
+    assert all(f"\n{machine} " in done.stdout for machine in ("64 GiB", "96 GiB", "128 GiB")), done.stdout
 
 
 @pytest.mark.parametrize("form", ["hf://someone/flash/{}", "{}/someone/flash/blob/main/{}"])

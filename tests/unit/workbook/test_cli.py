@@ -307,16 +307,17 @@ def test_plan_prints_the_command_and_other_machines_only_if_asked():
     assert done.returncode == 0, done.stderr
     for words in ("llama.cpp's loader takes", "llama-server -m", "-ngl 0", "at most", "cards not counted"):
         assert words in done.stdout
-    assert "96GB" not in done.stdout, "a model that fits here fits there, too"
+    assert "96 GiB" not in done.stdout, "a model that fits here fits there, too"
     done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10", "--ram", "64GB,96GB")
-    assert re.findall(r"^(\d+GB) .* 0 B ", done.stdout, re.M) == ["64GB", "96GB"], done.stdout
+    assert re.findall(r"^(\d+ GiB) .* 0 B ", done.stdout, re.M) == ["64 GiB", "96 GiB"], done.stdout
     done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10", "--vram", "8GB,8GB")
     assert "no bound on speed: GPU not measured; give --gpu-gbs, in GB/s" in done.stdout, done.stderr
+    assert " -fa on " in done.stdout, "2 GiB of a card are not enough without"
     assert "the cache is an estimate" not in done.stdout and "cards not counted" not in done.stdout
     compute = re.findall(r"^(GPU \d|RAM) .* (unknown|\d+\.\d MB) ", done.stdout, re.M)
     assert [name for name, size in compute if size == "unknown"] == ["GPU 0", "GPU 1"], done.stdout
     done = dfqs("plan", FIRST, "--vram", "lots")
-    assert done.returncode == 1 and "'lots' is no size; write 64GB" in done.stderr
+    assert done.returncode == 1 and "'lots' is no size; write 64GiB" in done.stderr
     done = dfqs("plan", FIRST, "--context", "9999999")
     assert done.returncode == 1 and "give --context" in done.stderr
 
