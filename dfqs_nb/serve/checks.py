@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfqs_nb import scores
-from dfqs_nb.core.display import counted
+from dfqs_nb.core.display import counted, per_cent
 from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.core.stage import Fitted, Stage, fit
 from dfqs_nb.llama.generate import chat_text
@@ -27,6 +27,7 @@ from dfqs_nb.llama.timing import probe
 from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun
 from dfqs_nb.serve.client import ContextOverflowError, Endpoint, EndpointError, Reply, pick, side_by_side
 from dfqs_nb.serve.servers import LocalServer
+from dfqs_nb.stats import at_most
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +43,7 @@ PROMPTS = (
 N_CONCURRENT = 4  # requests at once for the check of determinism
 TIMED_PROMPT = "The red key is kept in the old box. The blue key is kept in the new box. " * 2
 REQUESTS = 2  # of a client, one after another
+ROUNDS = 3  # of timing, in which all servers and numbers of clients take turns
 MAX_TOKENS, REPETITIONS = 32, 4
 LONGEST_TRIED = 65_536  # tokens of context that are filled to try them out
 FILLER = "The dog slept near the fire. "
@@ -60,7 +62,7 @@ N_CHECKED = (REPETITIONS + N_CONCURRENT) * len(PROMPTS)  # answers of one server
 # What a plan that exceeds its budget gives up, in this order.
 CUTS: tuple[dict[str, int], ...] = (
     {"items": 4},
-    {"clients": 1, "tokens": 64},
+    {"rounds": 1, "clients": 1, "tokens": 64},
     {"items": 2, "filled": 0},
     {"items": 1, "sets": 1, "tokens": 8},
 )
@@ -68,6 +70,7 @@ NAMES = {
     "items": "questions of a set asked both ways",
     "sets": "question sets",
     "clients": "loads of clients at once",
+    "rounds": "rounds of timing",
     "tokens": "tokens of an answer",
     "filled": "tokens of context tried out",
 }
@@ -101,12 +104,17 @@ def plan_checks(
             for item_set in cut(plan)
             for item in item_set.items[: plan["items"]]
         )
-        speeds = REQUESTS * sum(clients[: plan["clients"]]) * pace.seconds(64, min(tokens, plan["tokens"]))
+        asked = plan["rounds"] * REQUESTS * sum(clients[: plan["clients"]])
+        speeds = asked * pace.seconds(64, min(tokens, plan["tokens"]))
         # this process answers, too, and again where a server's text differs
         return answers + N_SERVERS * (checks + 2 * answers + speeds)
 
     whole = {"items": items or max(len(item_set.items) for item_set in sets), "sets": len(sets)}
-    whole |= {"clients": len(clients), "tokens": max(item_set.max_tokens for item_set in sets)}
+    whole |= {
+        "clients": len(clients),
+        "rounds": ROUNDS,
+        "tokens": max(item_set.max_tokens for item_set in sets),
+    }
     whole |= {"filled": min(model.settings.n_ctx, LONGEST_TRIED)}
     plan = fit(whole, CUTS, cost, seconds, NAMES)
     return cut(plan.values), plan
@@ -190,6 +198,7 @@ class Checks:
         pairs = list(zip(self.alone * N_CONCURRENT, beside, strict=True))
         n_other = sum(ours.text != theirs.text for ours, theirs in pairs)
         finding, moved = f"{n_other} of {len(pairs)} answers differ with {N_CONCURRENT} requests at once", 0.0
+        finding += f" ({len(PROMPTS)} prompts, {N_CONCURRENT} times each)"
         if all(reply.logprobs for reply in beside):
             moved = max(moved_by(ours.logprobs, theirs.logprobs) for ours, theirs in pairs)
             finding += f"; log-probabilities move by up to {moved:.2g}"
@@ -386,11 +395,17 @@ def explain(model: Model, item_set: ItemSet, item: Any, served: str) -> dict[str
 
 
 def comparison_table(items: pd.DataFrame) -> pd.DataFrame:
-    """A row a server and set of `compare_all`: items, same texts, right answers, causes of differences."""
+    """A row a server and set of `compare_all`: items, same texts, right answers, causes of differences.
+
+    ``differ_at_most``: the 95 % upper bound on the share of texts that differ.
+    """
     counts = {"items": ("id", "size"), "same_text": ("same_text", "sum")}
     counts |= {f"right_{where}": (f"correct_{where}", "sum") for where in ("process", "server")}
     groups = items.groupby(["server", "set"], sort=False)
-    return groups.agg(**counts, causes=("cause", tally)).reset_index()
+    table = groups.agg(**counts, causes=("cause", tally)).reset_index()
+    pairs = zip(table["items"] - table["same_text"], table["items"], strict=True)
+    table.insert(4, "differ_at_most", [at_most(int(differ), int(n)) for differ, n in pairs])
+    return table
 
 
 def tally(words: pd.Series) -> str:
@@ -402,17 +417,22 @@ def tally(words: pd.Series) -> str:
 
 
 def speed_of_all(
-    connected: Mapping[str, Endpoint], clients: Sequence[int], n_tokens: int, stopped: dict[str, str]
+    connected: Mapping[str, Endpoint],
+    clients: Sequence[int],
+    n_tokens: int,
+    stopped: dict[str, str],
+    n_rounds: int = ROUNDS,
 ) -> pd.DataFrame:
     """Speed of each server in turn, after a warm-up, under several clients at once.
 
-    One row a server and number of clients: ``tokens`` and ``tokens_per_sec`` are of all clients together.
-    ``stopped``: servers that failed for good, with the reason. They are not asked, and more are added.
+    One row a server and number of clients: ``requests`` and ``tokens`` of a round, ``rounds``, and the
+    ``tokens_per_sec`` of all clients together: median, ``min`` and ``max`` of the rounds. ``stopped``:
+    servers that failed for good, with the reason. They are not asked, and more are added.
     """
     import pandas as pd
 
     rows = list[dict[str, Any]]()
-    for name, endpoint in connected.items():
+    for name, endpoint in list(connected.items()) * n_rounds:
         if name in stopped:
             continue
         full: dict[str, Any] = {"ignore_eos": True} if endpoint.server in ("llama.cpp", "vLLM") else {}
@@ -428,11 +448,14 @@ def speed_of_all(
                 if not tokens:
                     raise EndpointError("it tells no number of tokens, so it has no speed")
                 row = {"server": name, "clients": n, "requests": len(replies), "tokens": tokens}
-                rows.append(row | {"seconds": seconds, "tokens_per_sec": tokens / seconds})
+                rows.append(row | {"tokens_per_sec": tokens / seconds})
         except EndpointError as error:
             stopped[name] = error.what
-    columns = ["server", "clients", "requests", "tokens", "seconds", "tokens_per_sec"]
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=["server", "clients", "requests", "tokens", "tokens_per_sec"])
+    by_load = table.groupby(["server", "clients"], sort=False)
+    speeds = by_load["tokens_per_sec"].agg(["median", "min", "max", "size"])
+    speeds.columns = ["tokens_per_sec", "min", "max", "rounds"]
+    return by_load[["requests", "tokens"]].first().join(speeds).reset_index()
 
 
 # ---- what the notebook hands on ----
@@ -458,13 +481,20 @@ def hand_on(
     for row in tables["comparisons"].itertuples():
         why = "" if row.causes == "none" else f" ({row.causes})"
         same = f"{row.same_text} of {row.items} answers of {row.set}"
-        lines.append(f"{row.server}: {same} are those of this process{why}")
+        bound = f"95 % upper bound of others: {per_cent(row.differ_at_most, 0)}"
+        lines.append(f"{row.server}: {same} are those of this process{why}; {bound}")
     gone = "not measured to the end"
     lines += [f"{name}: {gone}: {why}" for name, why in stopped.items()]
-    for row in tables["speeds"].groupby("server", sort=False).nth([0, -1]).itertuples():
-        speed, clients = f"{row.tokens_per_sec:,.0f} tokens/s", counted(row.clients, "clients")
-        asked = f"{row.requests} requests, {row.tokens:,} tokens"
-        lines.append(f"{row.server}: {speed} for {clients} ({asked})")
+    for name, rows in tables["speeds"].groupby("server", sort=False):
+        ends = [rows.iloc[at] for at in sorted({0, len(rows) - 1})]
+        for row in ends:
+            speed, clients = f"{row['tokens_per_sec']:,.0f} tokens/s", counted(row["clients"], "clients")
+            spread = f"{row['min']:,.0f} to {row['max']:,.0f} in {counted(row['rounds'], 'rounds')}"
+            asked = f"{row['requests']} requests, {row['tokens']:,} tokens each"
+            lines.append(f"{name}: {speed} for {clients} ({spread} of {asked})")
+        few, many = ends[0], ends[-1]
+        if len(ends) > 1 and few["min"] <= many["max"] and many["min"] <= few["max"]:
+            lines.append(f"{name}: these ranges overlap, so nothing is shown about more clients")
     stage.finish(
         conditions={name: endpoint.conditions() for name, endpoint in connected.items()},
         summary=lines,

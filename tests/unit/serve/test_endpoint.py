@@ -378,7 +378,21 @@ def test_speed_counts_what_all_clients_got(server):
     table = checks.speed_of_all({"s": endpoint.connect(server.url)}, (1, 4), 48, {})
     assert table["requests"].tolist() == [2, 8] and table["tokens"].tolist() == [8, 32]
     assert server.busiest == 4
-    assert table["tokens_per_sec"].to_list() == pytest.approx((table["tokens"] / table["seconds"]).to_list())
+    assert table["rounds"].tolist() == [3, 3]
+    assert (table["min"] < table["tokens_per_sec"]).all() and (table["tokens_per_sec"] < table["max"]).all()
+    assert table["max"].iloc[0] <= 8 / (2 * 0.05), "two requests in turn take twice the pause"
+    assert table["min"].iloc[1] > table["max"].iloc[0], "four clients wait together"
+
+
+def test_servers_take_turns_in_each_round(server):
+    asked, ask = [], endpoint.Endpoint.complete
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(endpoint.Endpoint, "complete", lambda it, *a, **b: asked.append(it) or ask(it, *a, **b))
+        connected = {name: endpoint.connect(server.url) for name in "ab"}
+        table = checks.speed_of_all(connected, (1,), 8, {}, n_rounds=2)
+    assert table["server"].tolist() == ["a", "b"] and table["rounds"].tolist() == [2, 2]
+    order = [next(name for name, it in connected.items() if it is one) for one in asked]
+    assert "".join(order) == "aaabbb" * 2, "a warm-up and two requests each"
 
 
 def test_a_server_that_counts_no_tokens_has_no_speed(server):

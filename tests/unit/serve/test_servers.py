@@ -334,7 +334,8 @@ def test_what_the_notebook_hands_on(server, merged_reference, model, tmp_path):
     assert len(timed) == 2 and all(" requests, " in line for line in timed), "a speed has its n"
     stage = json.loads((tmp_path / "serving.json").read_text())
     assert stage["summary"] == lines
-    assert "llama.cpp: 4 of 4 answers of nano-reasoning are those of this process" in lines
+    same = "llama.cpp: 4 of 4 answers of nano-reasoning are those of this process"
+    assert f"{same}; 95 % upper bound of others: 53 %" in lines
     assert stage["conditions"]["llama.cpp"]["n_ctx"] == 512 and "127.0.0.1" not in json.dumps(stage)
 
 
