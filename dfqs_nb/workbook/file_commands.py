@@ -253,9 +253,8 @@ def plan(
         say(*_advice(placed, speeds, outlook))
         if cards:
             say("a card's compute buffer is unknown: 2 GiB of each card are left for it and the driver")
-            say("of DeepSeek-V4-Flash, 2 GiB are enough with flash attention (-fa on) up to 262,144 tokens")
-            say("and without it up to 32,768")
             say("there, llama-server also places without these flags (--fit), and plans that buffer")
+            say("for DeepSeek-V4-Flash 2 GiB suffice up to 262,144 tokens with -fa on, 32,768 without it")
         name = known.paths[0].name if far else str(known.paths[0])
         if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
             name = next(iter(known.places)).name if far else model
