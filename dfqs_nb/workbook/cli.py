@@ -26,7 +26,7 @@ import typer
 from typer import Argument, Option
 
 from dfqs_nb import __version__
-from dfqs_nb.core.display import did_you_mean, one_line, plain, quoted
+from dfqs_nb.core.display import counted, did_you_mean, one_line, plain, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
@@ -98,8 +98,8 @@ def models() -> None:
     from dfqs_nb.gguf import models as registry
 
     for model in registry.registered().values():
-        facts = f"{len(model.files)} file(s), {round(model.size_bytes / 1e9, 3):,} GB, {model.licence}"
-        say(f"{model.name}\n    {model.title}\n    {facts}, {model.source}\n    {model.note}")
+        size = f"{counted(len(model.files), 'files')}, {round(model.size_bytes / 1e9, 3):,} GB"
+        say(f"{model.name}\n    {model.title}\n    {size}, {model.licence}, {model.source}\n    {model.note}")
 
 
 @app.command(rich_help_panel=WHOLE)

@@ -13,6 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from dfqs_nb.core.display import counted, did_you_mean, markdown, plain, quoted
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.files import read_json, there_is, write_json, write_text
@@ -55,15 +57,16 @@ class WorkbookRun(NamedTuple):
 
 
 def find_notebooks(names: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
-    """The workbook's notebooks in order, or those named: ``01``, ``01_merge_shards`` or a path.
+    """The workbook's notebooks in order, or those named: ``1``, ``01``, ``01_merge_shards`` or a path.
 
     `DfqsError`: a name fits none.
     """
-    paths, wanted = sorted(folder.glob(PATTERN)), tuple(f"{Path(name).stem}_" for name in names)
+    stems = (re.sub(r"^\d$", r"0\g<0>", Path(name).stem) for name in names)
+    paths, wanted = sorted(folder.glob(PATTERN)), tuple(f"{stem}_" for stem in stems)
     for name in wanted:
         if not any(f"{path.stem}_".startswith(name) for path in paths):
             hint = f"there are {', '.join(path.stem for path in paths) or 'none: go to a checkout'}"
-            raise DfqsError(f"no notebook is called {name[:-1]!r}", where=folder, hint=hint)
+            raise DfqsError(f"no notebook is called {name[:-1]!r}", where=tilde(folder), hint=hint)
     return [path for path in paths if not wanted or f"{path.stem}_".startswith(wanted)]
 
 
@@ -129,6 +132,17 @@ def check_model(model: str, folder: Path) -> None:
         open_source(model, merged_to=folder)
 
 
+@contextmanager
+def alone(folder: Path, seconds: float = 0.0) -> Iterator[None]:
+    """Refuse a second process at work in a run's or a sweep's folder, after waiting some seconds for it."""
+    try:
+        with FileLock(folder / ".lock", timeout=seconds):
+            yield
+    except Timeout:
+        hint = "wait for it, or choose another name (--run for a run, --name for a sweep)"
+        raise DfqsError("another run is at work in this folder", where=tilde(folder), hint=hint) from None
+
+
 def run_workbook(
     run: str = "nano",
     parameters: Mapping[str, Any] | None = None,
@@ -157,35 +171,35 @@ def run_workbook(
     asked, tier = tier, tier or tier_of(given.get("model"), run)
     settings = {name: value for name, value in settings_of(tier).items() if name not in given}
     folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
-    _note_command(folder, given, asked, budget_minutes)
     n_notebooks = counted(len(paths), "notebooks")
-    tell(f"run {run}: {tier} tier, {n_notebooks}, at most about {budget_minutes:g} minutes")
-    if settings:
-        tell("  " + ", ".join(f"{name}={value}" for name, value in settings.items()))
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
-    for number, path in enumerate(paths):
-        tell(f"{path.stem} ...")
-        # Kernel, imports and figures of the notebooks to come are in no plan: about the shortest one so far.
-        beside = min((notebook.seconds for notebook in done), default=0.0) * len(paths[number:])
-        left = budget_minutes - (time.monotonic() - begin + beside) / 60
-        budget = budget_of(path.stem, left, [later.stem for later in paths[number:]])
-        now, names = {"budget_minutes": round(budget, 1), **values}, declared[path]
-        chosen, target = {name: now[name] for name in now if name in names}, folder / path.name
-        try:
-            if "ladder_source" in names and tier != NANO and not chosen.get("ladder_source"):
-                chosen["ladder_source"] = ladder_source(folder)
-        except StageError:
-            raise
-        except DfqsError as error:
-            Stage(folder, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
-            done.append(NotebookRun(target, left_out=str(error)))
-        else:
-            done.append(
-                _executed(path, target, chosen, Live(target, chosen.get("budget_minutes", 0.0), watch))
-            )
-        ended = done[-1]
-        tell(f"{path.stem}: {f'left out: {ended.left_out}' if ended.left_out else f'{ended.seconds:.1f} s'}")
-    return _summed_up(folder, done)
+    with alone(folder):
+        _note_command(folder, given, asked, budget_minutes)
+        tell(f"run {run}: {tier} tier, {n_notebooks}, at most about {budget_minutes:g} minutes")
+        if settings:
+            tell("  " + ", ".join(f"{name}={value}" for name, value in settings.items()))
+        for number, path in enumerate(paths):
+            tell(f"{path.stem} ...")
+            # Kernel, imports and figures of the notebooks to come are in no plan: about the shortest so far.
+            beside = min((notebook.seconds for notebook in done), default=0.0) * len(paths[number:])
+            left = budget_minutes - (time.monotonic() - begin + beside) / 60
+            budget = budget_of(path.stem, left, [later.stem for later in paths[number:]])
+            now, names = {"budget_minutes": round(budget, 1), **values}, declared[path]
+            chosen, target = {name: now[name] for name in now if name in names}, folder / path.name
+            live = Live(target, chosen.get("budget_minutes", 0.0), watch)
+            try:
+                if "ladder_source" in names and tier != NANO and not chosen.get("ladder_source"):
+                    chosen["ladder_source"] = ladder_source(folder)
+            except StageError:
+                raise
+            except DfqsError as error:
+                Stage(folder, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
+                done.append(NotebookRun(target, left_out=str(error)))
+            else:
+                done.append(_executed(path, target, chosen, live))
+            _, seconds, left_out, _ = done[-1]
+            tell(f"{path.stem}: " + (f"left out: {left_out}" if left_out else f"{seconds:.1f} s"))
+        return _summed_up(folder, done)
 
 
 def _note_command(folder: Path, given: Mapping[str, Any], tier: str, budget_minutes: float) -> None:

@@ -12,11 +12,8 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from filelock import FileLock, Timeout
 
 from dfqs_nb import __version__
 from dfqs_nb.core import child
@@ -116,7 +113,7 @@ def sweep(
     rows = read_rows(table, notebooks)
     folder = run_dir(name or f"sweep-{table.stem}").absolute()
     job: Answer = {"fresh": fresh, "outputs": str(folder), "notebooks": list(map(str, notebooks))}
-    with alone(folder):
+    with workbook.alone(folder):
         journal = Journal(folder / JOURNAL, FORMAT, fresh=fresh, fields={"status": str})
         done = {row["id"] for row in journal.rows() if row["status"] == "done"}
         todo = [row for row in rows if not (row.key in done and (folder / row.run / "summary.md").exists())]
@@ -140,17 +137,6 @@ def _here(todo: Sequence[Row], job: Answer, tell: Tell) -> Iterator[tuple[Row, A
         yield row, run_row({**job, **row._asdict()})
 
 
-@contextmanager
-def alone(folder: Path, seconds: float = 0.0) -> Iterator[None]:
-    """Refuse a second process at work in a folder, after waiting some seconds for it."""
-    try:
-        with FileLock(folder / ".sweep.lock", timeout=seconds):
-            yield
-    except Timeout:
-        hint = "wait, or give --name"
-        raise DfqsError("another sweep is at work", where=tilde(folder), hint=hint) from None
-
-
 def run_row(job: Answer) -> Answer:
     """Run the workbook in a child process, whose output goes to ``sweep.log``; what became of it."""
     folder, begin, reason = Path(job["outputs"]) / job["run"], time.monotonic(), ""
@@ -171,8 +157,9 @@ def _work(job: Answer) -> None:
     os.environ["DFQS_OUTPUTS"] = job["outputs"]
     notebooks = [Path(path) for path in job["notebooks"]]
     parameters = {"model": job["model"], **job["parameters"]}
-    with alone(Path(job["outputs"]) / job["run"], 20.0):  # a kernel that lost its parent needs that to end
-        workbook.run_workbook(job["run"], parameters, notebooks, fresh=job["fresh"])
+    with workbook.alone(Path(job["outputs"]) / job["run"], 20.0):
+        pass  # the process of a row whose sweep was killed needs some seconds to end
+    workbook.run_workbook(job["run"], parameters, notebooks, fresh=job["fresh"])
 
 
 def _on_cluster(address: str, todo: Sequence[Row], job: Answer, tell: Tell) -> Iterator[tuple[Row, Answer]]:

@@ -213,7 +213,7 @@ def test_fresh_and_a_deleted_run_do_a_finished_row_again(outputs, tmp_path, note
 
 def test_two_sweeps_in_one_folder_are_refused(outputs, tmp_path, notebook):
     table = write_table(tmp_path, "model,run", f"{NANO},a")
-    with sweep.alone(paths.run_dir("s")), pytest.raises(DfqsError, match="another sweep is at work"):
+    with workbook.alone(paths.run_dir("s")), pytest.raises(DfqsError, match="another run is at work"):
         run_sweep(table, notebook)
 
 

@@ -107,6 +107,17 @@ def test_an_unknown_parameter_fails_and_names_the_known(outputs, pair):
     assert not (outputs / "mine").exists()
 
 
+def test_two_runs_in_one_folder_are_refused_and_the_first_keeps_its_command(outputs, pair):
+    workbook.run_workbook("mine", {"n_ctx": 77}, pair[:1])
+    before = (outputs / "mine" / ".command.json").read_text()
+    with (
+        workbook.alone(outputs / "mine"),
+        pytest.raises(DfqsError, match="another run is at work in this folder; wait for it, or"),
+    ):
+        workbook.run_workbook("mine", {}, pair)
+    assert (outputs / "mine" / ".command.json").read_text() == before
+
+
 def test_a_failing_cell_is_named_and_earlier_outputs_stay(outputs, pair, tmp_path):
     bad = write_notebook(
         tmp_path / "nb" / "03_fail.ipynb", "print('so far')", "raise ValueError('one\\ntwo')"
@@ -252,6 +263,7 @@ def test_a_shard_is_a_model_and_one_that_a_merge_deleted_names_the_merge(tmp_pat
 
 def test_an_unknown_notebook_is_named_with_those_that_exist(tmp_path, pair):
     assert workbook.find_notebooks(["02"], pair[0].parent) == [pair[1]]
+    assert workbook.find_notebooks(["2"], pair[0].parent) == [pair[1]]
     with pytest.raises(DfqsError, match="no notebook is called '07'; .*"):
         try:
             workbook.find_notebooks(["07"], pair[0].parent)
