@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -241,15 +242,21 @@ def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) 
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
+    from dfqs_nb.workbook.terminal import as_typed
+
     begin, so_far = time.perf_counter(), f"its output so far is in {tilde(target)}"
+    for name in ("papermill", "asyncio"):  # what goes wrong is said below, once
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # a text that is streamed is one output
     kernel = {"kernel_name": KERNEL, "cwd": path.parent, "extra_arguments": [QUIET], "coalesce_streams": True}
     try:
         with kernel_environment(progress=live.bars), live:
             execute_notebook(path, target, parameters, engine_name=use(live), progress_bar=False, **kernel)
     except KeyboardInterrupt:
-        report = f"`dfqs-nb report {quoted(target.parent.name)}` reports what there is"
-        print(f"\nstopped in {live.name}, cell {plain(live.place)}; {so_far}", file=sys.stderr)
+        at = f"before {live.name} began"
+        at = f"in {live.name}, cell {plain(live.place)}; {so_far}" if live.titles else at
+        report = as_typed(f"`dfqs-nb report {quoted(target.parent.name)}` reports what there is")
+        print(f"\nstopped {at}", file=sys.stderr)
         print(f"the same command measures what is missing; {report}", file=sys.stderr)
         raise
     except (PapermillExecutionError, DeadKernelError) as error:
