@@ -42,6 +42,14 @@ export EXAMPLES
 .PHONY: help venv run test lab smollm2 test-slow lint notebooks stamp lock wheelhouse clean maintain moved
 .DEFAULT_GOAL := run
 
+# A misspelled MODEL would run the reference model for minutes. What an install reads may be given, too.
+TAKES    := MODEL RUN TIER BUDGET PARAMS PYTHON VENV PYTEST WORKERS UV
+INSTALLS := PIP_% UV_% %_PROXY %_proxy CC CXX CFLAGS CXXFLAGS CMAKE_ARGS CUDACXX TMPDIR SSL_CERT_FILE DFQS_%
+typed     = $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+ODD      := $(filter-out $(TAKES) $(INSTALLS) -*-%,$(typed))
+ifneq ($(ODD),)
+$(error there is no variable $(ODD): give $(TAKES), or any other one before the command, NAME=value make run)
+endif
 ifneq ($(words $(VENV)),1)
 $(error VENV is "$(VENV)": make cannot work with a path that contains spaces)
 endif

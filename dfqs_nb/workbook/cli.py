@@ -79,7 +79,8 @@ def run(
 
     paths = workbook.find_notebooks(notebooks or [])
     if odd := [assignment for assignment in parameter if "=" not in assignment]:
-        raise DfqsError(f"{odd[0]!r} is not of the form name=value", hint="write -p n_ctx=4096")
+        hint = "write -p n_ctx=4096, or `make run PARAMS=n_ctx=4096`"
+        raise DfqsError(f"{odd[0]!r} is not of the form name=value", hint=hint)
     texts = {name.strip(): text for name, _, text in (given.partition("=") for given in parameter)}
     texts |= {"model": model} if model else {}
     values = workbook.parse_parameters(texts, workbook.parameter_types(paths))

@@ -457,6 +457,10 @@ def test_model_and_params_may_hold_spaces_and_quotes(checkout):
     words += ["-p", "a=x y", "-p", "b=2", "-p", "c=it's $5", "-p", "d=*"]
     assert done.stdout.splitlines() == [f"<{word}>" for word in words], done.stderr
     assert make(checkout, "run").stdout.splitlines() == ["<-m>", "<dfqs_nb>", "<run>"]
+    for odd in ("MODLE=my.gguf", "model=my.gguf"):  # else the reference model would run
+        done = make(checkout, "run", odd)
+        assert done.returncode == 2 and f"no variable {odd.split('=')[0]}: give MODEL" in done.stderr
+    assert make(checkout, "run", "TMPDIR=/tmp", "PIP_NO_INDEX=1", "HTTPS_PROXY=x").returncode == 0
     done = make(checkout, "run", "PARAMS=a='x")
     assert done.returncode and "a quotation mark without its partner: a='x" in done.stderr
 
