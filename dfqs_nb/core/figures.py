@@ -56,19 +56,17 @@ def whiskers(table: pd.DataFrame, value: str) -> list[pd.Series]:
 
 
 def save(ax: Axes, path: str | Path) -> None:
-    """Save the figure of ``ax`` as SVG or PNG (100 dpi); the same figure gives the same bytes."""
-    kind = "svg" if Path(path).suffix == ".svg" else "png"
-    nothing = {"Date": None} if kind == "svg" else {"Software": None}
-    with whole_file(path, "wb") as file, plt.rc_context({"svg.hashsalt": "dfqs"}):
-        _figure(ax).savefig(file, format=kind, dpi=100, metadata=nothing)
+    """Save the figure of ``ax`` as SVG or PNG (100 dpi); the same figure gives the same bytes.
 
-
-def _figure(ax: Axes) -> Figure:
-    """The whole figure; no ``$`` in its texts, such as a model's name, begins a formula."""
+    No ``$`` in its texts, such as a model's name, begins a formula.
+    """
     figure: Figure = ax.figure.canvas.figure  # works for a subfigure, too, in every version
     axes = [axis for part in figure.axes for axis in (part.xaxis, part.yaxis)]
     logs = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
     ticks = {label for axis in logs for label in axis.get_ticklabels(which="both")}
     for text in set(figure.findobj(Text)) - ticks:
         text.set_parse_math(False)
-    return figure
+    kind = "svg" if Path(path).suffix == ".svg" else "png"
+    nothing = {"Date": None} if kind == "svg" else {"Software": None}
+    with whole_file(path, "wb") as file, plt.rc_context({"svg.hashsalt": "dfqs"}):
+        figure.savefig(file, format=kind, dpi=100, metadata=nothing)

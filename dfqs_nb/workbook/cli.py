@@ -30,18 +30,8 @@ from dfqs_nb.core.display import counted, did_you_mean, one_line, plain, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_json, write_table, write_text
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
-from dfqs_nb.workbook.terminal import (
-    MEASURE,
-    PANELS,
-    REPORT,
-    WHOLE,
-    Overwrite,
-    app,
-    as_typed,
-    say,
-    say_table,
-    say_written,
-)
+from dfqs_nb.workbook import terminal
+from dfqs_nb.workbook.terminal import MEASURE, REPORT, WHOLE, Overwrite, app, say, say_table
 
 LOG, INTERRUPTED = "dfqs-nb-error.log", 130
 USAGE: Any = typer.BadParameter.__base__  # of the click that this typer stands on, its own or the installed
@@ -50,10 +40,8 @@ COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit
 Gguf = Annotated[str, Argument(help="A GGUF file, or any of its shards.")]
 Context = Annotated[int, Option(help="Tokens of context.")]
 Threads = Annotated[int, Option(help="0: chosen for the model.")]
-Run = Annotated[str, Option(help="The folder under outputs/. Default: from the model.")]
 Fresh = Annotated[bool, Option("--fresh", help="Ignore the results of an earlier run.")]
 KeyVariable = Annotated[str, Option(metavar="NAME", help="Environment variable with the server's key.")]
-ServerModel = Annotated[str, Option(metavar="NAME", help="Which of the server's models.")]
 
 
 @app.callback()
@@ -168,14 +156,14 @@ def routing(
     say_table(experiment.sensitivities[COLUMNS.split()], ".3g")
     say(*failures(experiment.rows), *experiment.conclusions(), "", *experiment.advice, "")
     say(*(f'"{row.claim}": {row.status}\n  {row.evidence}' for row in experiment.claims().itertuples()), "")
-    say_written(experiment.write_tables(folder), folder)
+    terminal.say_written(experiment.write_tables(folder), folder)
     raise typer.Exit(int(not experiment.passed))
 
 
 @app.command(rich_help_panel=MEASURE)
 def score(
     model: str = Argument(..., help="A GGUF file, any of its shards, or the URL of a server."),
-    endpoint_model: ServerModel = "",
+    endpoint_model: str = Option("", metavar="NAME", help="Which of the server's models."),
     key_variable: KeyVariable = "",
     timeout: float = Option(3600.0, min=1, help="Seconds to wait for an answer of a server."),
     tier: Literal["nano", "standard"] = Option("standard", help="Which question sets."),
@@ -184,7 +172,7 @@ def score(
     threads: Threads = 0,
     limit: int = Option(0, min=0, help="Questions a set, evenly from its families. 0: all."),
     budget_minutes: float = Option(0.0, min=0, help="No question is asked after that. 0: no limit."),
-    run: Run = "",
+    run: str = Option("", help="The folder under outputs/. Default: from the model."),
     temperature: float = Option(0.0, help="0: greedy."),
     thinking: Literal["template", "on", "off"] = Option("template", help="What the chat template is told."),
     thinking_tokens: int = Option(0, help="Extra tokens for thinking, on top of a set's own limit."),
@@ -339,7 +327,7 @@ def report(
         return
     written = reports.write_report(folder, reports.build_report(folder))
     say(reports.verdict(reports.read_report(folder)))
-    say_written(written, folder)
+    terminal.say_written(written, folder)
 
 
 @app.command(rich_help_panel=REPORT)
@@ -356,7 +344,7 @@ def compare(
     comparison = report.compare_reports(places)
     folder = run_dir("-".join(["compare", *(run.report["run"] for run in comparison.runs)]))
     say(comparison)
-    say_written([write_text(folder / "comparison.md", str(comparison))], folder)
+    terminal.say_written([write_text(folder / "comparison.md", str(comparison))], folder)
 
 
 @app.command(rich_help_panel=REPORT)
@@ -369,7 +357,7 @@ def leaderboard(folder: Path | None = Argument(None, help="Default: outputs/."))
 
     ranked = report.leaderboard(folder or outputs_dir())
     say(ranked)
-    say_written(ranked.write(), ranked.folder)
+    terminal.say_written(ranked.write(), ranked.folder)
     raise typer.Exit(int((ranked.table["problem"] != "").any()))
 
 
@@ -380,7 +368,7 @@ def program(typed: str = "") -> Any:
     part = copy(app)
     named = [it for it in app.registered_commands if it.callback and it.callback.__name__ == typed]
     part.registered_commands = named or sorted(
-        app.registered_commands, key=lambda it: PANELS.index(it.rich_help_panel)
+        app.registered_commands, key=lambda it: terminal.PANELS.index(it.rich_help_panel)
     )
     return typer.main.get_command(part)
 
@@ -428,5 +416,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"dfqs-nb: {as_typed(message)}", file=sys.stderr)
+    print(f"dfqs-nb: {terminal.as_typed(message)}", file=sys.stderr)
     return status

@@ -77,7 +77,16 @@ def _facts(diagnosis: Any, is_far: bool, quick: bool) -> dict[str, Any]:
         header, outlook = shards.as_one, {} if quick else _outlook(shards, glued, is_far)
     except ShardError as error:
         outlook = {} if quick else {"the whole set": error.what}
-    return outlook if glued else _header_rows(header) | outlook
+    if glued:
+        return outlook
+    known = facts.identity(header) | facts.architecture(header)
+    rows, experts = {k: value for k, value in known.items() if value != "not stated"}, facts.experts(header)
+    if experts.total:
+        rows["experts"] = experts.sentence
+    for row in facts.class_sizes(header):
+        bits = f"{row['bytes']:>16,} bytes {row['bits_per_weight']:7.2f} bits a weight"
+        rows[row["class"]] = f"{bits}  {row['types']}"
+    return rows | outlook
 
 
 def _outlook(shards: ShardSet, glued: bool, is_far: bool) -> dict[str, Any]:
@@ -97,17 +106,6 @@ def _outlook(shards: ShardSet, glued: bool, is_far: bool) -> dict[str, Any]:
         fits = error.what
     fits += " (graphics cards not counted; `dfqs-nb plan --vram 24GiB` counts one)"
     return {"llama.cpp": verdict, f"memory, {OUTLOOK_N_CTX:,} tokens": fits}
-
-
-def _header_rows(header: GGUFHeader) -> dict[str, Any]:
-    known = facts.identity(header) | facts.architecture(header)
-    rows, experts = {k: value for k, value in known.items() if value != "not stated"}, facts.experts(header)
-    if experts.total:
-        rows["experts"] = experts.sentence
-    for row in facts.class_sizes(header):
-        bits = f"{row['bytes']:>16,} bytes {row['bits_per_weight']:7.2f} bits a weight"
-        rows[row["class"]] = f"{bits}  {row['types']}"
-    return rows
 
 
 @app.command(rich_help_panel=FILES)

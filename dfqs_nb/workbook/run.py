@@ -274,8 +274,7 @@ def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) 
 
 def last_line(text: str) -> str:
     """The last line of an error's text that is not blank."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return next(filter(None, map(str.strip, reversed(text.splitlines()))), "")
 
 
 @contextmanager
@@ -300,8 +299,8 @@ def kernel_environment(outputs: Path | None = None, progress: Path | None = None
 
 def read_summary(folder: Path) -> dict[str, list[str]]:
     """The ``summary`` lines of every stage file ``<stage>.json`` in a run's folder, in stage order."""
-    stages = {stage: read_stage(folder, stage) for stage in STAGES if (folder / f"{stage}.json").exists()}
-    return {name: [plain(line) for line in stage.get("summary", [])] for name, stage in stages.items()}
+    there = [name for name in STAGES if (folder / f"{name}.json").exists()]
+    return {name: [plain(line) for line in read_stage(folder, name).get("summary", [])] for name in there}
 
 
 def summary_markdown(result: WorkbookRun) -> str:
