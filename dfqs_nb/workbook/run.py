@@ -101,13 +101,15 @@ def parse_parameters(texts: Mapping[str, str], types: Mapping[str, str]) -> dict
     from pydantic import TypeAdapter, ValidationError
 
     check_parameters(texts, types)
-    values, kinds = dict[str, Any](), {"int": int, "float": float, "bool": bool}
+    kinds: dict[str, tuple[Any, str]] = {"int": (int, "a whole number"), "float": (float, "a number")}
+    kinds |= {"bool": (bool, "true or false")}
+    values = dict[str, Any]()
     for name, text in texts.items():
+        kind, words = kinds.get(types[name], (str, "a text"))
         try:
-            values[name] = TypeAdapter(kinds.get(types[name], str)).validate_strings(text)
+            values[name] = TypeAdapter(kind).validate_strings(text)
         except ValidationError:
-            what = f"parameter {name} takes {types[name]}, not {text!r}"
-            raise DfqsError(what, hint=f"give {name}=VALUE") from None
+            raise DfqsError(f"the parameter {name} takes {words}, not {text!r}") from None
     return values
 
 

@@ -60,7 +60,7 @@ def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
             for cells in filter(any, reader):
                 line = reader.line_num
                 if len(cells) != len(header):
-                    raise DfqsError(f"has not {len(header)} cells, as the header")
+                    raise DfqsError(f"has {len(cells)} cells, and the header has {len(header)}")
                 texts = dict(zip(header, map(str.strip, cells), strict=True))
                 rows.append(_row(line, texts, path.parent, types, notebooks))
                 if twin := next((row.line for row in rows[:-1] if row.run == rows[-1].run), 0):

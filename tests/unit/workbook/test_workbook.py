@@ -171,7 +171,8 @@ def test_a_run_name_cannot_leave_the_outputs(outputs, pair, name):
     "text, type_name", [("many", "int"), ("1.5", "int"), ("True", "int"), ("x", "float"), ("2", "bool")]
 )
 def test_a_value_of_another_type_is_refused(text, type_name):
-    with pytest.raises(DfqsError, match=f"parameter n takes {type_name}"):
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false"}[type_name]
+    with pytest.raises(DfqsError, match=f"parameter n takes {words}, not '{text}'$"):
         workbook.parse_parameters({"n": text}, {"n": type_name})
 
 
@@ -217,7 +218,7 @@ def test_command_line_runs_types_values_and_prints_the_summary(outputs, pair, mo
     assert "merge saw 98" in capsys.readouterr().out
     assert cli.main(["run", "-p", "n_ctx=many"]) == 1
     error = capsys.readouterr().err
-    assert error == "dfqs-nb: parameter n_ctx takes int, not 'many'; give n_ctx=VALUE\n"
+    assert error == "dfqs-nb: the parameter n_ctx takes a whole number, not 'many'\n"
 
 
 def test_the_parameter_budget_minutes_is_the_budget_of_the_whole_run(outputs, tmp_path, monkeypatch, capsys):
