@@ -245,14 +245,14 @@ def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
     """Facts as a one-column table, with thousands separators; long texts are cut."""
     import pandas as pd
 
-    class Facts(pd.DataFrame):
+    class Facts(pd.DataFrame):  # type: ignore[misc]
         """A frame that shows its texts whole; pandas cuts them at 50 characters."""
 
         def __repr__(self) -> str:
             with pd.option_context("display.max_colwidth", MAX_SHOWN):
-                return super().__repr__()
+                return str(super().__repr__())
 
-        def _repr_html_(self) -> str | None:
+        def _repr_html_(self) -> Any:
             with pd.option_context("display.max_colwidth", MAX_SHOWN):
                 return super()._repr_html_()
 
