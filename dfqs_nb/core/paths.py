@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -35,9 +36,13 @@ def run_dir(run: str) -> Path:
     folder = outputs_dir() / run
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         hint = "set DFQS_OUTPUTS to a folder you may write"
-        raise OutputError(f"cannot make the folder ({error.strerror})", where=folder, hint=hint) from error
+        raise OutputError(
+            f"cannot write into this folder ({error.strerror})", where=folder, hint=hint
+        ) from error
     return folder
 
 

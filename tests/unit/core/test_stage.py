@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from dfqs_nb.core.errors import OutputError, StageError
 from dfqs_nb.core.figures import new_axes, set_title
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file, write_json
 from dfqs_nb.core.journal import Journal, differing_fields
+from dfqs_nb.core.paths import run_dir
 from dfqs_nb.core.stage import Stage, read_stage
 
 TABLE = pd.DataFrame({"length": [256, 512], "accuracy": [1.0, 0.5]})
@@ -137,3 +139,15 @@ def test_free_memory_costs_no_finished_work(tmp_path):
     assert "a" in Journal(tmp_path / "j.jsonl", {**made, "paging": "on"})
     assert "a" not in Journal(tmp_path / "j.jsonl", {**made, "n_ctx": 256})
     assert differing_fields(made, {"n_ctx": 256, "paging": "on"}) == {"n_ctx": (512, 256)}
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_runs_folder_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path, monkeypatch, is_there
+):
+    outputs = tmp_path / "outputs"
+    (outputs / "mine").mkdir(parents=True) if is_there else outputs.write_text("a file")
+    monkeypatch.setenv("DFQS_OUTPUTS", str(outputs))
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write everywhere
+    with pytest.raises(OutputError, match="cannot write into this folder .*; set DFQS_OUTPUTS to a folder"):
+        run_dir("mine")
