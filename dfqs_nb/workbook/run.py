@@ -138,12 +138,18 @@ def check_model(model: str, folder: Path) -> None:
 @contextmanager
 def alone(folder: Path, seconds: float = 0.0) -> Iterator[None]:
     """Refuse a second process at work in a run's or a sweep's folder, after waiting some seconds for it."""
+    lock = FileLock(folder / ".lock", timeout=seconds)
     try:
-        with FileLock(folder / ".lock", timeout=seconds):
-            yield
+        lock.acquire()
     except Timeout:
         hint = "wait for it, or choose another name (--run for a run, --name for a sweep)"
         raise DfqsError("another run is at work in this folder", where=tilde(folder), hint=hint) from None
+    except OSError:
+        pass  # a file system without locks: then nothing is refused
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_workbook(
