@@ -223,9 +223,7 @@ def score(
 def record(
     model: Gguf,
     output: Path = Option(..., "-o", "--output", help="The record, a JSONL file."),
-    prompts: str = Option(
-        "standard-reasoning", metavar="SET", help="A question set, or a JSONL file of one."
-    ),
+    prompts: str = Option("standard-reasoning", metavar="SET", help="A question set, or a JSONL file."),
     tokens: int = Option(64, min=1, help="Tokens of each answer."),
     limit: int = Option(32, min=1, help="The largest number of prompts."),
     n_ctx: Context = 4096,
@@ -291,11 +289,9 @@ def deploy(
         return
     if not model:
         raise DfqsError("no model was named", hint=f"dfqs-nb deploy {quoted(target)} MODEL")
-    sizes: dict[str, Any] = {"n_ctx": n_ctx, "n_gpu_layers": gpu_layers, "port": port}
+    given: dict[str, Any] = {"n_ctx": n_ctx, "n_gpu_layers": gpu_layers, "port": port, "overwrite": overwrite}
     folder = output or outputs_dir() / f"deploy-{target}"
-    recipe = recipes.write_recipe(
-        target, model, folder, **sizes, key_variable=key_variable, overwrite=overwrite
-    )
+    recipe = recipes.write_recipe(target, model, folder, **given, key_variable=key_variable)
     say(*(f"- {note}" for note in recipe.notes), "", f"cd {shlex.quote(str(folder))}", *recipe.commands)
     say(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")
 

@@ -208,9 +208,7 @@ def plan(
     context: int = Option(8192, min=1, metavar="TOKENS", help="Length of the context."),
     ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of memory. 0: measured here."),
     gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of a card's memory. 0: unknown."),
-    disk_gbs: float = Option(
-        0.0, min=0, metavar="GB/S", help="Bandwidth of the disk. 0: measured if MODEL is here."
-    ),
+    disk_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of MODEL's disk. 0: measured here."),
 ) -> None:
     """Plan where a model's tensors would lie, and how fast it can be.
 

@@ -297,7 +297,7 @@ def kernel_environment(outputs: Path | None = None, progress: Path | None = None
     os.environ |= {"JUPYTER_PATH": os.pathsep.join(filter(None, places)), "TQDM_DISABLE": "1"}
     os.environ |= {"DFQS_OUTPUTS": f"{(outputs or outputs_dir()).absolute()}"}
     os.environ |= {"DFQS_PROGRESS": f"{progress.absolute()}"} if progress else {}
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    os.environ |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     try:
         yield
     finally:
