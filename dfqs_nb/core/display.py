@@ -245,16 +245,11 @@ def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
     """Facts as a one-column table, with thousands separators; long texts are cut."""
     import pandas as pd
 
+    whole = pd.option_context("display.max_colwidth", MAX_SHOWN)  # else pandas cuts a text at 50 characters
+
     class Facts(pd.DataFrame):  # type: ignore[misc]
-        """A frame that shows its texts whole; pandas cuts them at 50 characters."""
-
-        def __repr__(self) -> str:
-            with pd.option_context("display.max_colwidth", MAX_SHOWN):
-                return str(super().__repr__())
-
-        def _repr_html_(self) -> Any:
-            with pd.option_context("display.max_colwidth", MAX_SHOWN):
-                return super()._repr_html_()
+        __repr__ = whole(pd.DataFrame.__repr__)
+        _repr_html_ = whole(pd.DataFrame._repr_html_)
 
     def shown(value: Any) -> str:
         text = f"{value:,}" if type(value) is int else plain(value)

@@ -45,10 +45,6 @@ class Live:
             self.stream.flush()
         self.bars.unlink(missing_ok=True)
 
-    def cell(self, titles: list[str], index: int) -> None:
-        """A cell begins."""
-        self.titles, self.index, self.cell_begun = titles, index, time.monotonic()
-
     @property
     def place(self) -> str:
         """The cell that runs now, by its number and the heading above it."""
@@ -106,7 +102,7 @@ def use(live: Live) -> str:
             titles, begin = cell_titles(nb_man.nb.cells), nb_man.cell_start
 
             def started(cell: Any, cell_index: int = 0, **more: Any) -> None:
-                live.cell(titles, cell_index)
+                live.titles, live.index, live.cell_begun = titles, cell_index, time.monotonic()
                 begin(cell, cell_index, **more)
 
             nb_man.cell_start = started

@@ -48,7 +48,7 @@ def test_the_time_left_stays_where_a_terminal_is_narrow(tmp_path, width, monkeyp
     watched = live.Live(tmp_path / "08_climb_the_quantization_ladder.ipynb", 4.0, None)
     watched.bars.write_text("rungs 2/8")
     monkeypatch.setattr(watched.activity, "text", lambda: "86.6 GB read from the disk, 400.3 MB/s, 1.9 cores")
-    watched.cell(["One", "What a bit less costs at every rung of the ladder"], 1)
+    watched.titles, watched.index = ["One", "What a bit less costs at every rung of the ladder"], 1
     line = watched.line(width)
     assert "2/2" in line and "4 min of its budget left" in line and len(line) <= width
     assert line.startswith("08 [") and ("What a bit less" in line) == (width > 70)
@@ -64,7 +64,7 @@ def test_a_terminal_gets_one_line_that_is_redrawn(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     shown = Terminal()
     with live.Live(tmp_path / "03_x.ipynb", 4.0, shown) as watched:
-        watched.cell(["One", "Two"], 1)
+        watched.titles, watched.index = ["One", "Two"], 1
         deadline = time.monotonic() + 20
         while shown.getvalue().count("\r") < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -101,7 +101,7 @@ def test_ctrl_c_leaves_the_executed_part_and_no_kernel(tmp_path):
     _, errors = process.communicate(timeout=60)
     left = outputs / "mine" / "01_stop.ipynb"
     assert "so far" in texts(left) and "stopped in 01_stop, cell 6/7 Try a thing" in errors, errors
-    assert "the same command measures what is missing" in errors and "`dfqs-nb report mine`" in errors, errors
+    assert "the same command measures what is missing" in errors and "dfqs-nb report mine`" in errors, errors
     status = [cell.metadata.papermill["status"] for cell in nbformat.read(left, as_version=4).cells]
     assert status[-2:] == ["failed", "pending"], "what never ran is not marked as done"
     assert kernels and not psutil.wait_procs(kernels, timeout=30)[1], "the kernel ends with the run"
