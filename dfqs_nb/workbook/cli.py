@@ -400,9 +400,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC and "the disk"
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and "the disk"
         if isinstance(error, OSError) and (place := error.filename2 or error.filename or full):
-            return _fail(f"{tilde(str(place))}: cannot be read or written ({error.strerror})")
+            hint = "; free some space, or set DFQS_OUTPUTS to a folder of another disk" if full else ""
+            return _fail(f"{tilde(str(place))}: cannot be read or written ({error.strerror}){hint}")
         what = f"unexpected {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         log = Path(tempfile.gettempdir(), LOG)
         with suppress(OSError), log.open("a", encoding="utf-8", errors="replace") as file:  # a full disk

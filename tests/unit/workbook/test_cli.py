@@ -1,5 +1,6 @@
 """The command line as people type it: exit codes, one-line errors, and files that are what they should be."""
 
+import errno
 import hashlib
 import os
 import re
@@ -220,6 +221,16 @@ def test_an_interrupt_is_one_line_that_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run_folder", interrupted)
     assert cli.main(["report"]) == 130
     assert "interrupted; what was written stays" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_with_what_to_do(monkeypatch, capsys):
+    def full(name):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "run_folder", full)
+    assert cli.main(["report"]) == 1
+    error = capsys.readouterr().err
+    assert "the disk: cannot be read or written (No space left on device); free some space" in error, error
 
 
 def test_what_nobody_foresaw_is_one_line_and_a_traceback_in_a_log(tmp_path, monkeypatch, capsys):
