@@ -108,7 +108,7 @@ def sweep(
 
     paths = find_notebooks(notebook)
     rows = sweeps.sweep(table, scheduler=scheduler, name=name, notebooks=paths, fresh=fresh, tell=say)
-    say_table(rows[["line", "run", "status", "seconds", "reason"]], ".1f")
+    say_table(rows[["line", "run", "status", "seconds"]], ".1f")  # each reason was said with its row
     n_done = int((rows["status"] == "done").sum())
     say(f"{n_done} of {len(rows)} rows done")
     raise typer.Exit(int(n_done < len(rows)))
