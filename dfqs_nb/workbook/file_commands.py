@@ -104,7 +104,7 @@ def _outlook(shards: ShardSet, glued: bool, is_far: bool) -> dict[str, Any]:
         fits = gguf.memory.check_fits(needs) or "fits, weights and all"
     except (HeaderError, SpaceError) as error:
         fits = error.what
-    fits += " (graphics cards not counted; `dfqs-nb plan --vram 24GiB` counts one)"
+    fits += " (graphics cards not counted; `dfqs-nb plan MODEL --vram 24GiB` counts one)"
     return {"llama.cpp": verdict, f"memory, {OUTLOOK_N_CTX:,} tokens": fits}
 
 
