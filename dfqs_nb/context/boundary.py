@@ -81,7 +81,7 @@ class Counts:
     def of(cls, items: pd.DataFrame) -> Counts:
         """Count answers; a length that was broken off (fewer than half of the shortest's texts) is left out.
 
-        The guess rate is 1/K where half of the wrong answers or more are right for another of K keys, else 0.
+        The guess rate follows from the prompt set, not from the answers: 1/K with K keys, 0 with a single one.
         """
         if items.empty:
             return cls(np.empty(0, int), np.empty((0, 0)), np.empty((0, 0)), np.empty(0, bool))
@@ -90,10 +90,8 @@ class Counts:
         n_texts, lengths = (trials > 0).sum(0), table["sum"].columns.to_numpy()
         kept = 2 * n_texts >= n_texts[0]
         planned = items.groupby("length")["planned"].any().reindex(lengths).to_numpy(bool)
-        n_keys, guess = int(items["n_needles"].max()) if "another_key" in items else 1, 0.0
-        if n_keys > 1:
-            wrong = items.loc[~items["correct"].astype(bool), "another_key"]
-            guess = 1 / n_keys if not len(wrong) or wrong.mean() >= 0.5 else 0.0
+        n_keys = int(items["n_needles"].max())
+        guess = 1 / n_keys if n_keys > 1 else 0.0
         return cls(lengths[kept], right[:, kept], trials[:, kept], planned[kept], guess)
 
     def curve(self) -> pd.DataFrame:
