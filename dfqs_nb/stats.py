@@ -42,6 +42,32 @@ def wilson(successes: Any, n: Any, level: float = LEVEL) -> tuple[Floats, Floats
     return np.where(n > 0, low, 0.0), np.where(n > 0, high, 1.0)
 
 
+def wilson_of_clusters(successes: Any, trials: Any, level: float = LEVEL) -> tuple[Floats, Floats]:
+    """Wilson's interval of the share in each column, where the trials of a row (a text) are correlated.
+
+    The number of trials is divided by the design effect, which is the variance between rows over that of
+    independent trials, at least 1. It is also divided by the square of t over z, t with a degree of freedom
+    fewer than rows (Korn and Graubard 1998, Survey Methodology 24:193). A row without trials was not asked.
+
+    >>> low, high = wilson_of_clusters([[6], [6], [0], [6]], np.full((4, 1), 6))
+    >>> [round(float(value), 2) for value in (*low, *high, *wilson(18, 24))]
+    [0.13, 0.98, 0.55, 0.88]
+    """
+    from scipy.special import ndtri, stdtrit
+
+    rows, trials = np.asarray(successes, float), np.asarray(trials, float)
+    right, n, n_rows = rows.sum(0), trials.sum(0), (trials > 0).sum(0)
+    if trials.max(initial=0) <= 1:
+        return wilson(right, n, level)
+    share = right / np.maximum(n, 1)
+    spread = ((rows - share * trials) ** 2).sum(0) * n_rows / np.maximum(1, n_rows - 1)
+    effect = np.maximum(1, spread / np.where((share > 0) & (share < 1), share * (1 - share) * n, inf))
+    tail = (1 + level) / 2
+    widened = np.where(n_rows > 1, (stdtrit(np.maximum(1, n_rows - 1), tail) / ndtri(tail)) ** 2, inf)
+    effect = np.clip(effect * widened, 1, np.maximum(1, n))  # worth one trial at least
+    return wilson(right / effect, n / effect, level)
+
+
 def at_most(n_events: int, n: int) -> float:
     """The exact 95 % upper bound on a rate, one-sided (Clopper and Pearson 1934); 1.0 without trials.
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from dfqs_nb.core.display import counted
-from dfqs_nb.stats import LEVEL, N_BOOT, bootstrap_weights, expanded_tail, non_increasing, wilson
+from dfqs_nb.stats import LEVEL, N_BOOT, bootstrap_weights, expanded_tail, non_increasing, wilson_of_clusters
 
 SHARE = 0.85  # of the short-context ability: NoLiMa's rule (Modarressi et al. 2025, arXiv:2502.05167)
 ENOUGH_TEXTS = 12  # with fewer, a boundary is provisional
@@ -81,7 +81,7 @@ class Counts:
     def of(cls, items: pd.DataFrame) -> Counts:
         """Count answers; a length that was broken off (fewer than half of the shortest's texts) is left out.
 
-        The guess rate follows from the prompt set, not from the answers: 1/K with K keys, 0 with a single one.
+        The guess rate is of the prompt set, not from the answers: 1/K with K keys, 0 with a single key.
         """
         if items.empty:
             return cls(np.empty(0, int), np.empty((0, 0)), np.empty((0, 0)), np.empty(0, bool))
@@ -95,14 +95,15 @@ class Counts:
         return cls(lengths[kept], right[:, kept], trials[:, kept], planned[kept], guess)
 
     def curve(self) -> pd.DataFrame:
-        """``length``, ``planned``, ``correct``, ``n``, ``accuracy``, Wilson's ``low`` and ``high``, ``fit``.
+        """``length``, ``planned``, ``correct`` of ``n``, ``texts``, ``accuracy``, ``low``, ``high``, ``fit``.
 
         And ``curve`` = clip((accuracy - g) / (a_0 - g), 0, 1), which is 0 where a_0 is at chance.
         """
         right, n, able = self.right.astype(int), self.n.astype(int), self.a_0 - self.guess_rate
         curve = (self.accuracy - self.guess_rate) / able if able > 0 else np.zeros(len(self.lengths))
         table = pd.DataFrame({"length": self.lengths, "planned": self.planned, "correct": right, "n": n})
-        table["accuracy"], (table["low"], table["high"]) = self.accuracy, wilson(right, n)
+        table["texts"], table["accuracy"] = (self.trials > 0).sum(0), self.accuracy
+        table["low"], table["high"] = wilson_of_clusters(self.successes, self.trials)
         return table.assign(fit=self.fit, curve=np.clip(curve, 0, 1))
 
     def boundary(self, *, n_boot: int = N_BOOT, seed: int = 0) -> Boundary:
@@ -114,7 +115,7 @@ class Counts:
         about: dict[str, Any] = {"a_0": self.a_0, "threshold": self.threshold, "guess_rate": self.guess_rate}
         about |= {"n_haystacks": self.n_texts, "n_items": int(self.n.sum())}
         provisional = self.n_texts < ENOUGH_TEXTS
-        if wilson(self.right[0], self.n[0])[0] <= self.guess_rate:
+        if wilson_of_clusters(self.successes, self.trials)[0][0] <= self.guess_rate:
             return Boundary(0, None, None, False, "floor", None, **about, provisional=provisional)
         low, high = self._interval(n_boot, seed)
         tokens, first = (crossing(self.lengths, a, self.threshold) for a in (self.fit, self.accuracy))
@@ -148,21 +149,13 @@ class Counts:
         return float(min(low, *(low for low, _ in own))), float(max(high, *(high for _, high in own)))
 
     def _change(self, a: int, b: int, level: float) -> tuple[float, float]:
-        """Limits of the fall of accuracy from column ``a`` to ``b``: Newcombe's hybrid of Wilson's intervals.
+        """Limits of the fall of accuracy from column ``a`` to ``b``: Newcombe's hybrid of their intervals.
 
-        Statistics in Medicine 17 (1998) 873, method 10. Counts are divided by their excess of variance.
+        Statistics in Medicine 17 (1998) 873, method 10.
         """
-        spans = []
-        for k in (a, b):
-            asked, p = self.trials[:, k] > 0, float(self.accuracy[k])
-            right, n = self.successes[asked, k], self.trials[asked, k]
-            spread = ((right - p * n) ** 2).sum() * len(n) / max(1, len(n) - 1)
-            effect = max(1.0, spread / (p * (1 - p) * n.sum())) if 0 < p < 1 else 1.0
-            low, high = wilson(self.right[k] / effect, self.n[k] / effect, level)
-            spans.append((p - float(low), float(high) - p))
-        (down_a, up_a), (down_b, up_b) = spans
-        fall = float(self.accuracy[a] - self.accuracy[b])
-        return fall - hypot(down_a, up_b), fall + hypot(up_a, down_b)
+        low, high = wilson_of_clusters(self.successes, self.trials, level)
+        down, up, fall = self.accuracy - low, high - self.accuracy, float(self.accuracy[a] - self.accuracy[b])
+        return fall - hypot(down[a], up[b]), fall + hypot(up[a], down[b])
 
     def _rises(self) -> bool:
         """Whether the accuracy recovers from below the threshold, beyond chance (5 %, Bonferroni)."""
@@ -264,7 +257,7 @@ def search_lengths(
         if (done := measure(length, True)) is None:
             return counts
         counts = done
-        high = wilson(counts.right, counts.n)[1][counts.planned]
+        high = wilson_of_clusters(counts.successes, counts.trials)[1][counts.planned]
         if len(high) > FAILED_LENGTHS and (high[-FAILED_LENGTHS:] < counts.threshold).all():
             break  # these fail by their whole intervals
     for _ in range(rounds):

@@ -18,7 +18,7 @@ import pandas as pd
 from dfqs_nb.context.boundary import Boundary, Counts, search_lengths
 from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question
 from dfqs_nb.context.plan import CHECK_TOKENS, Meter, Plan, RuntimeFailure, crew, side_by_side
-from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.display import counted, tqdm
 from dfqs_nb.core.files import parse_json
 from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.stage import Stage
@@ -130,7 +130,8 @@ class Run:
         guess: dict[str, Any] = {"wrong": len(wrong), "another_key": int(wrong["another_key"].sum())}
         guess |= {"rate": counts.guess_rate, "keys": plan.probe.needles}
         if measured:
-            of = f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, n = {boundary.n_items}"
+            of = f"a_0 = {boundary.a_0:.2f}, threshold {boundary.threshold:.2f}, "
+            of += f"{counted(boundary.n_items, 'answers')} in {counted(int(curve['texts'].sum()), 'texts')}"
             guessed = f"{guess['another_key']} of {guess['wrong']} wrong answers are another key's"
             lines.append(f"{of}, guess rate {guess['rate']:.2f} ({guessed})")
         stage.add(self.journal.path)

@@ -37,8 +37,7 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any]) -> Axes | str:
         ax.axvline(boundary["tokens"], color=PALETTE[0], linewidth=1.2, linestyle="--")
     token_axis(ax, curve.loc[curve["planned"], "length"], "context (tokens)")
     ax.set_ylim(-0.03, 1.05)
-    least, most = curve["n"].min(), curve["n"].max()
-    n = f"{least}" if least == most else f"{least} to {most}"
-    core.share_axis(ax.yaxis, f"right answers (n = {n} a length)")
+    n, texts = (" to ".join(map(str, sorted({min(it), max(it)}))) for it in (curve["n"], curve["texts"]))
+    core.share_axis(ax.yaxis, f"right answers (of {n} in {texts} texts a length)")
     set_title(ax, textwrap.fill(f"Retrieval {boundary['sentence']}", 80))
     return ax

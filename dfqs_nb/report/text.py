@@ -185,8 +185,8 @@ def retrieval(curve: Mapping[str, Any]) -> pd.DataFrame:
     shown = []
     for row in curve.get("points") or []:
         accuracy, interval = f"{row['accuracy']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"
-        shown.append((row["length"], row["n"], accuracy, interval))
-    return pd.DataFrame(shown, columns=["context (tokens)", "n", "right answers", "95 % interval"])
+        shown.append((row["length"], row["n"], row.get("texts"), accuracy, interval))
+    return pd.DataFrame(shown, columns=["context (tokens)", "n", "texts", "right answers", "95 % interval"])
 
 
 def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:

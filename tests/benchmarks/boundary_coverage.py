@@ -1,11 +1,13 @@
-"""How often the interval of the failure boundary holds the true boundary, on simulated models.
+"""How often the intervals of notebook 05 hold the truth, on simulated models.
 
-    python tests/benchmarks/boundary_coverage.py [--runs 500] [--markdown]
+    python tests/benchmarks/boundary_coverage.py [--runs 500] [--accuracy]
 
 Each shape is an accuracy p(length). Texts differ: a fifth of an answer's variance belongs to its text. The
 measurement is the package's own: planned lengths 256 to 8,192, twice the texts at the shortest, one round of
 refinement, 6 keys (guess rate 1/6). The truth is the length at which p first falls below
 g + 0.85 (p(256) - g). A run counts as covered when that length lies in its interval, ends included.
+
+``--accuracy``: the intervals of an accuracy at one length instead, with texts that differ more or less.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ import pandas as pd
 from scipy.special import ndtri
 
 from dfqs_nb.context.boundary import Counts, octaves, search_lengths
+from dfqs_nb.stats import wilson, wilson_of_clusters
 
 KEYS, RHO = 6, 0.2
 GUESS = 1 / KEYS
 GRID = octaves(256, 8192)
 TEXTS = (6, 12, 24)
+ACCURACIES = (0.5, 0.7, 0.85, 0.95, 1.0)
 Accuracy = Callable[[float], float]
 
 
@@ -59,6 +63,31 @@ def true_boundary(p: Accuracy) -> float:
     return next((float(length) for length in lengths if p(length) < threshold - 1e-12), inf)
 
 
+def answers(p: float, rho: float, n_texts: int, draw: np.random.Generator) -> np.ndarray:
+    """Right answers of each text; ``rho`` of the variance behind an answer belongs to its text."""
+    ease = draw.standard_normal((n_texts, 1)) * sqrt(rho)
+    noise = draw.standard_normal((n_texts, KEYS)) * sqrt(1 - rho)
+    return (ease + noise < ndtri(p)).sum(1)
+
+
+def of_accuracy(p: float, rho: float, n_texts: int, runs: int, seed: int = 20261127) -> dict[str, object]:
+    """A row of the table of ``--accuracy``: coverage, and mean width of the interval that the curve shows."""
+    draw = np.random.default_rng([seed, n_texts, round(100 * rho), round(100 * p)])
+    right = np.array([answers(p, rho, n_texts, draw) for _ in range(runs)]).T
+    trials = np.full_like(right, KEYS)
+    low, high = wilson_of_clusters(right, trials)
+    plain_low, plain_high = wilson(right.sum(0), trials.sum(0))
+    return {
+        "accuracy": p,
+        "rho": rho,
+        "texts": n_texts,
+        "covered": f"{np.mean((low <= p) & (p <= high)):.3f}",
+        "mean width": f"{np.mean(high - low):.2f}",
+        "plain Wilson": f"{np.mean((plain_low <= p) & (p <= plain_high)):.3f}",
+        "its width": f"{np.mean(plain_high - plain_low):.2f}",
+    }
+
+
 class Simulation:
     """A model that answers with probability ``p(length)``; each text is harder or easier than others."""
 
@@ -70,9 +99,7 @@ class Simulation:
     def measure(self, length: int, planned: bool) -> Counts:
         """Ask ``KEYS`` questions of each text of one length, and return all counts so far."""
         n = 2 * self.n_texts if length == GRID[0] else self.n_texts
-        ease = self.draw.standard_normal((n, 1)) * sqrt(RHO)
-        noise = self.draw.standard_normal((n, KEYS)) * sqrt(1 - RHO)
-        self.right[length] = (ease + noise < ndtri(self.p(length))).sum(1)
+        self.right[length] = answers(self.p(length), RHO, n, self.draw)
         self.planned[length] = planned
         return self.measured_counts()
 
@@ -129,9 +156,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--shape", choices=SHAPES, help="only this one")
+    parser.add_argument("--accuracy", action="store_true", help="the intervals of an accuracy instead")
     arguments = parser.parse_args()
-    shapes = [arguments.shape] if arguments.shape else list(SHAPES)
-    rows = [summary(shape, n, arguments.runs) for shape in shapes for n in TEXTS]
+    if arguments.accuracy:
+        cases = [(p, rho, n) for n in (12, 24) for rho in (0.0, 0.2, 0.5) for p in ACCURACIES]
+        rows = [of_accuracy(*case, arguments.runs) for case in cases]
+    else:
+        shapes = [arguments.shape] if arguments.shape else list(SHAPES)
+        rows = [summary(shape, n, arguments.runs) for shape in shapes for n in TEXTS]
     print("| " + " | ".join(rows[0]) + " |")
     print("|---|" + "--:|" * (len(rows[0]) - 1))
     for row in rows:

@@ -849,7 +849,7 @@ def test_a_speed_says_what_its_range_is_and_a_boundary_at_how_many_lengths(made)
     assert "lowest to highest of" in shown["cpu_tokens_per_sec"]
     assert "lowest to highest of" in report.verdict(made).lines[1].answer
     n = sum(row["n"] for row in detail["points"])
-    assert f"n = {n} at {len(detail['points'])} lengths" in shown["failure_boundary_tokens"]
+    assert f"{n} answers at {len(detail['points'])} lengths" in shown["failure_boundary_tokens"]
 
 
 # ---- what a newcomer read wrongly ----
@@ -892,19 +892,20 @@ def test_a_value_of_the_curve_that_is_cut_at_1_does_not_look_certain(made):
     low = copy.deepcopy(made)
     points = [(256, 15, 0.625, 0.427, 0.788), (512, 19, 0.792, 0.595, 0.908)]
     points = [
-        dict(zip(("length", "correct", "accuracy", "low", "high"), it, strict=True), n=24) for it in points
+        dict(zip(("length", "correct", "accuracy", "low", "high"), it, strict=True), n=24, texts=4)
+        for it in points
     ]
     value = [1.0, 1.0]
     low["details"]["context_stability_curve"] |= {"lengths": [256, 512], "points": points, "value": value}
     shown = report.tables(low)["metrics"].loc["context_stability_curve", "value"]
-    assert "1.00 at 256 (accuracy 0.62 [0.43 to 0.79], n = 24)" in shown
-    assert "1.00 at 512 (accuracy 0.79 [0.59 to 0.91], n = 24)" in shown
+    assert "1.00 at 256 (accuracy 0.62 [0.43 to 0.79], 24 answers in 4 texts)" in shown
+    assert "1.00 at 512 (accuracy 0.79 [0.59 to 0.91], 24 answers in 4 texts)" in shown
 
 
 def test_the_accuracy_that_the_curve_is_relative_to_and_how_far_was_measured_stand_in_the_verdict(made):
     line, first = line_of(made, "How far"), made["details"]["context_stability_curve"]["points"][0]
     assert f"relative to an accuracy of {first['accuracy']:.2f} ({first['low']:.2f} to " in line.answer
-    assert f"n = {first['n']}) at {first['length']} tokens" in line.answer
+    assert f", {first['n']} answers) at {first['length']} tokens" in line.answer
     longest = max(made["details"]["context_stability_curve"]["lengths"])
     assert f"measured up to {longest:,} of the 65,536 tokens that the header declares" in line.caveat
 
