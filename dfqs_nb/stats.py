@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, sqrt
+from math import inf, nan, sqrt
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,30 @@ def wilson_of_clusters(successes: Any, trials: Any, level: float = LEVEL) -> tup
     widened = np.where(n_rows > 1, (stdtrit(np.maximum(1, n_rows - 1), tail) / ndtri(tail)) ** 2, inf)
     effect = np.clip(effect * widened, 1, np.maximum(1, n))  # worth one trial at least
     return wilson(right / effect, n / effect, level)
+
+
+def ratios_to_first(values: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """The interval of each value over the first, from the intervals of independent values.
+
+    It is MOVER-R (Newcombe 2016, Statistical Methods in Medical Research 25:1774); NaN for the first value
+    itself, and for all where the first may be 0.
+
+    >>> low, high = ratios_to_first(*np.array([[0.8, 0.4], [0.7, 0.3], [0.9, 0.5]]))
+    >>> [round(float(value), 3) for value in (low[1], high[1])]
+    [0.367, 0.649]
+    """
+    value, down, up = (float(it[0]) if len(it) else 0.0 for it in (values, low, high))
+    if not 0 < down <= up < 2 * value:
+        return np.full(len(values), nan), np.full(len(values), nan)
+    ends = []
+    for own, other, sign in ((low, up, -1), (high, down, 1)):
+        scale = other * (2 * value - other)
+        ends.append(
+            (values * value + sign * np.sqrt((values * value) ** 2 - own * (2 * values - own) * scale))
+            / scale
+        )
+        ends[-1][0] = nan
+    return ends[0], ends[1]
 
 
 def at_most(n_events: int, n: int) -> float:

@@ -16,7 +16,15 @@ import numpy as np
 import pandas as pd
 
 from dfqs_nb.core.display import counted
-from dfqs_nb.stats import LEVEL, N_BOOT, bootstrap_weights, expanded_tail, non_increasing, wilson_of_clusters
+from dfqs_nb.stats import (
+    LEVEL,
+    N_BOOT,
+    bootstrap_weights,
+    expanded_tail,
+    non_increasing,
+    ratios_to_first,
+    wilson_of_clusters,
+)
 
 SHARE = 0.85  # of the short-context ability: NoLiMa's rule (Modarressi et al. 2025, arXiv:2502.05167)
 ENOUGH_TEXTS = 12  # with fewer, a boundary is provisional
@@ -95,16 +103,19 @@ class Counts:
         return cls(lengths[kept], right[:, kept], trials[:, kept], planned[kept], guess)
 
     def curve(self) -> pd.DataFrame:
-        """``length``, ``planned``, ``correct`` of ``n``, ``texts``, ``accuracy``, ``low``, ``high``, ``fit``.
+        """``length``, ``planned``, ``correct``, ``n``, ``texts``, ``accuracy``, ``low``, ``high``, ``fit``.
 
-        And ``curve`` = clip((accuracy - g) / (a_0 - g), 0, 1), which is 0 where a_0 is at chance.
+        And ``curve`` = clip((accuracy - g) / (a_0 - g), 0, 1), which is 0 where a_0 is at chance. Its limits,
+        ``curve_low`` and ``curve_high``, are not clipped; NaN at the shortest length, and where a_0 may be at
+        chance.
         """
         right, n, able = self.right.astype(int), self.n.astype(int), self.a_0 - self.guess_rate
         curve = (self.accuracy - self.guess_rate) / able if able > 0 else np.zeros(len(self.lengths))
         table = pd.DataFrame({"length": self.lengths, "planned": self.planned, "correct": right, "n": n})
         table["texts"], table["accuracy"] = (self.trials > 0).sum(0), self.accuracy
-        table["low"], table["high"] = wilson_of_clusters(self.successes, self.trials)
-        return table.assign(fit=self.fit, curve=np.clip(curve, 0, 1))
+        table["low"], table["high"] = ends = wilson_of_clusters(self.successes, self.trials)
+        low, high = ratios_to_first(*(values - self.guess_rate for values in (self.accuracy, *ends)))
+        return table.assign(fit=self.fit, curve=np.clip(curve, 0, 1), curve_low=low, curve_high=high)
 
     def boundary(self, *, n_boot: int = N_BOOT, seed: int = 0) -> Boundary:
         """Where the non-increasing fit crosses ``g + 0.85 (a_0 - g)``.

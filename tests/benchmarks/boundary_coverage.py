@@ -25,12 +25,13 @@ import pandas as pd
 from scipy.special import ndtri
 
 from dfqs_nb.context.boundary import Counts, octaves, search_lengths
-from dfqs_nb.stats import wilson, wilson_of_clusters
+from dfqs_nb.stats import ratios_to_first, wilson, wilson_of_clusters
 
 KEYS, RHO = 6, 0.2
 GUESS = 1 / KEYS
 GRID = octaves(256, 8192)
 TEXTS = (6, 12, 24)
+A_0 = 0.95
 ACCURACIES = (0.5, 0.7, 0.85, 0.95, 1.0)
 Accuracy = Callable[[float], float]
 
@@ -71,18 +72,29 @@ def answers(p: float, rho: float, n_texts: int, draw: np.random.Generator) -> np
 
 
 def of_accuracy(p: float, rho: float, n_texts: int, runs: int, seed: int = 20261127) -> dict[str, object]:
-    """A row of the table of ``--accuracy``: coverage, and mean width of the interval that the curve shows."""
+    """A row of the table of ``--accuracy``: coverage and mean width of the accuracy's interval, and of others.
+
+    ``curve``: coverage of the curve's interval at this accuracy, where that at the shortest length is `A_0`.
+    """
     draw = np.random.default_rng([seed, n_texts, round(100 * rho), round(100 * p)])
     right = np.array([answers(p, rho, n_texts, draw) for _ in range(runs)]).T
     trials = np.full_like(right, KEYS)
     low, high = wilson_of_clusters(right, trials)
     plain_low, plain_high = wilson(right.sum(0), trials.sum(0))
+    shortest = np.array([answers(A_0, rho, 2 * n_texts, draw) for _ in range(runs)]).T
+    baseline = shortest.mean(0) / KEYS, *wilson_of_clusters(shortest, np.full_like(shortest, KEYS))
+    truth, held = (p - GUESS) / (A_0 - GUESS), 0
+    for run, own in enumerate(zip(right.mean(0) / KEYS, low, high, strict=True)):
+        pairs = (np.array([first[run], value]) - GUESS for first, value in zip(baseline, own, strict=True))
+        (_, least), (_, most) = ratios_to_first(*pairs)
+        held += bool(least <= truth <= most)
     return {
         "accuracy": p,
         "rho": rho,
         "texts": n_texts,
         "covered": f"{np.mean((low <= p) & (p <= high)):.3f}",
         "mean width": f"{np.mean(high - low):.2f}",
+        "curve": f"{held / runs:.3f}",
         "plain Wilson": f"{np.mean((plain_low <= p) & (p <= plain_high)):.3f}",
         "its width": f"{np.mean(plain_high - plain_low):.2f}",
     }

@@ -205,13 +205,24 @@ def test_curve_is_clipped_and_carries_raw_counts():
     assert table["n"].tolist() == [1200] * 5 and (table["low"] < table["accuracy"])[2:].all()
 
 
-def test_a_value_that_is_cut_at_1_has_the_accuracys_interval_beside_it():
-    """12 of 24, then 24 of 24: on the curve's scale both ends of the interval would be cut to 1."""
+def test_a_value_that_is_cut_at_1_has_an_interval_that_is_not():
+    """12 of 24, then 24 of 24: twice the accuracy at the shortest length."""
     counts = same_answers([0.5, 1.0], n_texts=24, n_questions=1, lengths=[256, 512])
     counts = dataclasses.replace(counts, successes=np.repeat([[0, 1], [1, 1]], 12, axis=0).astype(float))
     row = counts.curve().iloc[1]
     assert row["curve"] == row["accuracy"] == 1 and (row["low"] - 0) / (counts.a_0 - 0) > 1
     assert row["low"] == pytest.approx(0.862, abs=0.001) and (row["correct"], row["n"]) == (24, 24)
+    assert 1 < row["curve_low"] < 2 < row["curve_high"] and counts.curve().iloc[0].isna()["curve_low"]
+
+
+def test_the_interval_of_the_curve_holds_the_error_of_what_it_is_divided_by():
+    rights = np.repeat([[5.0, 4.0], [6.0, 3.0], [4.0, 5.0]], 4, axis=0)
+    counts = Counts(np.array([256, 512]), rights, np.full((12, 2), 6.0), np.ones(2, bool), 1 / 6)
+    row = counts.curve().iloc[1]
+    alone = [(row[end] - 1 / 6) / (counts.a_0 - 1 / 6) for end in ("low", "high")]
+    assert row["curve_low"] < alone[0] < row["curve"] < alone[1] < row["curve_high"]
+    lost = same_answers([0.2, 0.2], guess=0.25, lengths=[256, 512]).curve()
+    assert lost["curve_low"].isna().all() and (lost["curve"] == 0).all(), "a_0 is at chance"
 
 
 def test_no_figure_is_drawn_of_a_single_length():

@@ -888,18 +888,19 @@ def test_a_contended_speed_gives_way_to_a_quiet_one_of_notebook_03(merged_refere
 
 
 def test_a_value_of_the_curve_that_is_cut_at_1_does_not_look_certain(made):
-    """The interval is of the accuracy, and not cut: of 24 questions nobody knows that all are right."""
+    """The intervals are not cut: of 24 questions nobody knows that all are right."""
     low = copy.deepcopy(made)
     points = [(256, 15, 0.625, 0.427, 0.788), (512, 19, 0.792, 0.595, 0.908)]
     points = [
         dict(zip(("length", "correct", "accuracy", "low", "high"), it, strict=True), n=24, texts=4)
         for it in points
     ]
+    points[1] |= {"curve_low": 0.84, "curve_high": 1.79}
     value = [1.0, 1.0]
     low["details"]["context_stability_curve"] |= {"lengths": [256, 512], "points": points, "value": value}
     shown = report.tables(low)["metrics"].loc["context_stability_curve", "value"]
     assert "1.00 at 256 (accuracy 0.62 [0.43 to 0.79], 24 answers in 4 texts)" in shown
-    assert "1.00 at 512 (accuracy 0.79 [0.59 to 0.91], 24 answers in 4 texts)" in shown
+    assert "1.00 at 512 [0.84 to 1.79] (accuracy 0.79 [0.59 to 0.91], 24 answers in 4 texts)" in shown
 
 
 def test_the_accuracy_that_the_curve_is_relative_to_and_how_far_was_measured_stand_in_the_verdict(made):
