@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +28,8 @@ TIERS = {
     "standard": ("standard-reasoning", "standard-code", "gsm8k-100"),
 }
 NEEDED = {"reasoning": ("answer",), "code": ("tests", "entry_point"), "choice": ("choices",)}  # of an item
-N_CHOICES = 4  # of a question that is made from a set of questions with one answer each
+N_CHOICES = 4  # at most, of a question that is made from a set of questions with one answer each
+CHOICE_RULE = "one of the choices, which the prompt offers all alike"
 Text = Annotated[str, MinLen(1)]
 
 
@@ -127,30 +128,39 @@ class ItemSet:
         return cls.load_all([*[f"{TIERS[tier][0]}-choices"] * choices, *TIERS[tier], *own])
 
     def as_choices(self) -> ItemSet:
-        """A reasoning set as multiple choice: the choices are answers of the same family.
+        """A reasoning set as multiple choice: what the prompt offers does not tell which choice is right.
 
-        A hash of the question decides which and in what order. Too few answers are a `PromptError`.
+        See `_wrong_choices`. A question without any is left out; a `PromptError` if all are. A hash of the
+        question decides which choices it has, and in what order.
         """
-        items = list[Item]()
+        families, fillers, items = defaultdict[str, list[str]](list), defaultdict[Any, set[str]](set), []
         for item in self.items:
-            answers = dict.fromkeys(other.answer for other in self.items if other.family == item.family)
-            others = [answer for answer in answers if answer not in ("", item.answer)]
-            if len(others) >= N_CHOICES - 1:
+            families[item.family].append(item.answer)
+        shapes = {family: _shape(answers) for family, answers in families.items()}
+        for family, shape in shapes.items():
+            for answer in families[family]:
+                for at, word in enumerate(_words(answer, shape)):
+                    fillers[shape, at].add(word)
+        for item in self.items:
+            shape, answers = shapes[item.family], families[item.family]
+            gaps = {at: fillers[shape, at] for at, word in enumerate(shape) if not word}
+            if others := _wrong_choices(item, [_words(answer, shape) for answer in answers], gaps):
                 draw = np.random.default_rng(list(hashlib.sha256(item.prompt.encode()).digest()))
                 chosen = [others[at] for at in draw.permutation(len(others))[: N_CHOICES - 1]]
-                gold = int(draw.integers(N_CHOICES))
+                gold = int(draw.integers(len(chosen) + 1))
                 chosen.insert(gold, item.answer)
                 items.append(replace(item, choices=tuple(chosen), gold=gold))
         if not items:
-            raise PromptError(f"{self.name} has no {N_CHOICES} answers a family", hint="take a reasoning set")
+            raise PromptError(f"{self.name} has no question with two choices", hint="take a reasoning set")
         asked: dict[str, Any] = {"kind": "choice", "mode": "chat", "instruction": "", "delimiter": ""}
-        asked["guess_rule"] = f"one of {N_CHOICES} choices"
+        asked["guess_rule"] = CHOICE_RULE
         return replace(self, name=f"{self.name}-choices", **asked, items=tuple(items), n_whole=len(items))
 
     def identity(self) -> dict[str, Any]:
         """What a score depends on, for the conditions of a run."""
         facts = {"prompt_set": self.name, "prompt_set_sha256": self.sha256, "tier": self.tier}
-        return facts | {"max_tokens": self.max_tokens}
+        choices = {"choices": self.guess_rule} if self.kind == "choice" else {}
+        return facts | {"max_tokens": self.max_tokens} | choices
 
     def by_turns(self) -> list[Item]:
         """The questions in an order of which every beginning is spread evenly over the families."""
@@ -172,6 +182,50 @@ class ItemSet:
 
 
 HEAD, ITEM = TypeAdapter(ItemSet), TypeAdapter(Item)
+
+
+def words_in(text: str) -> set[str]:
+    """The words and numbers of a text, without case and marks."""
+    return set(re.findall(r"-?\w+(?:[.,]\w+)*", text.casefold()))
+
+
+def _shape(answers: Sequence[str]) -> tuple[str, ...]:
+    """The words that answers have in common, with "" for one or two that differ; else ("",), the whole."""
+    rows = [answer.split() for answer in answers]
+    columns = zip(*rows, strict=True) if len({*map(len, rows)}) == 1 else [answers]
+    shape = tuple(column[0] if len({*column}) == 1 else "" for column in columns)
+    return shape if shape.count("") <= 2 else ("",)
+
+
+def _words(answer: str, shape: Sequence[str]) -> list[str]:
+    return answer.split() if len(shape) > 1 else [answer]
+
+
+def _wrong_choices(item: Item, family: Sequence[list[str]], gaps: Mapping[int, set[str]]) -> list[str]:
+    """Wrong answers to an item, of which looking for their words in the prompt excludes none.
+
+    If the prompt offers the right answer, they are made of what else it offers: its numbers, and words that
+    fill the same gap in answers of this shape. If the right one is a statement of the prompt, they are, too,
+    where there are such. Else they are answers of the family that the prompt offers as little. What the
+    question names stays in all of them. ``gaps``: by place, the words of answers of this shape that differ.
+    """
+    offered, own = words_in(item.prompt), _words(item.answer, family[0])
+    named = words_in(re.split(r"(?<=[.?!])\s", item.prompt)[-1])
+    free = {at: gaps[at] for at in gaps if not words_in(own[at]) <= named} or gaps
+    if all(words_in(own[at]) <= offered for at in free):
+        numbers = [word for word in offered if word.isdigit()]
+        options = [{word} for word in own]
+        for at, words in free.items():
+            options[at] |= {word for word in words if words_in(word) <= offered}
+            if (value := own[at].rstrip(".")).isdigit():
+                options[at] |= {own[at].replace(value, number) for number in numbers}
+        made = {" ".join(words) for words in product(*options)}
+        stated = {choice for choice in made if choice in item.prompt}
+        made = stated if item.answer in stated and len(stated) > 1 else made
+    else:
+        others = (other for other in family if not all(words_in(other[at]) <= offered for at in free))
+        made = {" ".join(other[at] if at in free else own[at] for at in range(len(own))) for other in others}
+    return sorted(made - {item.answer})
 
 
 def _read(path: Path) -> ItemSet:
