@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ class Verdict:
 def verdict(report: Mapping[str, Any]) -> Verdict:
     """The verdict on a report that `read_report` or `build_report` gave."""
     rows, details, lines = {row["id"]: row for row in report["conformance"]}, report["details"], []
-    marks = {"context": _carries(details[BOUNDARY]), "scores": _scores(details), "demands": _demands(rows)}
+    marks = {"context": _carries(report), "scores": _scores(details), "demands": _demands(rows)}
     timed, ran = details[SPEED].get("notebook_03") or details[SPEED], rows.get("llama-cpp", UNJUDGED)
     is_open = timed["value"] is None or timed.get("contended")
     marks["runs"] = PARTLY if ran["verdict"] == MET and is_open else MARKS[ran["verdict"]]  # also on a GPU
@@ -84,11 +85,21 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     return Verdict(f"{name}, {report['specification']}, {report['tier']} tier", tuple(lines))
 
 
-def _carries(boundary: Mapping[str, Any]) -> str:
+def _carries(report: Mapping[str, Any]) -> str:
+    """A tick: nothing failed up to the whole context; a cross: no better than guessing; in part: all between.
+
+    The whole context is what the header declares, or the longest length that the run was told to measure.
+    """
+    boundary, lengths = report["details"][BOUNDARY], report["details"][CURVE].get("lengths")
     is_floor, few = boundary.get("status") == "floor", boundary.get("provisional")
     if boundary["withheld"] or (is_floor and few):  # nobody can tell a few texts from guessing
         return UNKNOWN
-    return NO if is_floor else YES if boundary.get("right_censored") and not few else PARTLY
+    told = [word.removeprefix("longest=") for word in report["command"]["options"] if "longest=" in word]
+    asked = int(told[-1]) if told and told[-1].isdigit() else 0
+    whole = asked or report["model"].get("context_length") or inf
+    is_reached = 2 * max(lengths or [0]) > whole  # lengths double: none of them lies beyond
+    held = boundary.get("right_censored") and is_reached and not few
+    return NO if is_floor else YES if held else PARTLY
 
 
 def _scores(details: Mapping[str, Any]) -> str:

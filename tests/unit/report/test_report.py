@@ -481,6 +481,31 @@ def test_flags_of_the_boundary_stand_wherever_it_stands(merged_reference, tmp_pa
         assert re.search(words, " ".join(place.split()), re.I), place
 
 
+@pytest.mark.parametrize(
+    ("declared", "told", "changes", "mark"),
+    [
+        (65536, [], {}, "in part"),  # longer ones were not measured
+        (600, [], {}, "yes"),
+        (65536, ["-p", "longest=600"], {}, "yes"),
+        (65536, ["-p", "longest=4096"], {}, "in part"),  # the budget cut it
+        (None, [], {}, "in part"),
+        (600, [], {"provisional": True}, "in part"),
+        (600, [], {"right_censored": False, "status": "measured"}, "in part"),
+        (600, [], {"status": "floor", "right_censored": False}, "no"),
+    ],
+)
+def test_a_context_that_carries_has_a_tick_only_where_the_whole_of_it_was_measured(
+    made, declared, told, changes, mark
+):
+    """As much was measured in each case: to 512 tokens."""
+    body = copy.deepcopy(made)
+    body["model"]["context_length"], body["command"]["options"] = declared, told
+    body["details"]["context_stability_curve"]["lengths"] = [256, 512]
+    held = {"right_censored": True, "status": "right_censored", "high": None, "provisional": False}
+    body["details"]["failure_boundary_tokens"] |= held | changes
+    assert line_of(body, "How far").mark == mark
+
+
 # ---- the texts ----
 
 
