@@ -94,28 +94,31 @@ def _carries(report: Mapping[str, Any]) -> str:
     is_floor, few = boundary.get("status") == "floor", boundary.get("provisional")
     if boundary["withheld"] or (is_floor and few):  # nobody can tell a few texts from guessing
         return UNKNOWN
-    told = [word.removeprefix("longest=") for word in report["command"]["options"] if "longest=" in word]
-    asked = int(told[-1]) if told and told[-1].isdigit() else 0
-    whole = asked or report["model"].get("context_length") or inf
+    told = [it.partition("=")[2] for it in report["command"]["options"] if it.startswith("longest=")]
+    limits = report["model"].get("context_length") or 0, int(told[-1]) if told and told[-1].isdigit() else 0
+    whole = min(filter(None, limits), default=inf)
     is_reached = 2 * max(lengths or [0]) > whole  # lengths double: none of them lies beyond
     held = boundary.get("right_censored") and is_reached and not few
     return NO if is_floor else YES if held else PARTLY
 
 
 def _scores(details: Mapping[str, Any]) -> str:
-    """A tick: better than guessing; a cross: the interval excludes that by much; else nobody knows."""
+    """A tick: better than guessing; a cross: the interval excludes that by much; else nobody knows.
+
+    A score that nobody can guess, such as code, is above guessing from one right answer on: it has no mark.
+    """
     marks = set()
     for score in (*(details[name] for name in SCORES), details["reasoning_score"].get("choices")):
         if score is None:
             continue
         if score.get("withheld"):
             marks.add(UNKNOWN)
-        elif score["low"] > score["guess_rate"]:
+        elif score["low"] > score["guess_rate"] > 0:
             marks.add(YES)
-        else:
+        elif score["guess_rate"] > 0:
             is_near = score["high"] <= score["guess_rate"] + NEAR_GUESSING
             marks.add(NO if is_near and score["n"] >= FEW_QUESTIONS else UNKNOWN)
-    return marks.pop() if len(marks) == 1 else PARTLY if YES in marks else NO
+    return marks.pop() if len(marks) == 1 else PARTLY if YES in marks else NO if marks else UNKNOWN
 
 
 def _demands(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -963,5 +963,18 @@ def test_a_tick_is_explained_only_where_one_stands(made):
     assert line.mark == "unknown" and "tick" not in line.caveat and "Too few questions" in line.caveat
 
 
+def test_a_score_that_cannot_be_guessed_stands_without_a_mark(made):
+    """One right program of 96 would be a tick, as any is better than none."""
+    body = copy.deepcopy(made)
+    body["details"]["code_score"] |= {"n": 96, "value": 1 / 96, "low": 0.0018, "high": 0.057, "guess_rate": 0}
+    guessed = {"n": 96, "value": 0.1, "low": 0.05, "high": 0.18, "guess_rate": 0.1}
+    body["details"]["reasoning_score"] |= guessed
+    line = line_of(body, "What does it score")
+    assert line.mark == "no" and "code 0.01 (0.00 to 0.06, n = 96)" in line.answer
+    assert "nano-code cannot be guessed and has no part in the mark" in line.caveat
+    body["details"]["reasoning_score"] |= {"value": 0.5, "low": 0.4, "high": 0.6}
+    assert line_of(body, "What does it score").mark == "yes"
+
+
 def test_report_errors_are_the_package_s_own():
     assert issubclass(ReportError, DfqsError)
