@@ -19,6 +19,7 @@ from dfqs_nb.report import spec
 from dfqs_nb.report.envelope import SINGLE
 from dfqs_nb.report.reading import Run, on_gpu
 from dfqs_nb.report.spec import CONFIRMED, CONTRADICTED, GB, GIB, IN_PART, NOT_TESTABLE, Claim, spec_table
+from dfqs_nb.report.template import sentence
 
 SHARDS = "deepseek-v4-flash-iq1_s-xl"  # in data/models.toml
 QUANTIZATION = "IQ1_S"  # of most bytes of the artifact
@@ -190,6 +191,7 @@ def _bytes(file: GGUFHeader | None) -> dict[str, Any]:
 def _measurements(own: Run, run: Run) -> dict[str, Any]:
     """What only a run of the artifact shows, and what notebook 04 says of this run's own model."""
     scored, context = own.get("scores", {}), own.get("long_context", {})
+    boundary = context.get("boundary")
     code = next((score for score in scored.get("scores", []) if score["set"] == "standard-code"), None)
     is_whole = bool(own) and own["merge"]["model"].get("nbytes") == registered()[SINGLE].size_bytes
     recorded = spec_table("claims")["published"]["independent_sha256"]
@@ -198,7 +200,7 @@ def _measurements(own: Run, run: Run) -> dict[str, Any]:
         "whose_sha256": "this run's file has" if is_whole else "an independent download is recorded with",
         "cpu_tokens_per_sec": None if on_gpu(scored) else scored.get("cpu_tokens_per_sec"),
         "humaneval": None,
-        "boundary": context.get("boundary"),
+        "boundary": boundary and {**boundary, "found": sentence("reached", boundary, " tokens")},
         "longest": max((row["length"] for row in context.get("curve", [])), default=None),
         "largest_fall": context.get("largest_fall") or None,
     }

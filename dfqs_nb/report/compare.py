@@ -36,7 +36,8 @@ SAME_QUESTION = ["haystack", "length", "question", "expected"]  # its key, and t
 COLUMNS = "metric model n value low high kind difference difference_low difference_high p p_holm".split()
 COLUMNS += ["reading"]
 BOARD_COLUMNS = ["tier", "conditions", "place", "run", "model", "size_bytes"]
-BOARD_COLUMNS += [*(name for name in METRICS if name != CURVE), "contended", "report", "problem"]
+BOARD_COLUMNS += [*(name for name in METRICS if name != CURVE), "right_censored", "contended"]
+BOARD_COLUMNS += ["report", "problem"]
 Row = dict[str, Any]
 
 
@@ -194,8 +195,9 @@ class Leaderboard:
     """Reports of a folder, ranked: ``table`` has one row a report, columns `BOARD_COLUMNS`.
 
     Sections have equal ``tier`` and ``conditions`` (12 digits of their SHA-256). Within one by reasoning
-    score, then code score; equal scores share a ``place``, a withheld one has none. ``contended``: the speed
-    was taken on a busy machine. ``problem``: why a file does not count. ``reports``: those that do, by file.
+    score, then code score; equal scores share a ``place``, a withheld one has none. ``right_censored``: the
+    boundary lies beyond that length. ``contended``: the speed was taken on a busy machine. ``problem``: why a
+    file does not count. ``reports``: those that do, by file.
     """
 
     folder: Path
@@ -250,6 +252,7 @@ def _place(report: Mapping[str, Any]) -> Row:
         "model": plain(report["model"]["name"]),
         "size_bytes": report["model"]["size_bytes"],
         **{name: value for name, value in report["metrics"].items() if name != CURVE},
+        "right_censored": bool(report["details"][BOUNDARY].get("right_censored")),
         "contended": bool(report["details"][SPEED].get("contended")),
         "problem": "",
     }

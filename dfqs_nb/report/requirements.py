@@ -122,7 +122,8 @@ def metrics(case: Case) -> Judgement:
     values = case.metrics
     if missing := [name for name in spec_table("requirements")["metrics"] if values.get(name) is None]:
         return judged(NOT_MET, "missing", missing=", ".join(missing))
-    return judged(MET, n_points=len(values[CURVE]), **values)
+    boundary = sentence("reached", case.run["long_context"]["boundary"])
+    return judged(MET, n_points=len(values[CURVE]), boundary=boundary, **values)
 
 
 def llama_cpp(case: Case, generate: Any) -> Judgement:

@@ -123,7 +123,7 @@ def test_a_boundary_that_was_not_reached_and_a_busy_machine_are_marked(tmp_path)
     table = leaderboard(tmp_path).table
     text = str(leaderboard(tmp_path))
     assert table["contended"].all() and text.count("(contended)") == 2
-    assert "| over 1,024 |" in text and "(at chance)" in text
+    assert "| at least 1,024 (not reached) |" in text and "(at chance)" in text
 
 
 def test_an_empty_folder_gives_an_empty_table_and_a_missing_one_an_error(tmp_path):

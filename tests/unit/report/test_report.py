@@ -477,6 +477,12 @@ def test_flags_of_the_boundary_stand_wherever_it_stands(merged_reference, tmp_pa
     hub = files.hub_form(built)
     is_bound = bool(changes.get("provisional") or changes.get("right_censored"))
     assert ("failure_boundary_tokens" in hub) == (not is_bound)
+    if changes.get("right_censored"):
+        own = [built["details"]["failure_boundary_tokens"], *built["conformance"]]
+        assert own[0]["right_censored"] and own[0]["value"] == own[0]["tokens"]
+        (row,) = (row["evidence"] for row in built["conformance"] if row["id"] == "metrics")
+        for place in (row, markdown(built, folder).split("## The five metrics")[1]):
+            assert f"at least {own[0]['tokens']:,} (not reached)" in place
     for place in (markdown(built, folder), str(report.verdict(built)), *([] if is_bound else [hub])):
         assert re.search(words, " ".join(place.split()), re.I), place
 
