@@ -149,6 +149,7 @@ class Run:
             not_measured="" if measured else "; ".join(plan.left_out) or boundary.sentence,
             largest_fall=counts.largest_fall(),
             guess=guess,
+            reuse_check=asdict(self.reuse) if self.reuse else None,
         )
         return lines
 

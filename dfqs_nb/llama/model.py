@@ -312,7 +312,10 @@ class ReuseCheck:
 
     @property
     def allowed(self) -> bool:
-        """A wrong state moves the logits of every token; sums in another order move them after a near-tie."""
+        """Whether the state is the right one: a wrong one moves the logits of every token.
+
+        It does not exclude rounding: sums in another order move them after a near-tie.
+        """
         return 4 * self.n_close >= self.n_tokens
 
     @property

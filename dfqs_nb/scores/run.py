@@ -23,7 +23,7 @@ from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
 from dfqs_nb.core.display import duration
 from dfqs_nb.llama.generate import GREEDY, Sampling, answer_start, chat_text, generate, opens_thinking
-from dfqs_nb.llama.model import PLAIN_STOP, Model, SavedState
+from dfqs_nb.llama.model import PLAIN_STOP, Model, SavedState, check_reuse
 from dfqs_nb.llama.timing import Pace, probe
 from dfqs_nb.scores.grading import CUT, Results, SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
@@ -330,7 +330,8 @@ def chooser(model: Model, requests: Sequence[Request]) -> Callable[[Request], di
 
     It returns ``log_likelihoods`` (nats) and ``greedy`` (whether greedy decoding gives it) of each choice,
     and their ``tokens``. What all contexts begin with, and what the choices of a question share, is evaluated
-    once and then restored, so four choices cost little more than one.
+    once and then restored, so four choices cost little more than one; all afresh, where a check on the first
+    question finds that a restored state is wrong.
     """
 
     @cache
@@ -342,7 +343,12 @@ def chooser(model: Model, requests: Sequence[Request]) -> Callable[[Request], di
         model.decode(shared)
         return model.save()
 
-    return lambda request: _scored(model, start(), request)
+    @cache
+    def reuse() -> bool:
+        context, choices = encode(model, requests[0])
+        return check_reuse(model, context, max(choices, key=len)).allowed
+
+    return lambda request: _scored(model, start() if reuse() else None, request, reuse())
 
 
 def encode(model: Model, request: Request) -> tuple[list[int], list[list[int]]]:
@@ -360,20 +366,25 @@ def encode(model: Model, request: Request) -> tuple[list[int], list[list[int]]]:
     return context, [tokens[len(context) :] or tokens[-1:] for tokens in together]
 
 
-def _scored(model: Model, start: SavedState | None, request: Request) -> dict[str, Any]:
+def _scored(model: Model, start: SavedState | None, request: Request, reuse: bool) -> dict[str, Any]:
     """See `chooser`; ``start``: a state that holds the beginning of the context."""
     context, choices = encode(model, request)
+    whole = context
     if start and len(context) > start.n_tokens:
         model.restore(start)
         context = context[start.n_tokens :]
     else:  # where the whole context is shared, its last token is evaluated again, for its logits
         model.clear()
     first = log_softmax(model.evaluate(context).astype(float))[None]
-    values, greedy, state = list[float](), list[bool](), model.save()
+    values, greedy, state = list[float](), list[bool](), model.save() if reuse else None
     for tokens in choices:
         rows = first
         if len(tokens) > 1:
-            model.restore(state)
+            if state:
+                model.restore(state)
+            else:
+                model.clear()
+                model.decode(whole)
             logits = np.concatenate([chunk.copy() for chunk in model.logits(tokens[:-1])])
             rows = np.concatenate([first, log_softmax(logits.astype(float), axis=-1)])
         values.append(float(rows[np.arange(len(tokens)), tokens].sum()))

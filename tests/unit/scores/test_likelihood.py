@@ -19,9 +19,10 @@ from scipy.stats import binomtest
 
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.llama.model import open_model
+from dfqs_nb.llama.model import ReuseCheck, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import Answerer, ItemSet, Options, figures, score_set
+from dfqs_nb.scores import run as run_module
 from dfqs_nb.scores.grading import Results
 from dfqs_nb.scores.item_sets import words_in
 from dfqs_nb.scores.run import encode
@@ -104,6 +105,22 @@ def test_restored_states_give_what_whole_evaluations_give(model, own, tmp_path, 
     assert n_evaluated < n_whole / 2  # what is shared was evaluated once
 
 
+def test_where_a_restored_state_is_wrong_every_choice_is_evaluated_afresh(model, own, tmp_path, monkeypatch):
+    questions = ItemSet.load(own())
+    score_set(model, questions, tmp_path / "restored", QUIET)
+    monkeypatch.setattr(ReuseCheck, "allowed", False)
+    restored = []
+    monkeypatch.setattr(type(model), "restore", lambda self, state: restored.append(state))
+    check = run_module.check_reuse
+    monkeypatch.setattr(run_module, "check_reuse", lambda *asked: restored.clear() or check(*asked))
+    score_set(model, questions, tmp_path / "afresh", QUIET)
+    assert len(restored) == 1, "by the check alone"
+    first, second = answers_of(tmp_path / "restored"), answers_of(tmp_path / "afresh")
+    for item in questions.items:
+        wanted = pytest.approx(first[item.id]["log_likelihoods"], abs=0.02)
+        assert second[item.id]["log_likelihoods"] == wanted
+
+
 def test_four_choices_cost_little_more_than_one(model, own, tmp_path, evaluated):
     """Counted in tokens: what all begin with once, a query once, and of each choice all but the last token."""
     query = "There was a garden behind the house, and in the garden there was"
@@ -119,6 +136,8 @@ def test_four_choices_cost_little_more_than_one(model, own, tmp_path, evaluated)
     endings = [[len(tokens) - 1 for tokens in choices] for _, choices in encoded]
     score_set(model, questions, tmp_path, QUIET)
     n_evaluated = sum(evaluated)
+    check = len(encoded[0][0]) + 2 * max(map(len, encoded[0][1]))
+    n_evaluated -= check  # once a set
     assert shared >= len(query.split()) and n_evaluated == shared + contexts + sum(map(sum, endings))
     of_one = shared + contexts + sum(lengths[0] for lengths in endings)
     assert n_evaluated < 1.5 * of_one, "three more choices cost as much as the question"
