@@ -81,13 +81,10 @@ def ratios_to_first(values: Floats, low: Floats, high: Floats) -> tuple[Floats, 
     value, down, up = (float(it[0]) if len(it) else 0.0 for it in (values, low, high))
     if not 0 < down <= up < 2 * value:
         return np.full(len(values), nan), np.full(len(values), nan)
-    ends = []
+    both, ends = values * value, []
     for own, other, sign in ((low, up, -1), (high, down, 1)):
         scale = other * (2 * value - other)
-        ends.append(
-            (values * value + sign * np.sqrt((values * value) ** 2 - own * (2 * values - own) * scale))
-            / scale
-        )
+        ends.append((both + sign * np.sqrt(both**2 - own * (2 * values - own) * scale)) / scale)
         ends[-1][0] = nan
     return ends[0], ends[1]
 

@@ -89,7 +89,7 @@ class Counts:
     def of(cls, items: pd.DataFrame) -> Counts:
         """Count answers; a length that was broken off (fewer than half of the shortest's texts) is left out.
 
-        The guess rate is of the prompt set, not from the answers: 1/K with K keys, 0 with a single key.
+        The guess rate is a property of the prompt set: 1/K with K keys, 0 with a single key.
         """
         if items.empty:
             return cls(np.empty(0, int), np.empty((0, 0)), np.empty((0, 0)), np.empty(0, bool))

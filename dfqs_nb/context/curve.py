@@ -1,7 +1,7 @@
 """Measure how a model's retrieval degrades with context: ask, resume, and what the answers say.
 
 A text is evaluated once and all its questions are asked from its saved state, where a check on the first text
-finds no more than rounding. Else, and for probes of a single key, every question is evaluated afresh.
+finds that it is the right one. Else, and for probes of a single key, every question is evaluated afresh.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ TIERS = {
 }
 NEEDED = {"reasoning": ("answer",), "code": ("tests", "entry_point"), "choice": ("choices",)}  # of an item
 N_CHOICES = 4  # at most, of a question that is made from a set of questions with one answer each
-CHOICE_RULE = "one of the choices, which the prompt offers all alike"
+CHOICE_RULE = "one of the choices: the prompt offers all of them, or none"
 Text = Annotated[str, MinLen(1)]
 
 

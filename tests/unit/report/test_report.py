@@ -926,11 +926,13 @@ def test_a_value_of_the_curve_that_is_cut_at_1_does_not_look_certain(made):
         dict(zip(("length", "correct", "accuracy", "low", "high"), it, strict=True), n=24, texts=4)
         for it in points
     ]
-    points[1] |= {"curve_low": 0.84, "curve_high": 1.79}
+    points[1] |= {"curve": 1.0, "curve_low": 0.84, "curve_high": 1.79}
     value = [1.0, 1.0]
     low["details"]["context_stability_curve"] |= {"lengths": [256, 512], "points": points, "value": value}
     shown = report.tables(low)["metrics"].loc["context_stability_curve", "value"]
     assert "1.00 at 256 (accuracy 0.62 [0.43 to 0.79], 24 answers in 4 texts)" in shown
+    table = text.retrieval(low["details"]["context_stability_curve"])
+    assert table["curve [95 % interval]"].tolist() == ["", "1.00 [0.84 to 1.79]"]
     assert "1.00 at 512 [0.84 to 1.79] (accuracy 0.79 [0.59 to 0.91], 24 answers in 4 texts)" in shown
 
 
