@@ -199,8 +199,8 @@ def retrieval(curve: Mapping[str, Any]) -> pd.DataFrame:
     shown = []
     for row in curve.get("points") or []:
         accuracy, interval = f"{row['accuracy']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"
-        relative = f"{row['curve']:.2f}" if "curve" in row else ""
-        if row.get("curve_low") is not None:
+        relative = "" if row.get("curve") is None else f"{row['curve']:.2f}"
+        if None not in (row.get("curve_low"), row.get("curve_high")):
             relative += f" [{row['curve_low']:.2f} to {row['curve_high']:.2f}]"
         shown.append((row["length"], row["n"], row.get("texts"), accuracy, interval, relative))
     columns = ["context (tokens)", "n", "texts", "right answers", "95 % interval", "curve [95 % interval]"]

@@ -53,7 +53,7 @@ ALONE = {
         + ["- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
     },
     "05": {
-        METHOD: ["The context must hold", "Every text hides the", "So the plan costs about", "The curve may take"]
+        METHOD: ["The context must hold", "Every text hides the", "The lengths of one text", "The curve may take"]
         + ["A longer plan is cut", "1. texts a length", "2. both again"],
     },
     "06": {
