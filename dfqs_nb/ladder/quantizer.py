@@ -41,7 +41,7 @@ BUFFER_BYTES = 512 << 20  # of rows that the child holds at once
 HEADER_BYTES = 1 << 20  # that a new header may need beyond the source's, with padding
 MAX_TEXT_BYTES = 127  # of a key's value, as llama.cpp overrides it
 REPORT = "report this file and recipe as a bug of the workbook"
-CHILD = "dfqs_nb.ladder"
+CHILD = "dfqs_nb.ladder.run"
 IN_A_CHILD: Callable[..., dict[str, Any]] = partial(child.run, CHILD)
 TENSOR = re.compile(
     r"\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\S+)\))?"

@@ -327,3 +327,8 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
         for run in runs
     ]
     return {"sets": sets}
+
+
+if __name__ == "__main__":
+    works = {"quantize": quantizer.work, "predict": predict, "ask": ask}
+    child.serve(lambda job: works[job["work"]](job))
