@@ -97,10 +97,10 @@ class ImportanceMatrix:
 
     def coverage(self) -> pd.DataFrame:
         """By weight: the fewest and the most rows counted in one of its matrices, and how many had none."""
-        rows = []
-        for name, entry in sorted(self.entries.items()):
-            counts = entry.counts
-            rows.append((name, class_of(name), len(counts), counts.min(), counts.max(), (counts == 0).sum()))
+        rows = [
+            (name, class_of(name), len(counts), counts.min(), counts.max(), (counts == 0).sum())
+            for name, counts in sorted((name, entry.counts) for name, entry in self.entries.items())
+        ]
         return pd.DataFrame(rows, columns=["weight", "class", "matrices", "least", "most", "unused"])
 
     def save(self, path: str | Path) -> ImportanceMatrix:

@@ -317,10 +317,8 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
     options = Options(fresh=job["fresh"], allow_unsandboxed=settings.allow_unsandboxed, progress=False)
     opened = OpenSettings(n_ctx=settings.n_ctx, n_threads=settings.n_threads)
     with open_model(job["path"], opened, trial=False) as model:
-        runs = [
-            score_set(model, chosen, folder, options, model_id=job["sha256"])
-            for chosen in question_sets(settings)
-        ]
+        chosen = question_sets(settings)
+        runs = [score_set(model, each, folder, options, model_id=job["sha256"]) for each in chosen]
     sets = [
         {"kind": run.kind, "name": run.name, "n_items": run.score.n, "conditions": run.conditions}
         | {"items": run.items.to_dict("records"), "model": run.model}
