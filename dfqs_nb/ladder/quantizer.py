@@ -307,7 +307,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     del alive
     log = "".join(lines)
     if status:
-        reason = [*re.findall(r"failed to quantize: (.*)", log)[-1:], "llama.cpp could not quantize it"][0]
+        said = re.findall(r"failed to quantize: (.*?)[.!]*\n", log)
+        reason = said[-1] if said else "llama.cpp could not quantize it"
         hint = f"correct the recipe, or check the source: `dfqs-nb verify {display.quoted(job['source'])}`"
         if re.search("imatrix|importance matrix", reason):
             hint = "add --calibrate with a text, or --imatrix with a file of llama-imatrix"
