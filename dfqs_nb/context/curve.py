@@ -185,7 +185,7 @@ def read_answers(folder: str | Path) -> list[pd.DataFrame]:
 def depth_table(items: pd.DataFrame) -> pd.DataFrame:
     """Right answers of all, such as ``9 of 12``: a row a fifth of the text by depth, a column a length."""
     fifth = (items["depth"] * N_STRATA).astype(int).clip(0, N_STRATA - 1)
-    names = {k: f"{k / N_STRATA:.0%} to {(k + 1) / N_STRATA:.0%} deep" for k in range(N_STRATA)}
+    names = {k: f"{100 * k // N_STRATA} to {100 * (k + 1) // N_STRATA} % deep" for k in range(N_STRATA)}
     groups = items.assign(depth=fifth.map(names)).groupby(["depth", "length"])["correct"]
     return groups.agg(lambda right: f"{right.sum()} of {len(right)}").unstack(fill_value="")
 

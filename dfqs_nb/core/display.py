@@ -223,8 +223,7 @@ LABELS = entries("""
 n_ctx: context (tokens) | length: context (tokens) | longest: longest context (tokens) |
 depth: depth (tokens) | nbytes: bytes | expected_nbytes: bytes by its header | low: 95 % from |
 high: 95 % to | median: median (tokens/s) | min: lowest | max: highest | roof: roof (tokens/s) |
-other_cores: cores busy elsewhere | notebook_03: in notebook 03 (tokens/s) |
-kld: KL divergence (nats) | kld_low: KL from | kld_high: KL to |
+other_cores: cores busy elsewhere | kld: KL divergence (nats) | kld_low: KL from | kld_high: KL to |
 kld_tail: 99 % of tokens under | boundary: boundary (tokens) | decode: decode (tokens/s) |
 bits_per_weight: bits a weight | expert_bits: bits a weight of experts | bits_a: bits a weight of a |
 bits_b: bits a weight of b | logit_drift: logits move by at most | llama_cpp: llama.cpp |

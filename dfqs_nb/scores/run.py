@@ -57,12 +57,9 @@ class Options:
         if self.thinking not in THINKING:
             hint = f"use one of {', '.join(THINKING)}"
             raise errors.PromptError(f"thinking is {self.thinking!r}", hint=hint)
-        for name, value in {
-            "limit of questions": self.limit,
-            "thinking_tokens": self.thinking_tokens,
-        }.items():
-            if value < 0:
-                raise errors.PromptError(f"the {name} is {value}", hint="use 0 or more")
+        for name in ("limit", "thinking_tokens"):
+            if getattr(self, name) < 0:
+                raise errors.PromptError(f"{name} is {getattr(self, name)}", hint="use 0 or more")
 
     @property
     def sampling(self) -> Sampling:

@@ -349,7 +349,7 @@ def test_right_answers_are_counted_by_depth_and_length():
     items = pd.concat([items, items[:1].assign(length=512)])
     table = depth_table(items)
     assert table.index.tolist() == [
-        *("0% to 20% deep", "20% to 40% deep", "40% to 60% deep", "60% to 80% deep", "80% to 100% deep")
+        *("0 to 20 % deep", "20 to 40 % deep", "40 to 60 % deep", "60 to 80 % deep", "80 to 100 % deep")
     ]
     assert table[256].tolist() == ["14 of 14", "0 of 14", "9 of 9", "14 of 14", "14 of 14"]
     assert table[512].tolist() == ["1 of 1", "", "", "", ""]
