@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 
 from dfqs_nb.core.figures import PALETTE, new_axes, set_title, token_axis
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 

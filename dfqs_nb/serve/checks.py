@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dfqs_nb import scores
 from dfqs_nb.core.display import counted, per_cent
@@ -28,9 +29,6 @@ from dfqs_nb.scores import Answerer, ItemSet, Options, SetRun
 from dfqs_nb.serve.client import ContextOverflowError, Endpoint, EndpointError, Reply, pick, side_by_side
 from dfqs_nb.serve.servers import LocalServer
 from dfqs_nb.stats import at_most
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Finding = tuple[str, str]  # ``pass``, ``fail``, ``note`` or ``not measured``, and what was seen
 PASS, FAIL, NOTE, UNSEEN = "pass", "fail", "note", "not measured"
@@ -223,7 +221,6 @@ def check_all(connected: Mapping[str, Endpoint], model: Model, **limits: int) ->
 
     ``limits``: ``n_tokens`` and ``longest_tried`` of `Checks`.
     """
-    import pandas as pd
 
     def rows(name: str) -> list[dict[str, str]]:
         checks = Checks(connected[name], model, **limits)
@@ -331,8 +328,6 @@ def compare_all(
     servers that were started with this process's file, whose ``model_id`` it is, too. ``stopped`` gets the
     servers that failed for good, with the reason. An `EndpointError`: all did. ``options``: of `Options`.
     """
-    import pandas as pd
-
     chosen, place, tables = Options(**options), Path(folder), list[pd.DataFrame]()
 
     def ask(name: str) -> list[SetRun]:
@@ -359,8 +354,6 @@ def compare_all(
 
 def _compared(model: Model, item_set: ItemSet, run: SetRun, theirs: SetRun) -> pd.DataFrame:
     """The answers to a set in this process and of one server, item by item."""
-    import pandas as pd
-
     opening = ""  # of a thinking that the template itself writes: llama.cpp's server repeats it
     if item_set.mode == "chat" and model.has_template:
         opening = "".join(chat_text(model, MARK).rpartition(MARK)[2].partition("<think>")[1:])
@@ -429,8 +422,6 @@ def speed_of_all(
     ``tokens_per_sec`` of all clients together: median, ``min`` and ``max`` of the rounds. ``stopped``:
     servers that failed for good, with the reason. They are not asked, and more are added.
     """
-    import pandas as pd
-
     rows = list[dict[str, Any]]()
     for name, endpoint in list(connected.items()) * n_rounds:
         if name in stopped:

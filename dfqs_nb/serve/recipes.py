@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from markupsafe import Markup
 
 from dfqs_nb.core.display import did_you_mean, size
@@ -35,7 +36,6 @@ from dfqs_nb.llama.settings import threads_for
 
 if TYPE_CHECKING:
     import jinja2
-    import pandas as pd
 
 HOST = "127.0.0.1"  # nothing listens beyond this machine
 PROMPT = "What is the capital of France?"
@@ -65,8 +65,6 @@ def targets() -> dict[str, Any]:
 
 def targets_table() -> pd.DataFrame:
     """One row a target: ``target``, ``title``, then what is known of it, each a text."""
-    import pandas as pd
-
     table = pd.DataFrame([vars(target) for target in targets().values()]).rename(columns={"name": "target"})
     table["source"] = table["source"].map(" ".join)
     return table[["target", "title", *FACTS]].replace({"run_here": {"": "generated, not run"}})
