@@ -46,7 +46,7 @@ def divergence_by_bits(table: pd.DataFrame) -> Axes:
 
 def _name(ax: Axes, rows: pd.DataFrame) -> None:
     """Write each rung's name over or under its marks: as near to one as nothing else stands there."""
-    ax.figure.draw_without_rendering()
+    ax.figure.canvas.figure.draw_without_rendering()
     taken, heights = [mark.get_window_extent() for mark in ax.lines], np.linspace(0.02, 0.98, 97)
     style: Any = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "center", "fontsize": 8}
     for rung in rows.itertuples():
