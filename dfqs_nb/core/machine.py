@@ -100,19 +100,25 @@ def gpu_memories() -> list[int]:
     if (platform.system(), platform.machine()) == ("Darwin", "arm64"):
         memory = available_memory()  # shared; of it Metal's recommendedMaxWorkingSetSize is two thirds
         return [min(memory.available_bytes, memory.total_bytes * 2 // 3)]
-    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    return [int(mib) << 20 for mib in _nvidia("memory.free") if mib.isdigit()]
+
+
+def _nvidia(fact: str) -> list[str]:
+    """A fact of each NVIDIA GPU, as ``nvidia-smi`` names it."""
+    query = ["nvidia-smi", f"--query-gpu={fact}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):  # there is none, or it does not answer
         return []
-    return [int(line) << 20 for line in done.stdout.split() if line.isdigit()]
+    return list(filter(None, map(str.strip, done.stdout.splitlines())))
 
 
 def describe() -> dict[str, str | int]:
     """Versions and hardware, for the top of a notebook and the conditions of a measurement."""
     from importlib.metadata import version
 
-    memory, text = available_memory(), CPUINFO.read_text(errors="replace") if CPUINFO.exists() else ""
+    memory, cards = available_memory(), ", ".join(_nvidia("name"))
+    text = CPUINFO.read_text(errors="replace") if CPUINFO.exists() else ""
     # on Linux neither psutil nor Python knows the processor's name
     name = re.search(r"^model name\s*: *(.*\S)", text, re.MULTILINE)
     return {
@@ -122,6 +128,7 @@ def describe() -> dict[str, str | int]:
         "processor": name[1] if name else platform.processor() or "not stated",
         "usable cores": usable_cores(),
         "memory (GiB)": f"{memory.total_bytes / 2**30:.1f}, {memory.available_bytes / 2**30:.1f} free",
+        **({"graphics cards": cards} if cards else {}),
     }
 
 

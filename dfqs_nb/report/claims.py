@@ -7,6 +7,7 @@ DeepSeek-V4-Flash-IQ1_S-XL, its header and measurements are facts, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import pandas as pd
@@ -15,28 +16,32 @@ from dfqs_nb.gguf.facts import bits_per_weight, parameters, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES, kv_cache_bytes, published, published_shape
 from dfqs_nb.gguf.models import Model, registered
-from dfqs_nb.report import spec
-from dfqs_nb.report.envelope import SINGLE
 from dfqs_nb.report.reading import Run, on_gpu
-from dfqs_nb.report.spec import CONFIRMED, CONTRADICTED, GB, GIB, IN_PART, NOT_TESTABLE, Claim, spec_table
-from dfqs_nb.report.template import sentence
+from dfqs_nb.report.template import GB, filled, sentence, spec_table
 
+SINGLE = "deepseek-v4-flash-iq1_s-xl-single"  # in data/models.toml
 SHARDS = "deepseek-v4-flash-iq1_s-xl"  # in data/models.toml
 QUANTIZATION = "IQ1_S"  # of most bytes of the artifact
 SIZE_MARGIN = 0.03  # within this share of its size, a file of its shapes and types is taken for the artifact
+CONFIRMED, IN_PART, CONTRADICTED = "confirmed", "confirmed in part", "contradicted"
+CONTRADICTS_ITSELF = "contradicts itself"
+NOT_TESTABLE, NOT_CHECKABLE = "not testable here", "not checkable"
+CLAIM_VERDICTS = (CONFIRMED, IN_PART, CONTRADICTED, CONTRADICTS_ITSELF, NOT_TESTABLE, NOT_CHECKABLE)
+GIB = 2**30
+Claim = Mapping[str, Any]  # an entry of claims.toml
 COLUMNS = ("number", "id", "document", "section", "claim", "how", "found", "verdict", "evidence", "source")
 SUDDEN = 0.5  # of the ability above guessing, lost within one doubling of the context
 
 
 def check_claims(
-    run: Run, header: GGUFHeader | None = None, *, claims: Sequence[Claim] | None = None
+    run: Run, header: GGUFHeader | None = None, level: str = "", *, claims: Sequence[Claim] | None = None
 ) -> pd.DataFrame:
     """Check every statement about the artifact with what this run and the public record have: a row each.
 
-    An empty ``run`` checks against the record alone. ``header`` is of the model that was run. ``claims`` are
-    other statements than those of ``data/spec/claims.toml``.
+    An empty ``run`` checks against the record alone. ``header`` is of the model that was run, ``level`` its
+    `relation`, where that is known. ``claims``: other statements than those of ``data/spec/claims.toml``.
     """
-    known, rows = facts(run, header), []
+    known, rows = facts(run, header, level), []
     for claim in spec_table("claims")["claims"] if claims is None else claims:
         fact: Mapping[str, str] = spec_table("claims")["facts"][claim["fact"]]
         value: Any = known.get(claim["fact"])
@@ -47,12 +52,35 @@ def check_claims(
         if verdict == CONTRADICTED and claim["unit"] == "GB" and not claim["verdict"]:
             in_gib = [number * GB / GIB for number in (value if isinstance(value, list) else [value])]
             if TESTS[claim["test"]](claim, in_gib, known) != CONTRADICTED:
-                evidence, verdict = evidence + spec_table("claims")["as_gib"], spec.CONTRADICTS_ITSELF
-        known["figure"] = spec.figure(claim["value"], claim["unit"])
+                evidence, verdict = evidence + spec_table("claims")["as_gib"], CONTRADICTS_ITSELF
+        known["figure"] = figure(claim["value"], claim["unit"])
         stated = (claim[name] for name in ("number", "id", "document", "section", "text"))
-        judged = (spec.filled(found, known), verdict, spec.filled(evidence, known))
+        judged = (filled(found, known), verdict, filled(evidence, known))
         rows.append((*stated, fact["how"], *judged, claim["source"]))
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def agrees(claim: Claim, measured: float) -> bool:
+    """Whether a number agrees with a figure: within its tolerance, or one unit of its last digit.
+
+    >>> [agrees({"value": 61.6, "tolerance": None}, measured) for measured in (61.54, 61.4)]
+    [True, False]
+    """
+    value, tolerance = claim["value"], claim["tolerance"]
+    if tolerance is not None:
+        return bool(abs(measured - value) <= tolerance * value)
+    return bool(abs(measured - value) < 10.0 ** int(Decimal(str(value)).as_tuple().exponent))
+
+
+def figure(value: Any, unit: str = "") -> str:
+    """A figure as people read it.
+
+    >>> figure(1048576, "tokens"), figure([0.2, 0.5], "tokens/s"), figure(68, "%")
+    ('1,048,576 tokens', '0.2 to 0.5 tokens/s', '68 %')
+    """
+    ends = value if isinstance(value, list) else [value]
+    shown = [f"{end:,}" if isinstance(end, int | float) else str(end) for end in ends]
+    return f"{' to '.join(shown)} {unit}".strip()
 
 
 def _at_most(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
@@ -68,7 +96,7 @@ def _equals(claim: Claim, value: Any, known: Mapping[str, Any]) -> str:
     if isinstance(value, str) or isinstance(claim["value"], bool):
         is_so = value == claim["value"]
     else:
-        is_so = any(spec.agrees(claim, it) for it in (value if isinstance(value, list) else [value]))
+        is_so = any(agrees(claim, it) for it in (value if isinstance(value, list) else [value]))
     return str(claim["yes"] if is_so else claim["no"])
 
 
@@ -133,12 +161,12 @@ def hashes(model: Model) -> set[str]:
     return {sha for sha in (model.merged_sha256, *(file.sha256 for file in model.files)) if sha}
 
 
-def facts(run: Run, header: GGUFHeader | None) -> dict[str, Any]:
+def facts(run: Run, header: GGUFHeader | None, level: str = "") -> dict[str, Any]:
     """Every fact by its name; None for one that nobody knows here. ``why`` says so in a sentence.
 
     What the run's own header has, of the artifact or (for shapes) of its model, goes before the record.
     """
-    level = relation(header, run)
+    level = level or relation(header, run)
     own = header if level in ("artifact", "model") else None
     file = header if level == "artifact" else None
     bases = {"artifact": "the file's own header"}

@@ -8,6 +8,7 @@ budgets allowed: then the questions that both were asked are compared.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from dfqs_nb.context import paired
-from dfqs_nb.core.display import one_line, plain
+from dfqs_nb.core.display import cell, one_line, plain
 from dfqs_nb.core.errors import ComparisonError, DfqsError
 from dfqs_nb.core.files import write_table, write_text
 from dfqs_nb.core.journal import differing_fields
@@ -91,6 +92,8 @@ def _differing_templates(runs: Sequence[RunItems]) -> list[str]:
     """The conditions of chat templates that differ; a ComparisonError where reports do not fit."""
     if len(runs) < 2:
         raise ComparisonError(f"{len(runs)} report given", hint="give two or more")
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise ComparisonError("the same report is given twice", hint="give reports of different runs")
     if len({run.report["tier"] for run in runs}) > 1:
         each = ", ".join(f"{tilde(run.path)} is {run.report['tier']}" for run in runs)
         raise ComparisonError(f"tiers never mix: {each}", hint="run both on one tier")
@@ -99,12 +102,21 @@ def _differing_templates(runs: Sequence[RunItems]) -> list[str]:
         differ = differing_fields(runs[0].report["conditions"], run.report["conditions"])
         templates |= dict.fromkeys(name for name in differ if name.split(".")[-1] == TEMPLATE)
         wrong = [it for it in differ if not (it in templates or it in AMOUNTS or it.endswith(".part"))]
-        if named := ", ".join("{} ({} and {})".format(it, *differ[it]) for it in wrong):
-            refused.append(f"{tilde(run.path)}: {named}")
+        if wrong:
+            refused.append(f"{tilde(run.path)}: {_named({it: differ[it] for it in wrong}, '{} and {}')}")
     if refused:
         what = f"the conditions differ from those of {tilde(runs[0].path)} in {' | '.join(refused)}"
         raise ComparisonError(what, hint="run all again under the same conditions")
     return list(templates)
+
+
+def _named(differ: Mapping[str, tuple[Any, Any]], form: str) -> str:
+    """Conditions that differ, each with its two values; what several places repeat (settings) stands once."""
+    places = defaultdict[tuple[str, str], list[str]](list)
+    for name, values in differ.items():
+        places[name.split(".")[-1], form.format(*map(cell, values))].append(name)
+    names = ((own[0] if len(own) == 1 else last, values) for (last, values), own in places.items())
+    return ", ".join(f"{name} ({values})" for name, values in names)
 
 
 def _row(metric: str, first: RunItems, run: RunItems) -> Row:
@@ -210,7 +222,8 @@ class Leaderboard:
         for (tier, own), group in self.table.groupby(["tier", "conditions"], sort=False):
             conditions = self.reports[group["report"].iloc[0]]["conditions"]
             first = first or conditions
-            sections.append((tier, own, differing_fields(first, conditions), group.to_dict("records")))
+            differ = _named(differing_fields(first, conditions), "{} there, {} here")
+            sections.append((tier, own, differ, group.to_dict("records")))
         bad = self.table[self.table["problem"] != ""][["report", "problem"]].to_numpy().tolist()
         facts = {"metrics": list(METRICS), "reports": self.reports}
         return render("leaderboard.md", sections=sections, bad=bad, **facts)

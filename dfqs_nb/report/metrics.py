@@ -6,25 +6,28 @@ import datetime
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from dfqs_nb import __version__
 from dfqs_nb.core import machine
+from dfqs_nb.core.display import size
+from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file, there_is
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import NOTEBOOKS
-from dfqs_nb.gguf.facts import identity
+from dfqs_nb.gguf.facts import identity, parameters
 from dfqs_nb.gguf.header import GGUFHeader, read_header
+from dfqs_nb.gguf.memory import KvCacheBytes, kv_cache_bytes
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.report import envelope, reading
+from dfqs_nb.report import reading
 from dfqs_nb.report.claims import check_claims, relation
 from dfqs_nb.report.reading import BOUNDARY, CURVE, SPEED, Command, ReportError, Run, settings_of
 from dfqs_nb.report.requirements import check_requirements
-from dfqs_nb.report.template import FEW_TEXTS
+from dfqs_nb.report.template import FEW_TEXTS, GB, spec_table
 from dfqs_nb.stats import LEVEL
 
 VERSIONS = ("Python", *machine.PACKAGES)
@@ -32,6 +35,8 @@ DIGITS = 10  # of every float in report.json: more than any measurement has
 # The files with one row an answer, from which scores and curve are counted again.
 ITEMS = dict.fromkeys(("reasoning", "code", "choices"), reading.SCORE_ITEMS)
 ITEMS["long_context"] = "long_context*.jsonl"
+FITS, PAGED, DOES_NOT_FIT, NOT_KNOWN = "fits", "fits, paged", "does not fit", "not known"
+CONTEXTS = (8192, 16384, 32768, 131072, 1048576)
 Detail = dict[str, Any]
 
 
@@ -73,9 +78,9 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         },
         "routing": run.get("routing", {}).get("verdict"),
         "conformance": check_requirements(run, header, metrics, command).to_dict("records"),
-        "claims": [] if level == "another" else check_claims(run, header).to_dict("records"),
+        "claims": [] if level == "another" else check_claims(run, header, level).to_dict("records"),
         "hardware_envelope": _envelope(run, header, level, ask_llama_cpp),
-        "machine": run.get("scores", {}).get("machine") or known,  # that of the speeds
+        "machine": _machine(run, known),
         "versions": {key: str(known[key]) for key in VERSIONS} | {"dfqs-workbook": __version__},
         "sources": dict(sorted(sources.items())),
     }
@@ -91,8 +96,7 @@ def _rounded(value: Any) -> Any:
 def details_of(run: Run, command: Command = reading.UNKNOWN) -> dict[str, Detail]:
     """Each metric with all that stands beside it; one that cannot be given has the reason."""
     details, generate = {}, run.get("generate", {})
-    timed = run.get("scores") or generate
-    layers = reading.on_gpu(timed) if timed else ""
+    layers = reading.on_gpu(run.get("scores") or generate)
     for name, (stage, unit, _, measured) in METRICS.items():
         empty = dict.fromkeys(("value", "low", "high", "guess_rate", "withheld"))
         empty |= {"n": 0, "level": LEVEL, "unit": unit, "source": f"{stage}.json"}
@@ -220,12 +224,70 @@ def _model(run: Run, header: GGUFHeader, level: str) -> dict[str, Any]:
     }
 
 
+def _machine(run: Run, here: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the model was timed, as a notebook recorded it; else what writes this report."""
+    timed = [name for name in ("scores", "generate") if name in run]
+    by = next((name for name in timed if run[name].get("machine")), "dfqs_report")
+    layers = {"on a GPU": reading.on_gpu(run[timed[0]]) or "no layer"} if timed else {}
+    facts = run[by]["machine"] if by in run else here
+    return {**facts, **layers, "recorded by": f"notebook {NOTEBOOKS[by][:2]}"}
+
+
 def _envelope(run: Run, header: GGUFHeader, level: str, ask_llama_cpp: bool) -> dict[str, Any]:
     """What the run's model needs of a machine, and what notebook 03 saw a token read from the disk."""
     generate, memory = run.get("generate", {}), machine.available_memory().total_bytes
-    given = settings_of(generate)
-    known = [field.name for field in fields(OpenSettings) if given[field.name] is not None]
-    settings, contexts = OpenSettings(**{name: given[name] for name in known}), envelope.within(header)
-    compute = envelope.planned_compute(header.path, contexts, settings) if ask_llama_cpp else {}
-    own = envelope.hardware_envelope(header, memory, compute, is_artifact=level == "artifact")
+    at, contexts = settings_of(generate), within(header)
+    known = [field.name for field in fields(OpenSettings) if at[field.name] is not None]
+    settings = OpenSettings(**{name: at[name] for name in known})
+    compute = planned_compute(header.path, contexts, settings) if ask_llama_cpp else {}
+    own = hardware_envelope(header, memory, compute, is_artifact=level == "artifact")
     return {**own, "paging": generate.get("paging", {})}
+
+
+def planned_compute(path: str | Path, contexts: Sequence[int], settings: OpenSettings) -> dict[int, int]:
+    """Bytes of the compute buffer by context, as llama.cpp plans it in a child; empty where it refuses."""
+    from dfqs_nb.llama.check import plan_memory
+
+    try:
+        plans = plan_memory(path, [replace(settings, n_ctx=n_ctx) for n_ctx in contexts])
+    except ModelError:
+        return {}
+    return {n_ctx: plan["compute_bytes"] for n_ctx, plan in zip(contexts, plans, strict=True)}
+
+
+def within(header: GGUFHeader) -> list[int]:
+    """`CONTEXTS` up to the model's own, that among them; all where the header declares none."""
+    own = header.arch("context_length")
+    return sorted({n for n in CONTEXTS if not own or n < own} | ({int(own)} if own else set()))
+
+
+def hardware_envelope(
+    header: GGUFHeader, memory_bytes: int, compute: Mapping[int, int], *, is_artifact: bool = False
+) -> dict[str, Any]:
+    """The envelope of the model that a header describes, against this machine's memory, as JSON takes it.
+
+    ``compute``: buffers by context (`planned_compute`); nothing is said to fit without. ``is_artifact``: hold
+    it against the table of DFQS 1.0, too.
+    """
+    weights, rows, note = parameters(header, in_bytes=True).total, [], ""
+    limits = {f"this machine ({size(memory_bytes)})": memory_bytes}
+    if is_artifact:
+        ram = spec_table("requirements")["envelope"]["ram"]
+        limits |= {f"DFQS 1.0 {level} ({gb} GB)": gb * GB for level, gb in ram.items()}
+    for n_ctx in within(header):
+        cache, planned = kv_cache_bytes(header, n_ctx), compute.get(n_ctx)
+        row = {"n_ctx": n_ctx, "kv_bytes": cache.total, "compute_bytes": planned}
+        row["need_bytes"] = weights + cache.total + (planned or 0)
+        rows.append(row | {"fits": {name: _fit(limit, cache, row) for name, limit in limits.items()}})
+        note = cache.note and f"Of the KV cache the table shows the {cache.exactness} size: {cache.note}."
+    return {"model": header.path.stem, "note": note, "rows": rows}
+
+
+def _fit(limit: int, cache: KvCacheBytes, row: Mapping[str, Any]) -> str:
+    """Whether a memory holds all; or cache and buffer alone, with weights paged from the disk."""
+    compute = row["compute_bytes"]
+    if (compute or 0) + cache.total * (cache.exactness == "exact") > limit:
+        return DOES_NOT_FIT
+    if compute is None or cache.exactness == "rough" or compute + cache.total > limit:
+        return NOT_KNOWN
+    return FITS if row["need_bytes"] <= limit else PAGED

@@ -34,7 +34,6 @@ SCORES = ("reasoning_score", "code_score")
 CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
 FILE, JOURNAL = "report.json", "long_context_items.jsonl"
 SCORE_ITEMS = "score_items.csv"
-AGAIN = "write the report again: `dfqs-nb report RUN`"
 Command = Mapping[str, Any]  # how a run was started
 UNKNOWN: Command = {"run": "RUN", "model": "MODEL", "options": [], "budget_minutes": None}
 LONGEST_NAME = 80  # characters, in tables and figures
@@ -110,10 +109,10 @@ def settings_of(stage: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def on_gpu(stage: Mapping[str, Any]) -> str:
-    """Which layers of the model were on a GPU, in words; "" for none."""
+    """Which layers of the model were on a GPU, in words; "" for none, and without a stage."""
     n, loaded = (settings_of(stage)[name] for name in ("n_gpu_layers", "offloaded_layers"))
     some = "all layers" if n == -1 else counted(loaded or n, "layers") if n else "unknown layers"
-    return "" if n == 0 or loaded == 0 else some
+    return "" if not stage or n == 0 or loaded == 0 else some
 
 
 def sha256_of(stage: Mapping[str, Any]) -> Any:
@@ -180,7 +179,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
         hint = f"run {NOTEBOOKS['dfqs_report']}, or `dfqs-nb report RUN`"
         raise ReportError("there is no report", where=tilde(path), hint=hint) from None
     except (OSError, ValueError) as error:
-        raise ReportError(f"is not JSON ({error})", where=tilde(path), hint=AGAIN) from error
+        raise stale(path, f"is not JSON ({error})") from error
     check_report(report, path)
     return report
 
@@ -197,7 +196,13 @@ def check_report(report: Any, path: str | Path) -> None:
         wrong = f"contradicts itself about {', '.join(clashes)}"
     else:
         return
-    raise ReportError(wrong, where=tilde(path), hint=AGAIN)
+    raise stale(path, wrong)
+
+
+def stale(path: str | Path, what: str) -> ReportError:
+    """The error for a file of a report that was edited, or is of another time than the others."""
+    again = f"`dfqs-nb report {quoted(Path(path).absolute().parent.name)}`"
+    return ReportError(what, where=tilde(path), hint=f"write the report again: {again}")
 
 
 def stated(report: Mapping[str, Any], metric: str) -> Any:
@@ -257,19 +262,18 @@ def _scores(details: Mapping[str, Any], folder: Path) -> dict[str, SetRun]:
     stated = {name: details[name] for name in SCORES if details[name]["value"] is not None}
     if choices := details["reasoning_score"].get("choices"):
         stated["choice_score"] = choices
-    items, scores = _table(path) if stated else pd.DataFrame(), {}
+    if not stated:
+        return {}
+    try:
+        items = pd.read_csv(path, keep_default_na=False, dtype=COLUMNS, usecols=list(COLUMNS))
+    except (OSError, ValueError, OverflowError) as error:
+        raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
+    scores = {}
     for name, detail in stated.items():
         own = items[items["set"] == detail["set"]]
         scores[name] = SetRun.of(name.removesuffix("_score"), detail["set"], own, n_items=detail["n"])
         _agree(path, name, vars(scores[name].score), detail)
     return scores
-
-
-def _table(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path, keep_default_na=False, dtype=COLUMNS, usecols=list(COLUMNS))
-    except (OSError, ValueError, OverflowError) as error:
-        raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
 
 
 def _agree(path: Path, name: str, made: Mapping[str, Any], stated: Mapping[str, Any]) -> None:

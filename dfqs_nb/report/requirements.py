@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -16,8 +16,7 @@ from dfqs_nb.gguf.facts import experts
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.report import reading
 from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORES, SPEED, Command, Run, settings_of, sha256_of
-from dfqs_nb.report.spec import filled, spec_table
-from dfqs_nb.report.template import sentence
+from dfqs_nb.report.template import filled, sentence, spec_table
 
 MET, NOT_MET, NOT_TESTED, NOT_APPLICABLE = "met", "not met", "not tested", "not applicable"
 # What people read of an option, which is neither met nor unmet; a report's file has the words above.
@@ -30,15 +29,6 @@ SHARED += "type_k type_v use_mmap use_extra_bufts swa_full".split()
 # What the conditions of metrics are about: without one of each, there is nothing to judge.
 MEASURED = {"the curve": (CURVE, BOUNDARY), "the scores and the speed": (*SCORES, SPEED)}
 Judgement = tuple[str, str, dict[str, Any]]  # a verdict, the names of its sentences, their values
-
-
-class Case(NamedTuple):
-    """What a check may look at, beside the stages that its parameters name."""
-
-    run: Run
-    header: GGUFHeader | None
-    metrics: Mapping[str, Any]
-    declared: int | None  # the context that the header declares, in tokens
 
 
 def judged(verdict: str | bool, names: str = "met", /, **values: Any) -> Judgement:
@@ -57,19 +47,19 @@ def check_requirements(
     """
     rows, generate, declared = [], run.get("generate", {}), header.arch("context_length") if header else None
     is_dense = header is not None and not experts(header).moe_layers
-    case, at = Case(run, header, metrics, declared), settings_of(generate)
-    known = {"file": run.get("merge", {}).get("model"), "at": at, "declared": declared}
+    given = {**run, "run": run, "header": header, "metrics": metrics, "declared": declared}
+    known = {"file": run.get("merge", {}).get("model"), "at": settings_of(generate), "declared": declared}
     known["answered"] = sentence("answered", generate) or "no prompt got text"
     known |= {"layers": reading.on_gpu(generate), "on_cpu": reading.on_cpu(command)}
     absent = [what for what, names in MEASURED.items() if all(metrics.get(name) is None for name in names)]
     for row in spec_table("requirements")["requirements"]:
         check = CHECKS[row["check"]]
-        _, *needs = signature(check).parameters
-        missing = [name for name in needs if name not in run]
+        needs = signature(check).parameters
+        missing = [name for name in needs if name not in given]
         if missing and not (is_dense and check is routing):
             verdict, evidence = NOT_TESTED, reading.not_run(missing, command)
         else:
-            verdict, names, values = check(case, **{name: run.get(name, {}) for name in needs})
+            verdict, names, values = check(**{name: given.get(name, {}) for name in needs})
             if is_dense and check is routing and verdict != NOT_APPLICABLE:
                 verdict, names = NOT_APPLICABLE, "dense"
             told = known | values
@@ -90,20 +80,20 @@ def answers(generate: Any) -> Judgement:
     return judged(NOT_TESTED if is_late else NOT_MET, "silent")
 
 
-def single_file(case: Case, merge: Any, generate: Any) -> Judgement:
+def single_file(header: GGUFHeader | None, merge: Any, generate: Any) -> Judgement:
     """One file was made, and that file ran."""
-    n_shards = case.header.get("split.count", 0) if case.header is not None else 0
+    n_shards = header.get("split.count", 0) if header is not None else 0
     if n_shards > 1:
         return judged(NOT_MET, "shard", n_shards=n_shards)
     return answers(generate) if sha256_of(generate) == sha256_of(merge) else judged(NOT_TESTED, "other")
 
 
-def cpu_only(case: Case, generate: Any) -> Judgement:
+def cpu_only(generate: Any) -> Judgement:
     """Ran with no layer on a GPU."""
     return judged(NOT_TESTED, "gpu") if reading.on_gpu(generate) else answers(generate)
 
 
-def routing(case: Case, routing: Any) -> Judgement:
+def routing(routing: Any) -> Judgement:
     """The verdict of notebook 04. Only loads can meet the demand; a difference without any fails it."""
     it = routing.get("verdict")
     if it is None or not it["n_runs"] or it["failed_runs"]:
@@ -117,22 +107,21 @@ def routing(case: Case, routing: Any) -> Judgement:
     return judged(NOT_TESTED if it["passed"] else NOT_MET, "alone", it=it)
 
 
-def metrics(case: Case) -> Judgement:
+def metrics(run: Run, metrics: Mapping[str, Any]) -> Judgement:
     """Every metric is there. Its type is that of the specification, or it would be withheld."""
-    values = case.metrics
-    if missing := [name for name in spec_table("requirements")["metrics"] if values.get(name) is None]:
+    if missing := [name for name in spec_table("requirements")["metrics"] if metrics.get(name) is None]:
         return judged(NOT_MET, "missing", missing=", ".join(missing))
-    boundary = sentence("reached", case.run["long_context"]["boundary"])
-    return judged(MET, n_points=len(values[CURVE]), boundary=boundary, **values)
+    boundary = sentence("reached", run["long_context"]["boundary"])
+    return judged(MET, n_points=len(metrics[CURVE]), boundary=boundary, **metrics)
 
 
-def llama_cpp(case: Case, generate: Any) -> Judgement:
+def llama_cpp(generate: Any) -> Judgement:
     """llama.cpp opened the file and generated."""
     name = settings_of(generate)["runtime"] or "not stated"
     return answers(generate) if "llama" in name.lower() else judged(NOT_TESTED, "other", name=name)
 
 
-def long_context(case: Case, long_context: Any) -> Judgement:
+def long_context(long_context: Any, declared: int | None) -> Judgement:
     """An analysis from the lengths on that the paper names, or of the whole context that the model has."""
     if why := long_context.get("not_measured"):
         return judged(NOT_TESTED, "missing", why=why)
@@ -142,25 +131,25 @@ def long_context(case: Case, long_context: Any) -> Judgement:
     lengths = [row["length"] for row in rows]
     values = {"start": LONG_FROM, "end": LONG_TO, "longest": max(lengths), "least": min(lengths)}
     values |= {"n": len(lengths), "answers": sum(row["n"] for row in rows)}
-    is_long = max(lengths) >= min(LONG_FROM, case.declared or LONG_FROM)
+    is_long = max(lengths) >= min(LONG_FROM, declared or LONG_FROM)
     verdict, name = (MET, "met") if is_long else (NOT_TESTED, "short")
     return judged(verdict, name, reach=sentence("boundary", boundary), **values)
 
 
-def gpu(case: Case, generate: Any) -> Judgement:
+def gpu(generate: Any) -> Judgement:
     """An option: whether this run used it."""
     return judged(MET) if reading.on_gpu(generate) else judged(NOT_MET, "unused")
 
 
-def beyond_64k(case: Case) -> Judgement:
+def beyond_64k(run: Run, declared: int | None) -> Judgement:
     """An option: what the header declares, and what was measured."""
-    curve = case.run.get("long_context", {}).get("curve", [])
+    curve = run.get("long_context", {}).get("curve", [])
     longest = max((row["length"] for row in curve), default=0)
-    verdict = NOT_MET if 0 < (case.declared or 0) <= LONG_TO else NOT_TESTED
+    verdict = NOT_MET if 0 < (declared or 0) <= LONG_TO else NOT_TESTED
     return judged(MET if longest > LONG_TO else verdict, longest=longest)
 
 
-def identical_conditions(case: Case, long_context: Any, scores: Any) -> Judgement:
+def identical_conditions(run: Run, long_context: Any, scores: Any) -> Judgement:
     """The stages that measured ran one model with one runtime and one set of settings."""
     first, second = settings_of(long_context), settings_of(scores)
     pairs = {name: (first[name], second[name]) for name in SHARED}
@@ -168,7 +157,7 @@ def identical_conditions(case: Case, long_context: Any, scores: Any) -> Judgemen
     differ = [f"{name} ({a} and {b})" for name, (a, b) in pairs.items() if a != b and name not in silent]
     if any(speed["n_threads"] != second["n_threads"] for speed in scores.get("speeds", [])):
         differ.append("n_threads of the speed")
-    if sha256_of(long_context) != (sha256_of(scores) or sha256_of(case.run.get("merge", {}))):
+    if sha256_of(long_context) != (sha256_of(scores) or sha256_of(run.get("merge", {}))):
         differ.append("the model")
     if differ or silent:
         verdict, name = (NOT_MET, "differ") if differ else (NOT_TESTED, "unstated")
@@ -176,7 +165,7 @@ def identical_conditions(case: Case, long_context: Any, scores: Any) -> Judgemen
     return judged(MET, n=len(SHARED), names=", ".join(SHARED), curve=first, scores=second)
 
 
-def cpu_baseline(case: Case, long_context: Any, scores: Any) -> Judgement:
+def cpu_baseline(long_context: Any, scores: Any) -> Judgement:
     """No layer on a GPU, or it is stated. The CPU's speed allows no other: then it was not measured."""
     at = {"curve": settings_of(long_context), "scores": settings_of(scores)}
     if layers := reading.on_gpu(scores):
@@ -184,15 +173,15 @@ def cpu_baseline(case: Case, long_context: Any, scores: Any) -> Judgement:
     return judged(MET, "curve" if reading.on_gpu(long_context) else "met", **at)
 
 
-def runtime(case: Case, long_context: Any, scores: Any) -> Judgement:
+def runtime(long_context: Any, scores: Any) -> Judgement:
     """The runtime that the stages recorded is llama.cpp's."""
     names = sorted({settings_of(stage)["runtime"] or "not stated" for stage in (long_context, scores)})
     return judged(all("llama" in name.lower() for name in names), "judged", names=", ".join(names))
 
 
-def prompt_sets(case: Case, long_context: Any, scores: Any) -> Judgement:
+def prompt_sets(run: Run, long_context: Any, scores: Any) -> Judgement:
     """The curve and each score name a set and its hash."""
-    recorded = sets_of(case.run)
+    recorded = sets_of(run)
     named = [it for it in recorded if it.get("prompt_set_sha256")]
     if n := len(recorded) - len(named):
         return judged(NOT_MET, "unknown", n=n, total=len(recorded))
@@ -200,10 +189,10 @@ def prompt_sets(case: Case, long_context: Any, scores: Any) -> Judgement:
     return judged(MET, sets=sets)
 
 
-def reproducible(case: Case, routing: Any, long_context: Any, scores: Any) -> Judgement:
+def reproducible(run: Run, routing: Any, long_context: Any, scores: Any) -> Judgement:
     """Greedy decoding, one seed, and a repetition that gave the same."""
     seeds = sorted({str(settings_of(stage)["seed"]) for stage in (scores, routing, long_context)})
-    hottest = max(it.get("sampling", {}).get("temperature", 0.0) for it in sets_of(case.run))
+    hottest = max(it.get("sampling", {}).get("temperature", 0.0) for it in sets_of(run))
     it = routing.get("verdict") or {"n_runs": 0}
     wrong, verdict = ["seeds"] * (len(seeds) > 1) + ["hot"] * bool(hottest), NOT_MET
     if not it["n_runs"]:
@@ -223,5 +212,6 @@ def sets_of(run: Run) -> list[Mapping[str, Any]]:
 
 CONDITIONS = (identical_conditions, cpu_baseline, runtime, prompt_sets, reproducible)
 PROPERTIES = (single_file, cpu_only, routing, metrics, llama_cpp, long_context, gpu, beyond_64k)
-# Each check is given the stages that its parameters name.
+# A check is given what its parameters name: stages, the run of all, the model's header, the metrics, and the
+# context in tokens that the header declares.
 CHECKS: dict[str, Callable[..., Judgement]] = {check.__name__: check for check in (*PROPERTIES, *CONDITIONS)}

@@ -1,9 +1,13 @@
-"""The templates of ``report/templates/``, filled in with everything escaped, and sources with their links."""
+"""The prose of the report: tables of ``data/spec/``, templates with everything escaped, links to sources."""
 
 from __future__ import annotations
 
 import re
+import string
+import tomllib
+from collections.abc import Mapping
 from functools import lru_cache, partial
+from itertools import count
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -11,13 +15,78 @@ from markupsafe import Markup, escape
 
 from dfqs_nb.core import display
 from dfqs_nb.core.display import counted
-from dfqs_nb.core.paths import public_address
+from dfqs_nb.core.errors import RegistryError
+from dfqs_nb.core.paths import data_dir, public_address, tilde
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.report.reading import rerun
-from dfqs_nb.report.spec import CLAIM_VERDICTS, spec_table
 
+GB = 10**9  # the documents write GB; so are their figures read here
+# The fields of an entry of claims.toml where it has none of its own.
+UNSTATED: dict[str, Any] = {
+    **{"fact": "stated", "test": "equals", "yes": "confirmed", "no": "contradicted"},
+    **dict.fromkeys(("unit", "verdict", "found", "evidence"), ""),
+    **dict.fromkeys(("value", "tolerance", "limit")),
+}
 FEW_TEXTS = 12  # below, a boundary is provisional
 FEW_QUESTIONS = 12  # a score of fewer is no cross, and does not go to the hub
+
+
+def link(document: Mapping[str, Any], section: str) -> str:
+    """The address of a document's section, or of the document where the section has no anchor."""
+    anchor = document.get("sections", {}).get(section)
+    return f"{document['address']}#{anchor}" if anchor else str(document["address"])
+
+
+class _Words(string.Formatter):
+    def format_field(self, value: Any, form: str) -> str:
+        if value is None:
+            return "not measured" if form.endswith("f") else "unknown"
+        return str(super().format_field(value, form))
+
+
+def filled(form: str, values: Mapping[str, Any]) -> str:
+    """A sentence of the two tables with its values; what is not known reads so.
+
+    >>> filled("{n:,} bytes, {share:.0%}, {speed:.2f}", {"n": 1000, "share": 0.5, "speed": None})
+    '1,000 bytes, 50 %, not measured'
+    """
+    return percent(_Words().vformat(form, (), values))
+
+
+def percent(text: str) -> str:
+    """A text with a space before each percent sign of a number.
+
+    >>> percent("8.9% of 95 %")
+    '8.9 % of 95 %'
+    """
+    return re.sub(r"(?<=\d)%", " %", text)
+
+
+def spec_table(name: str) -> dict[str, Any]:
+    """A table of ``data/spec/``; a RegistryError where it is missing, or is no TOML.
+
+    ``requirements``: the demands, the metrics with their types, the hardware envelope. ``claims``: the
+    statements, each with a ``number`` in its document; facts, documents, links.
+
+    >>> spec_table("requirements")["envelope"]["ram"]["minimum"]
+    80
+    """
+    path = data_dir() / "spec" / f"{name}.toml"
+    try:
+        return _parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        hint = "restore it with `git checkout data/spec`, or set DFQS_DATA to a folder that has it"
+        raise RegistryError(f"cannot be read ({error})", where=tilde(path), hint=hint) from error
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> dict[str, Any]:
+    table = tomllib.loads(text)
+    counts = {name: count(1) for name in table.get("documents", {})}
+    for claim in table.get("claims", []):
+        number = f"{table['documents'][claim['document']]['letter']}{next(counts[claim['document']])}"
+        claim |= {**UNSTATED, **claim, "number": number}
+    return table
 
 
 @lru_cache(maxsize=3)
@@ -39,9 +108,10 @@ def _environment(kind: str) -> Environment:
         lstrip_blocks=True,
     )
     made.globals |= {"size": display.size, "sentence": sentence, "rerun": rerun}
-    made.globals |= {"FEW_TEXTS": FEW_TEXTS, "FEW_QUESTIONS": FEW_QUESTIONS, "CLAIM_VERDICTS": CLAIM_VERDICTS}
+    made.globals |= {"FEW_TEXTS": FEW_TEXTS, "FEW_QUESTIONS": FEW_QUESTIONS}
     made.filters |= {
         "counted": counted,
+        "percent": percent,
         "begun": lambda text: text[:1].upper() + text[1:],
         "linked": partial(linked, is_html=is_html),
         "table": lambda frame: Markup(display.markdown_table(frame.map(display.cell))),

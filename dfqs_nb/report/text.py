@@ -1,4 +1,7 @@
-"""A report as people read it: its verdict, Markdown, and one HTML page. The prose is in the templates."""
+"""A report as people and the hub read it, and its files: written, sealed and checked together.
+
+The prose is in the templates.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,24 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dfqs_nb.core.display import duration, plain
-from dfqs_nb.core.stage import NOTEBOOKS
-from dfqs_nb.report import requirements
-from dfqs_nb.report.envelope import needs_table
-from dfqs_nb.report.reading import BESIDE, BOUNDARY, CURVE, SCORES, SPEED, ReportError, rerun, stages_in
+from dfqs_nb.core.display import counted, duration, plain
+from dfqs_nb.core.files import is_file, sha256_of_file, write_json, write_text
+from dfqs_nb.core.paths import tilde
+from dfqs_nb.core.stage import NOTEBOOKS, Stage, read_stage
+from dfqs_nb.report import reading, requirements
+from dfqs_nb.report.metrics import METRICS
+from dfqs_nb.report.reading import BESIDE, BOUNDARY, CURVE, FILE, SCORES, SPEED, ReportError, rerun
 from dfqs_nb.report.requirements import MET, NOT_APPLICABLE, NOT_MET, NOT_TESTED
-from dfqs_nb.report.spec import link, spec_table
-from dfqs_nb.report.template import FEW_QUESTIONS, render, sentence
+from dfqs_nb.report.template import FEW_QUESTIONS, GB, link, render, sentence, spec_table
 
+SEALED = "dfqs_report"  # the stage of notebook 07
 YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
 SYMBOLS = {YES: "✓", NO: "✗", PARTLY: "~", UNKNOWN: "?", NOT_APPLICABLE: "–"}
 NEAR_GUESSING = 0.1  # a score is a cross where its interval excludes more than this above guessing
 UNMEASURED = ("metrics", NOT_MET)  # the one requirement that is not met because something was not measured
 MARKS = {MET: YES, NOT_MET: NO, NOT_TESTED: UNKNOWN, NOT_APPLICABLE: NOT_APPLICABLE}  # of a requirement
 UNJUDGED = {"verdict": NOT_TESTED, "evidence": "not judged in this report"}
+NEEDS = {"kv_bytes": "KV cache", "compute_bytes": "compute buffer", "need_bytes": "with all weights"}
 # By the macro that answers it: the question, the section that has the evidence, and the demand that is it.
 QUESTIONS = {
     "sound": ("Is the file sound?", "requirements", "single-file"),
@@ -53,6 +59,7 @@ class Verdict:
     """The lines of a report's verdict, in order."""
 
     title: str
+    place: str  # where it ran
     lines: tuple[Line, ...]
 
     @property
@@ -62,7 +69,7 @@ class Verdict:
         return [plain(text.rstrip()) for text in sentences]
 
     def __repr__(self) -> str:
-        return "\n".join([self.title, *self.summary])
+        return "\n".join([self.title, self.place, *self.summary])
 
     def _repr_markdown_(self) -> str:
         return render("verdict.md", verdict=self)
@@ -81,8 +88,8 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         answer, _, caveat = sentence(name, report, row["evidence"], mark).partition("\n")
         answer, caveat = (text[:1].upper() + text[1:] for text in (answer, caveat))
         lines.append(Line(mark, question, answer, caveat, section, SYMBOLS[mark]))
-    name = plain(report["model"]["name"])
-    return Verdict(f"{name}, {report['specification']}, {report['tier']} tier", tuple(lines))
+    name, place = plain(report["model"]["name"]), plain(sentence("ran_on", report["machine"]))
+    return Verdict(f"{name}, {report['specification']}, {report['tier']} tier", place, tuple(lines))
 
 
 def _carries(report: Mapping[str, Any]) -> str:
@@ -107,10 +114,8 @@ def _scores(details: Mapping[str, Any]) -> str:
 
     A score that nobody can guess, such as code, is above guessing from one right answer on: it has no mark.
     """
-    marks = set()
-    for score in (*(details[name] for name in SCORES), details["reasoning_score"].get("choices")):
-        if score is None:
-            continue
+    marks, choices = set(), details["reasoning_score"].get("choices")
+    for score in (*(details[name] for name in SCORES), *([choices] if choices else [])):
         if score.get("withheld"):
             marks.add(UNKNOWN)
         elif score["low"] > score["guess_rate"] > 0:
@@ -146,6 +151,14 @@ def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     }
 
 
+def needs_table(envelope: Mapping[str, Any]) -> pd.DataFrame:
+    """A row a context: sizes in GB or (of a small model) MB, then what holds them."""
+    rows = pd.DataFrame(envelope["rows"]).set_index("n_ctx")
+    unit, scale = ("GB", GB) if rows["need_bytes"].min() >= GB else ("MB", 10**6)
+    sizes = (rows[list(NEEDS)].astype(float) / scale).rename(columns=NEEDS).add_suffix(f" ({unit})")
+    return sizes.dropna(axis="columns", how="all").join(pd.DataFrame(rows["fits"].to_dict()).T)
+
+
 def texts(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """The report for people: Markdown, for a model card too, and one HTML page.
 
@@ -157,7 +170,7 @@ def texts(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """All that the templates of a report show; they write numbers as `core.display.cell` does."""
-    frames, details, beside = tables(report), report["details"], _beside(report, folder)
+    details, beside = report["details"], _beside(report, folder)
     ran, versions = report["machine"], report["versions"].items()
     other = {f"{name}, of this report": value for name, value in versions if ran.get(name) != value}
     model = {name: it for name, it in report["model"].items() if name != "relation_to_artifact"}
@@ -174,14 +187,11 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "figure": lambda name: _figure(folder, name),
         "is_drawn": lambda name: f"{name}.png" in report["sources"] and bool(drawn.get(name, True)),
         "verdict": verdict(report),
-        "metrics": frames["metrics"].reset_index(),
+        **{name: frame.reset_index() for name, frame in tables(report).items()},
         "has_scores": drawn["score_families"],
         "curve": retrieval(details[CURVE]),
-        "requirements": frames["requirements"].reset_index(),
-        "claims": frames["claims"].reset_index(),
         "documents": spec_table("claims")["documents"],
         "link": link,
-        "needs": frames["needs"].reset_index().rename(columns={"n_ctx": "context (tokens)"}),
         "paging": _pairs(paging if is_paged else {}, "a token of decode, predicted and measured"),
         "beside": beside,
         "model": _pairs({name.replace("_", " "): it for name, it in model.items()}, "of the model"),
@@ -209,7 +219,7 @@ def retrieval(curve: Mapping[str, Any]) -> pd.DataFrame:
 
 def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
     """What else there is: summaries of ladder and serving; each stage's budget, and what it left out."""
-    stages, budgets = stages_in(folder), []
+    stages, budgets = reading.stages_in(folder), []
     for name, stage in stages.items():
         if budget := stage.get("budget"):
             used, given = budget["used_seconds"], budget["seconds"]
@@ -228,5 +238,86 @@ def _figure(folder: Path, name: str) -> str:
     """A figure as the address of itself."""
     file = folder / f"{name}.svg"
     if not file.is_file():
-        raise ReportError("the figure is missing", where=file, hint="run its notebook again")
+        raise ReportError("the figure is missing", where=tilde(file), hint="run its notebook again")
     return f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+# ---- written, sealed and checked together ----
+
+
+def write_report(stage: Stage | str | Path, report: Mapping[str, Any]) -> list[Path]:
+    """Write every file of a report into its run's folder, and seal them; their paths.
+
+    ``stage``: the stage ``dfqs_report``, or the run's folder.
+    """
+    stage = stage if isinstance(stage, Stage) else Stage(Path(stage), SEALED)
+    reading.check_report(report, stage.folder / FILE)
+    made = {**texts(report, stage.folder), "model-index.yml": hub_form(report)}  # before one is written
+    written = [write_json(stage.path(FILE), report)]
+    for name, text in made.items():
+        if text:
+            written.append(write_text(stage.path(name), text))
+        else:  # one of an earlier report would state what this one withholds
+            (stage.folder / name).unlink(missing_ok=True)
+    lines = [sentence("nano_tier")] * (report["tier"] == "nano") + verdict(report).summary
+    return [*written, stage.finish(conditions=report["conditions"], tier=report["tier"], summary=lines)]
+
+
+def check_run(folder: str | Path) -> list[str]:
+    """Check a report and everything that it stands on; a line for each file that was checked.
+
+    Its schema, hashes and contradictions; every stage's seal; its texts, rendered again; its scores and
+    curve, counted again from the answers. A DfqsError names the first fault.
+    """
+    folder = Path(folder)
+    items = reading.read_answers(folder)
+    stages = reading.stages_in(folder, sealed=True) | {SEALED: read_stage(folder, SEALED, sealed=True)}
+    known = {name: digest for stage in stages.values() for name, digest in stage["files"].items()}
+    for name, then in items.report["sources"].items():
+        if name not in known and is_file(folder / name):  # a seal covers the others
+            known[name] = sha256_of_file(folder / name)
+        if known.get(name) != then:
+            raise reading.stale(folder / name, "is missing, or was changed since the report was written")
+    for name, text in texts(items.report, folder).items():
+        path = folder / name
+        if not is_file(path) or path.read_text(errors="replace", encoding="utf-8") != text:
+            why = "edited, or written by another version of the workbook"
+            raise reading.stale(path, f"is not what {FILE} gives: {why}")
+    lines = [
+        f"{name}.json: as it was written, with {counted(len(it['files']), 'files')}"
+        for name, it in stages.items()
+    ]
+    again = ", ".join([*items.scores, *([CURVE] if len(items.context) else [])])
+    again = f"counted again from the answers: {again or 'nothing, every metric is withheld'}"
+    return [f"{FILE}: as it was written", *lines, again]
+
+
+def hub_form(report: Mapping[str, Any]) -> str:
+    """``model-index.yml``, the block of that name for the front matter of a card; "" without metrics.
+
+    It takes numbers alone, so a curve, a boundary that is censored or provisional, and a score of fewer than
+    `FEW_QUESTIONS` have no entry.
+    """
+    import huggingface_hub as hub
+    import yaml
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    index = []
+    for name, (_, _, kind, _) in METRICS.items():
+        detail = report["details"][name]
+        is_few = name in SCORES and detail["n"] < FEW_QUESTIONS
+        is_bound = detail.get("right_censored") or detail.get("provisional")
+        if detail["withheld"] or not kind or is_few or is_bound:
+            continue
+        stated, asked = sentence("metric", name, detail), detail.get("set") or f"{report['tier']}-{name}"
+        value = detail["value"] if isinstance(detail["value"], int) else float(f"{detail['value']:.6g}")
+        facts = {"conditions_sha256": report["conditions_sha256"], "n": detail["n"], "stated": stated}
+        facts |= {"contended": True} if detail.get("contended") else {}
+        about: dict[str, Any] = {"dataset_type": f"dfqs-{asked}", "dataset_name": f"DFQS 1.0, {asked}"}
+        about |= {"task_type": "text-generation", "task_name": "Text generation", "metric_type": kind}
+        index.append(hub.EvalResult(metric_name=name, metric_value=value, dataset_args=facts, **about))
+    if not index:
+        return ""
+    form = {"model-index": eval_results_to_model_index(plain(report["model"]["name"]), index)}
+    first = f"# {sentence('nano_tier')}\n" if report["tier"] == "nano" else ""
+    return first + str(yaml.safe_dump(form, sort_keys=False, allow_unicode=True))

@@ -28,7 +28,7 @@ from typer import Argument, Option
 from dfqs_nb import __version__
 from dfqs_nb.core.display import counted, did_you_mean, one_line, plain, quoted
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import write_json, write_table, write_text
+from dfqs_nb.core.files import canonical_sha256, write_json, write_table, write_text
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
 from dfqs_nb.workbook import terminal
 from dfqs_nb.workbook.terminal import MEASURE, REPORT, WHOLE, Overwrite, app, say, say_table
@@ -338,8 +338,9 @@ def compare(
 
     places = [name if Path(name).is_file() else str(run_folder(name)) for name in runs]
     comparison = report.compare_reports(places)
-    folder = run_dir("-".join(["compare", *(run.report["run"] for run in comparison.runs)]))
     say(comparison)
+    name = "-".join(["compare", *(run.report["run"] for run in comparison.runs)])
+    folder = run_dir(name if len(name) < 100 else f"{name[:88]}-{canonical_sha256(name)[:8]}")
     terminal.say_written([write_text(folder / "comparison.md", str(comparison))], folder)
 
 

@@ -19,10 +19,7 @@ from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.models import registered
 from dfqs_nb.merge.merge import CONSUME_EXTRA_BYTES
 from dfqs_nb.report import claims
-from dfqs_nb.report.claims import check_claims, facts, relation
-from dfqs_nb.report.envelope import CONTEXTS
-from dfqs_nb.report.reading import Run, checked
-from dfqs_nb.report.spec import (
+from dfqs_nb.report.claims import (
     CLAIM_VERDICTS,
     CONFIRMED,
     CONTRADICTED,
@@ -30,12 +27,20 @@ from dfqs_nb.report.spec import (
     IN_PART,
     NOT_CHECKABLE,
     NOT_TESTABLE,
-    UNSTATED,
+    check_claims,
+    facts,
     figure,
+    relation,
+)
+from dfqs_nb.report.metrics import CONTEXTS
+from dfqs_nb.report.reading import Run, checked
+from dfqs_nb.report.template import (
+    UNSTATED,
     link,
+    linked,
+    sentence,
     spec_table,
 )
-from dfqs_nb.report.template import linked, sentence
 
 SINGLE = registered()["deepseek-v4-flash-iq1_s-xl-single"].files[0]
 NOTHING: Run = {}

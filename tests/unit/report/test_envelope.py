@@ -14,18 +14,18 @@ from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.llama import settings
-from dfqs_nb.report import envelope
-from dfqs_nb.report.envelope import (
+from dfqs_nb.report import metrics
+from dfqs_nb.report.metrics import (
     DOES_NOT_FIT,
     FITS,
     GB,
     NOT_KNOWN,
     PAGED,
     hardware_envelope,
-    needs_table,
     planned_compute,
 )
-from dfqs_nb.report.spec import spec_table
+from dfqs_nb.report.template import spec_table
+from dfqs_nb.report.text import needs_table
 
 SMALL, LARGE = 16 * GB, 256 * GB  # bytes of memory
 
@@ -62,7 +62,7 @@ def fits(needs: dict, n_ctx: int) -> list[str]:
 def test_the_recorded_compute_buffers_are_what_llama_cpp_plans_for_the_published_shapes(flash_file):
     table = spec_table("requirements")["envelope"]["published_compute"]
     recorded = {int(n_ctx): row for n_ctx, row in table.items()}
-    assert recorded.keys() == set(envelope.CONTEXTS)
+    assert recorded.keys() == set(metrics.CONTEXTS)
     for flash in (False, True):
         given = settings.OpenSettings(n_threads=1, flash_attn=flash)
         planned = planned_compute(flash_file, list(recorded), given)
@@ -71,11 +71,11 @@ def test_the_recorded_compute_buffers_are_what_llama_cpp_plans_for_the_published
 
 
 def test_the_artifacts_own_header_is_held_against_the_specifications_table(flash_file):
-    header, compute = read_header(flash_file), dict.fromkeys(envelope.CONTEXTS, GB)
+    header, compute = read_header(flash_file), dict.fromkeys(metrics.CONTEXTS, GB)
     small, large = (hardware_envelope(header, n, compute, is_artifact=True) for n in (SMALL, LARGE))
     assert fits(small, 8192) == [PAGED, FITS, FITS], "this machine, then 80 and 128 GB"
     assert fits(small, 1048576) == [PAGED, FITS, FITS] and fits(large, 1048576)[0] == FITS
-    high = hardware_envelope(header, SMALL, dict.fromkeys(envelope.CONTEXTS, 40 * GB), is_artifact=True)
+    high = hardware_envelope(header, SMALL, dict.fromkeys(metrics.CONTEXTS, 40 * GB), is_artifact=True)
     assert fits(high, 8192) == [DOES_NOT_FIT, PAGED, FITS]
 
 
@@ -108,7 +108,7 @@ def test_the_models_own_context_is_added_and_nothing_is_said_of_what_lies_beyond
 
 def test_a_cache_that_is_an_upper_bound_refuses_nothing_alone(monkeypatch, merged_reference):
     bound = memory.KvCacheBytes([100 * GB], "upper bound", "a note")
-    monkeypatch.setattr(envelope, "kv_cache_bytes", lambda *_, **__: bound)
+    monkeypatch.setattr(metrics, "kv_cache_bytes", lambda *_, **__: bound)
     header, compute = read_header(merged_reference), {8192: 0}
     assert fits(hardware_envelope(header, SMALL, compute), 8192) == [NOT_KNOWN]
     assert fits(hardware_envelope(header, LARGE, compute), 8192) == [FITS]

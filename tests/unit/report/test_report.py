@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from dfqs_nb.core import files as core_files
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.core.stage import NOTEBOOKS, Stage
-from dfqs_nb.report import files, metrics, reading, text
+from dfqs_nb.report import metrics, reading, text
 from dfqs_nb.report.reading import ReportError
-from dfqs_nb.report.spec import spec_table
+from dfqs_nb.report.template import spec_table
 from dfqs_nb.scores import item_sets
 from dfqs_nb.workbook import cli
 
@@ -437,9 +438,9 @@ def test_the_verdict_answers_six_questions_with_intervals_and_caveats(made):
     )
     by = {line.question: line for line in lines}
     carries = by["How far does the context carry?"]
-    assert "from 512, open above" in carries.answer and "beyond the lengths measured" in carries.caveat
+    assert "from 512, open above" in carries.answer and "measured up to 2,048 tokens" in carries.caveat
     assert {line.section for line in lines} == {"metrics", "requirements"}
-    assert "Reasoning 0.74 (0.68 to 0.80, n = 192)" in by["What does it score?"].answer
+    assert "Reasoning 0.74 (0.68 to 0.80, n = 192; guessing 0.32)" in by["What does it score?"].answer
 
 
 def test_the_verdict_is_no_better_than_its_evidence(merged_reference, tmp_path):
@@ -456,8 +457,9 @@ def test_the_verdict_is_no_better_than_its_evidence(merged_reference, tmp_path):
         "generate": {"answers": []},
     }
     folder = make_run(tmp_path / "r", merged_reference, **changed)
-    marks = [line.mark for line in report.verdict(report.build_report(folder, ask_llama_cpp=False)).lines]
-    assert marks == ["no", "no", "no", "no", "yes", "no"]
+    lines = report.verdict(report.build_report(folder, ask_llama_cpp=False)).lines
+    assert [line.mark for line in lines] == ["no", "no", "no", "no", "yes", "no"]
+    assert lines[1].answer == "No token was generated on the CPU", "a cross begins with its reason"
 
 
 @pytest.mark.parametrize(
@@ -465,7 +467,7 @@ def test_the_verdict_is_no_better_than_its_evidence(merged_reference, tmp_path):
     [
         ({"provisional": True, "n_haystacks": 6}, "provisional: 6 texts, fewer than 12"),
         ({"not_monotone": True, "first_crossing": 181}, "not monotone.*first crossing at 181"),
-        ({"right_censored": True, "status": "right_censored", "high": None}, "or more .*open above"),
+        ({"right_censored": True, "status": "right_censored", "high": None}, "or more, .*open above"),
         ({"status": "floor", "tokens": 0}, "no better than guessing"),
     ],
 )
@@ -474,7 +476,7 @@ def test_flags_of_the_boundary_stand_wherever_it_stands(merged_reference, tmp_pa
     changed = {"boundary": boundary, "failure_boundary_tokens": boundary["tokens"]}
     folder = make_run(tmp_path / "r", merged_reference, long_context=changed)
     built = report.build_report(folder, ask_llama_cpp=False)
-    hub = files.hub_form(built)
+    hub = text.hub_form(built)
     is_bound = bool(changes.get("provisional") or changes.get("right_censored"))
     assert ("failure_boundary_tokens" in hub) == (not is_bound)
     if changes.get("right_censored"):
@@ -567,7 +569,7 @@ def test_a_version_stands_once_in_the_appendix(made, run):
 
 def test_sections_sources_and_statements_are_linked(made, run):
     content = markdown(made, run)
-    assert content.count("](#the-five-metrics))") == 3
+    assert content.count("](#the-five-metrics)**") == 3
     assert "[card, Profiling](https://arishma108.github.io/drpersadh/merged.html#profiling)" in content
     assert "[paper](https://arishma108.github.io/drpersadh/dfqs.html), section 6.2, with MUST" in content
 
@@ -687,6 +689,26 @@ def test_a_figure_that_is_missing_is_said(made, run):
         page_of(shown, run)
 
 
+def test_a_report_that_cannot_be_drawn_leaves_the_one_before_as_it_was(copied):
+    before = {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
+    body = report.read_report(copied) | {"created": "2020-01-01T00:00:00+00:00"}
+    body["sources"] = body["sources"] | {"context_curve.png": "0" * 64}
+    with pytest.raises(ReportError, match="the figure is missing"):
+        report.write_report(copied, resealed(body))
+    assert before == {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
+
+
+def test_a_run_of_one_notebook_counts_what_was_not_tested_and_limits_no_answer_that_is_not_there(
+    merged_reference, tmp_path
+):
+    without = ("header", "generate", "routing", "long_context", "scores")
+    folder = make_run(tmp_path / "r", merged_reference, without=without)
+    built = report.build_report(folder, ask_llama_cpp=False)
+    assert "How well" not in line_of(built, "Is the file").caveat
+    caveat = line_of(built, "Which demands").caveat
+    assert "; 10 are not tested" in caveat and caveat.count('"') == 2 and len(caveat) < 500
+
+
 def test_names_of_others_run_no_script_and_make_no_headings_images_or_links(made, run):
     evil = copy.deepcopy(made)
     evil["model"] |= {"name": HOSTILE, "architecture": HOSTILE, "tensor_types": HOSTILE}
@@ -707,13 +729,13 @@ def test_names_of_others_run_no_script_and_make_no_headings_images_or_links(made
         tag for tag in ("<script", "<img src=x", 'javascript:a"', '127.0.0.1:9/t.png"') if tag in shown
     ]
     assert "\x1b" not in markdown(evil, run) and parsed(shown).tags.count("h1") == 1
-    assert "\x1b" not in files.hub_form(evil) and "\x1b" not in str(report.verdict(evil))
+    assert "\x1b" not in text.hub_form(evil) and "\x1b" not in str(report.verdict(evil))
 
 
 def test_nothing_measured_gives_no_model_index(merged_reference, tmp_path):
     folder = make_run(tmp_path / "r", merged_reference, without=("scores", "long_context"))
     built = report.build_report(folder, ask_llama_cpp=False)
-    assert files.hub_form(built) == ""
+    assert text.hub_form(built) == ""
     (folder / "model-index.yml").write_text("an earlier report's")
     names = {path.name for path in report.write_report(folder, built)}
     assert {"report.md", "report.html", "report.json"} <= names and "model-index.yml" not in names
@@ -723,11 +745,41 @@ def test_nothing_measured_gives_no_model_index(merged_reference, tmp_path):
 
 
 def test_the_machine_is_the_one_that_was_timed_wherever_the_report_is_written(merged_reference, tmp_path):
-    timed = {"system": "Plan 9", "processor": "another"}
-    folder = make_run(tmp_path / "r", merged_reference, scores={"machine": timed})
-    assert report.build_report(folder, ask_llama_cpp=False)["machine"] == timed
+    timed = {"system": "Plan 9", "processor": "another", "usable cores": 1, "memory (GiB)": "8.0, 4.0 free"}
+    line = "Measured on another: 1 core, 8.0 GiB of memory, Plan 9, no layer on a GPU"
+    for number, (stage, *without) in {"06": ["scores"], "03": ["generate", "scores"]}.items():
+        folder = make_run(tmp_path / number, merged_reference, without=without, **{stage: {"machine": timed}})
+        built = report.build_report(folder, ask_llama_cpp=False)
+        wanted = timed | {"on a GPU": "no layer", "recorded by": f"notebook {number}"}
+        assert built["machine"] == wanted
+        for shown in (str(report.verdict(built)), markdown(built, folder), page_of(built, folder)):
+            assert shown.split("Is the file sound?")[0].count(line) == 1
     bare = make_run(tmp_path / "bare", merged_reference, without=("scores",))
-    assert report.build_report(bare, ask_llama_cpp=False)["machine"]["usable cores"] >= 1
+    built = report.build_report(bare, ask_llama_cpp=False)
+    assert built["machine"]["usable cores"] >= 1 and "No notebook recorded where" in markdown(built, bare)
+
+
+def test_layers_on_a_card_stand_with_its_name_where_it_ran(merged_reference, tmp_path):
+    built = on_a_card(tmp_path / "card", merged_reference)
+    assert report.verdict(built).place.endswith("all layers on a GPU")
+    built["machine"]["graphics cards"] = "NVIDIA H100"
+    assert report.verdict(built).place.endswith("all layers on a GPU (NVIDIA H100)")
+
+
+def test_a_report_that_states_nothing_of_its_machine_is_shown(made, run):
+    """Reports of earlier versions stay readable."""
+    for machine in ({}, dict.fromkeys(("processor", "usable cores", "memory (GiB)", "system"))):
+        words = "Measured on an unknown processor: unknown cores, unknown GiB of memory, an unknown system"
+        assert words in " ".join(markdown({**made, "machine": machine}, run).split())
+
+
+def test_a_report_is_checked_by_reading_each_file_once_or_twice(copied, monkeypatch):
+    read, own = [], core_files.sha256_of_file
+    for module in (text, reading, sys.modules["dfqs_nb.core.stage"]):
+        monkeypatch.setattr(module, "sha256_of_file", lambda path: read.append(path.name) or own(path))
+    assert report.check_run(copied)
+    answers = {"score_items.csv", "long_context_items.jsonl"}
+    assert {name for name in read if read.count(name) > 1} <= answers
 
 
 # ---- seals and checks ----
@@ -938,10 +990,10 @@ def test_a_value_of_the_curve_that_is_cut_at_1_does_not_look_certain(made):
 
 def test_the_accuracy_that_the_curve_is_relative_to_and_how_far_was_measured_stand_in_the_verdict(made):
     line, first = line_of(made, "How far"), made["details"]["context_stability_curve"]["points"][0]
-    assert f"relative to an accuracy of {first['accuracy']:.2f} ({first['low']:.2f} to " in line.answer
-    assert f", {first['n']} answers) at {first['length']} tokens" in line.answer
+    assert f"Relative to an accuracy of {first['accuracy']:.2f} ({first['low']:.2f} to " in line.caveat
+    assert f", {first['n']} answers) at {first['length']} tokens" in line.caveat
     longest = max(made["details"]["context_stability_curve"]["lengths"])
-    assert f"measured up to {longest:,} of the 65,536 tokens that the header declares" in line.caveat
+    assert f"measured up to {longest:,} tokens. The header declares 65,536 tokens" in line.caveat
 
 
 @pytest.mark.parametrize(("right", "mark"), [(0.9, "in part"), (0.25, "no")])
@@ -958,8 +1010,8 @@ def test_multiple_choice_stands_in_the_verdict_and_counts_where_writing_fails(
     changed = {"scores": [choices, *scores], "conditions": conditions}
     folder = make_run(tmp_path / "r", merged_reference, scores=changed)
     line = line_of(report.build_report(folder, ask_llama_cpp=False), "What does it score")
-    assert line.mark == mark and f"multiple choice by likelihood {right:.2f} (" in line.answer
-    assert "n = 80)" in line.answer and "0.25 in multiple choice" in line.caveat
+    assert line.mark == mark and f"multiple choice {right:.2f} (" in line.answer
+    assert "n = 80; guessing 0.25)" in line.answer
 
 
 def test_a_tick_is_explained_only_where_one_stands(made):

@@ -20,6 +20,7 @@ from dfqs_nb.core.journal import Journal
 from dfqs_nb.report import compare as report_compare
 from dfqs_nb.report.compare import RETRIEVAL, compare_reports
 from dfqs_nb.report.reading import ReportError, read_answers
+from dfqs_nb.workbook import cli
 
 REFUSED = (ComparisonError, ReportError)
 LENGTHS = (64, 128, 256, 512, 1024)
@@ -121,10 +122,36 @@ def test_differing_conditions_are_refused_with_every_field(tmp_path, pair):
     other = make_run(tmp_path / "three", "Three", conditions=conditions)
     with pytest.raises(REFUSED) as caught:
         compare_reports([*pair, other])
-    assert "three/report.json: long_context.type_k (f16 and q8_0), scores.n_ctx (1024 and 4096)" in str(
+    assert "three/report.json: long_context.type_k (f16 and q8_0), scores.n_ctx (1,024 and 4,096)" in str(
         caught.value
     )
     assert "two/report.json" not in str(caught.value) and "max_items" not in str(caught.value)
+
+
+def test_a_setting_that_differs_everywhere_is_named_once(pair, tmp_path):
+    """Each set repeats the settings, so one thread more would read as ten conditions."""
+    conditions = json.loads(json.dumps(CONDITIONS))
+    for part in (conditions["scores"], conditions["long_context"]):
+        part["n_threads"] = 2
+    other = make_run(tmp_path / "three", "Three", conditions=conditions)
+    with pytest.raises(REFUSED, match=r"three/report.json: n_threads \(1 and 2\); run all again"):
+        compare_reports([pair[0], other])
+
+
+def test_a_report_is_not_compared_with_itself(pair, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(pair[0])
+    for same in (pair[0], pair[0] / "report.json", link):
+        with pytest.raises(REFUSED, match="the same report is given twice"):
+            compare_reports([pair[0], same])
+
+
+def test_many_runs_are_compared_whatever_their_names_add_up_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
+    runs = [str(make_run(tmp_path / f"{'long' * 15}-{n}", f"M{n}", seed=n)) for n in range(5)]
+    assert cli.main(["compare", *runs]) == 0
+    (folder,) = (path for path in tmp_path.iterdir() if path.name.startswith("compare-"))
+    assert (folder / "comparison.md").read_text() in capsys.readouterr().out and len(folder.name) < 100
 
 
 def test_two_runs_that_their_budgets_shortened_are_compared_on_the_questions_of_both(tmp_path):
@@ -164,7 +191,7 @@ def test_only_a_chat_template_may_differ_and_that_is_said_first(tmp_path):
     assert "through its own chat template" in str(compared).split("\n| ")[0]
     conditions["scores"]["n_ctx"] = 4096
     other = make_run(tmp_path / "three", "Three", conditions=conditions)
-    with pytest.raises(ComparisonError, match=r"scores.n_ctx \(1024 and 4096\)") as caught:
+    with pytest.raises(ComparisonError, match=r"scores.n_ctx \(1,024 and 4,096\)") as caught:
         compare_reports([pair[0], other])
     assert "nano-reasoning" not in str(caught.value)
 

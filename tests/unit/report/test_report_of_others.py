@@ -15,9 +15,9 @@ from sealed_run import make_run, recorded
 from dfqs_nb import report
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.report import files, text
+from dfqs_nb.report import text
 from dfqs_nb.report.reading import COMMAND
-from dfqs_nb.report.spec import spec_table
+from dfqs_nb.report.template import spec_table
 from dfqs_nb.workbook import cli
 
 SHA256 = "a" * 64
@@ -233,7 +233,7 @@ def test_a_budget_that_was_short_refutes_no_demand(hurried):
 
 
 def test_the_hub_gets_no_bound_and_no_score_of_a_few_questions(hurried):
-    form = files.hub_form(hurried)
+    form = text.hub_form(hurried)
     assert (
         hurried["metrics"]["reasoning_score"] == 0.0 and hurried["metrics"]["failure_boundary_tokens"] == 2048
     )
