@@ -2,7 +2,8 @@
 
 Two texts in the words of the reference model's training tasks (data/reference/README.md), drawn apart: one that
 importance matrices are collected on, and one, held out from it, that perplexity and KL divergence are measured on.
-No prompt stands in both, and none is a scored item of the nano sets.
+One fixed document, what a mixture of experts is, stands in both; all others are drawn apart. None is a scored item of the
+nano sets.
 """
 
 from __future__ import annotations

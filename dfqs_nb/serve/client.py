@@ -28,7 +28,9 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.generate import GREEDY, Sampling
 from dfqs_nb.llama.model import ContextFullError
 
-Answer, Kind, Work = TypeVar("Answer"), TypeVar("Kind"), TypeVar("Work")
+Answer = TypeVar("Answer")
+Kind = TypeVar("Kind")
+Work = TypeVar("Work")
 _thread = threading.local()  # ``over``: set when nobody waits for this thread any more
 RETRIES, PROBE_RETRIES = 4, 2  # of a question, and of a request for what a server need not have
 CONNECT_SECONDS = 10.0
