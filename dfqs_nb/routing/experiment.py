@@ -19,6 +19,7 @@ import pandas as pd
 import tqdm.auto
 
 from dfqs_nb.core import child, display
+from dfqs_nb.core.display import counted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import canonical_sha256, write_table
 from dfqs_nb.core.journal import remembered
@@ -77,7 +78,8 @@ class Experiment:
         n, routed = len(self.sensitivities), self.reference.routed
         n_moved = int((self.sensitivities["n_differ" if routed else "logit_drift"] > 0).sum())
         what = "an expert choice" if routed else "a logit"
-        moved = f"{n_moved} of {n} changes of settings changed {what}." if n else "No setting was changed."
+        moved = f"{n_moved} of {counted(n, 'changes of settings')} changed {what}."
+        moved = moved if n else "No setting was changed."
         lines = [self.under_load.text, self.verdict.text, moved]
         if names := self.left_out:
             lines.append(f"Left out to fit into the budget: {len(names)} runs ({'; '.join(names[:8])}).")
@@ -210,10 +212,11 @@ class _Runs:
         def make() -> dict[str, Any]:
             costs = self._child(worker, self.planned[0], "")
             scale, kept = fit(self.planned, costs, self.budget_seconds)
+            length = "full length" if scale == 1 else f"{scale:g} of each length"
             sentence = (
-                f"Budget {self.budget_seconds / 60:g} minutes: {len(kept)} of {len(names)} runs, at "
-                f"{scale:g} of each length. Loading takes {costs['load']:.1f} s, a token "
-                f"{costs['prefill']:.2g} s in prefill and {costs['decode']:.2g} s in decode."
+                f"Budget {self.budget_seconds / 60:g} min: {len(kept)} of {len(names)} runs, at {length}. "
+                f"Loading takes {costs['load']:.1f} s, a token {costs['prefill']:.2g} s in prefill and "
+                f"{costs['decode']:.2g} s in decode."
             )
             return {"scale": scale, "kept": kept, "sentence": sentence}
 

@@ -46,6 +46,8 @@ def read_texts(folder: str | Path = "") -> list[Text]:
     if not str(folder):
         return load_prompts("routing-texts", RoutingTexts).texts
     root, texts = Path(folder).expanduser(), list[Text]()
+    if not root.is_dir():
+        raise DfqsError("there is no such folder", where=folder, hint="give a folder of texts")
     for path in sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
         if text := path.read_text(encoding="utf-8", errors="replace")[:MAX_CHARACTERS].strip():
             domain = path.parent.name if path.parent != root else path.stem
@@ -53,7 +55,7 @@ def read_texts(folder: str | Path = "") -> list[Text]:
             texts.append(Text(domain=domain, name=path.relative_to(root).as_posix(), text=text))
     if len(texts) < 2:
         hint = f"put texts there ({', '.join(SUFFIXES)}), in a subfolder for each domain"
-        raise DfqsError(f"{len(texts)} texts, at least 2 are needed", where=folder, hint=hint)
+        raise DfqsError(f"{counted(len(texts), 'texts')}, and 2 are needed", where=folder, hint=hint)
     return texts
 
 
@@ -119,8 +121,8 @@ def loads(settings: OpenSettings, n_texts: int, seed: int = 0) -> Iterator[Condi
 
 def _batches(draw: np.random.Generator, alone: Condition, n_others: int) -> Iterator[Condition]:
     """Every text in at least one batch of this size: all at once, and arriving while others decode."""
-    company, size = draw.permutation(len(alone.texts)).tolist(), n_others + 1
-    company += company[: -len(company) % size]
+    n, size = len(alone.texts), n_others + 1
+    company = np.resize(draw.permutation(n), -(-n // size) * size).tolist()  # the last batch begins again
     steps = np.linspace(0, LOAD_TOKENS - LOAD_PREFILL - 1, size).astype(int)
     cache = "one cache" if alone.unified else "a cache each"
     for number, start in enumerate(range(0, len(company), size), start=1):

@@ -136,8 +136,16 @@ def test_the_texts_are_enough_and_of_enough_domains(tmp_path):
         ("law", "law/one.txt"),
         ("poems", "poems/one.txt"),
     ]
-    with pytest.raises(DfqsError, match="0 texts, at least 2 are needed"):
+    with pytest.raises(DfqsError, match="1 text, and 2 are needed"):
+        read_texts(tmp_path / "law")
+    with pytest.raises(DfqsError, match="there is no such folder"):
         read_texts(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("n_texts", [2, 3, 5, 12])
+def test_a_batch_is_never_smaller_than_it_says(n_texts):
+    plan = [each for each in loads(OpenSettings(n_ctx=512, n_threads=1), n_texts) if each.arrivals]
+    assert plan and all(len(each.texts) == len(each.arrivals) for each in plan)
 
 
 def test_every_text_meets_every_load_and_seeds_repeat():
