@@ -92,12 +92,19 @@ def read(address: int, kind: type) -> np.ndarray:
 
 
 class Router:
-    """One layer's router: the node with the ids that it chose, and what must lie where for it to hold."""
+    """One layer's router: the ids that it chose, the tensors to ``read`` for them, and all tensors' names.
+
+    In a hash layer (``hashed``) the ids are read, else the sorted experts and the scores that sorted them.
+    """
 
     def __init__(self, address: int) -> None:
         self.ids, self.stopped = Tensor.from_address(address), False
         self.layer = int(self.ids.name.rsplit(b"-", 1)[1])
-        self.marks = [(self.ids, self.ids.name)]
+        source = Tensor.from_address(self.ids.src[0])
+        self.hashed = not source.name.startswith(b"ffn_moe_argsort")
+        # scored ids are a view of the sorted experts, with gaps: whole rows of these have none
+        self.reads = [self.ids] if self.hashed else [source, Tensor.from_address(source.src[0])]
+        self.marks = [(tensor, tensor.name) for tensor in (self.ids, *self.reads)]
 
 
 _watches: weakref.WeakValueDictionary[Any, Watch] = weakref.WeakValueDictionary()
@@ -109,7 +116,7 @@ class Watch(dict[int, bool]):
     In decode the same graph comes again at the same addresses. So it holds the addresses of nodes that it
     need not stop at: to read all names would take longer than the model. At a graph's first node the names
     that matter are checked; another graph is learned afresh. No exception may pass through llama.cpp: it is
-    kept in ``_error``. A subclass has its say at a router and at a graph's begin.
+    kept in ``_error``. A subclass has its say at a graph's begin.
     """
 
     def __init__(self) -> None:
@@ -141,11 +148,11 @@ class Watch(dict[int, bool]):
         try:
             if router is not None:  # first llama.cpp asks whether to stop behind it, then it has stopped
                 router.stopped = not router.stopped
-                if not router.stopped:
-                    self._chosen(router)
+                for listener in () if router.stopped else self.listeners:
+                    listener(router)
             elif self._first not in (0, address):  # met for the first time
                 if ctypes.string_at(address + Tensor.name.offset, len(_TOPK)) == _TOPK:
-                    router = self._routers[address] = self._router(address)
+                    router = self._routers[address] = Router(address)
                     router.stopped = True
                 else:
                     self[address] = False
@@ -159,14 +166,7 @@ class Watch(dict[int, bool]):
             self._error = error
         return router is not None
 
-    def _router(self, address: int) -> Router:
-        return Router(address)
-
     def _begun(self, address: int) -> None: ...
-
-    def _chosen(self, router: Router) -> None:
-        for listener in self.listeners:
-            listener(router)
 
 
 # ---- help for a file larger than memory: no result changes ----

@@ -213,10 +213,6 @@ class Model(contextlib.AbstractContextManager["Model"]):
             raise DecodeError("llama.cpp refuses its own state", where=self.path, hint="use reuse=False")
         self.n_past = state.n_tokens
 
-    def sha256(self) -> str:
-        """SHA-256 of the model, of all its shards one after another."""
-        return self.shards.sha256
-
     def conditions(self) -> dict[str, Any]:
         """What a measurement with this model depends on, beside the model and the prompts; closed, too."""
         return {

@@ -26,18 +26,6 @@ LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabu
 REPORT = "report the architecture"
 
 
-class _Router(Router):
-    """One layer's router in llama.cpp's graph, and the tensors to copy: ids, and the scores behind them."""
-
-    def __init__(self, address: int) -> None:
-        super().__init__(address)
-        source = Tensor.from_address(self.ids.src[0])
-        self.hashed = not source.name.startswith(b"ffn_moe_argsort")
-        # scored ids are a view of the sorted experts, with gaps: whole rows of these have none
-        self.reads = [self.ids] if self.hashed else [source, Tensor.from_address(source.src[0])]
-        self.marks = [(tensor, tensor.name) for tensor in (self.ids, *self.reads)]
-
-
 @dataclass
 class _Layer:
     """What one layer chose: copies of the graph's rows that are not reduced yet."""
@@ -69,6 +57,7 @@ class Recorder(Watch):
         super().__init__()
         void, size = ctypes.c_void_p, ctypes.c_size_t  # copies from whichever device holds the tensor
         self._copy = ggml_function("ggml_backend_tensor_get", None, void, void, size, size)
+        self.listeners.append(self._chosen)
         self._listening = False
         self.reset()
 
@@ -140,9 +129,6 @@ class Recorder(Watch):
 
     # -- called by llama.cpp: the watch keeps an exception, and end() raises it --
 
-    def _router(self, address: int) -> Router:
-        return _Router(address)
-
     def _begun(self, address: int) -> None:
         """The tokens of a graph: its first node looks up their embeddings."""
         source = Tensor.from_address(address).src[1]
@@ -150,8 +136,7 @@ class Recorder(Watch):
             self._inputs += read(source, np.int32).ravel().tolist()
 
     def _chosen(self, router: Router) -> None:
-        super()._chosen(router)
-        if not self._listening or not isinstance(router, _Router):
+        if not self._listening:
             return
         k, n, width = router.ids.ne[0], router.ids.ne[1], router.reads[0].ne[0]
         if self._k not in (0, k):

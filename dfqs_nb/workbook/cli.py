@@ -127,7 +127,7 @@ def identity(model: Any) -> str:
     from dfqs_nb.merge.merge import earlier_result
 
     earlier = earlier_result(model.path)
-    return earlier.sha256 if earlier else str(model.sha256())
+    return earlier.sha256 if earlier else str(model.shards.sha256)
 
 
 @app.command(rich_help_panel=MEASURE)

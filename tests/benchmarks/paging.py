@@ -166,7 +166,10 @@ def timed(job: dict[str, Any]) -> dict[str, Any]:
         clock.append((time.perf_counter(), counters().read_bytes - begin))
         return clock[-1][0] - clock[-2][0], clock[-1][1] - clock[-2][1]
 
-    disk, digest = disk_bandwidth(job["model"]), hashlib.sha256()  # before weights are locked in memory
+    disk, digest = (
+        disk_bandwidth(job["model"], 2 << 20),
+        hashlib.sha256(),
+    )  # before weights are locked in memory
     stop()
     with open_model(job["model"], how, trial=False) as model:
         if "random" in job["parts"]:

@@ -29,6 +29,7 @@ from dfqs_nb.llama.build import LOG, build_llama, dry_run
 from dfqs_nb.llama.generate import Sampling, chat, chat_prompt, generate
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.workbook.cli import identity
 
 REFERENCE = data_dir() / "reference"
 NANO = REFERENCE / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -248,7 +249,7 @@ def test_the_identity_of_a_split_model_covers_all_its_shards(nano):
     digest = hashlib.sha256()
     for shard in (1, 2):
         digest.update((REFERENCE / f"DFQS-Nano-IQ1_S-XL-0000{shard}-of-00002.gguf").read_bytes())
-    assert nano.sha256() == digest.hexdigest()
+    assert identity(nano) == digest.hexdigest()
 
 
 def test_prompt_beyond_the_context_is_refused(nano):

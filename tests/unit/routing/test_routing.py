@@ -17,9 +17,10 @@ from test_memory import smollm2
 
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.build import default_params
+from dfqs_nb.llama.graph import Router
 from dfqs_nb.llama.model import ContextFullError, open_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.recorder import Recorder, _Layer, _Router, calls, open_recorded, record
+from dfqs_nb.routing.recorder import Recorder, _Layer, calls, open_recorded, record
 from dfqs_nb.routing.trace import RoutingError, load_trace
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
@@ -197,7 +198,7 @@ def test_copies_of_scores_are_reduced_on_the_way():
 
 
 def test_layers_that_choose_unlike_others_are_an_error():
-    recorder, router = Recorder(), object.__new__(_Router)
+    recorder, router = Recorder(), object.__new__(Router)
     recorder._listening, recorder._k = True, 2
     router.layer, router.ids, router.reads = 5, SimpleNamespace(ne=(4, 1)), [SimpleNamespace(ne=(8, 1))]
     with pytest.raises(RoutingError, match="layer 5 chooses 4 experts, and others 2"):
