@@ -14,6 +14,8 @@ from dfqs_nb.gguf.shards import Files, open_shards
 # ggml_type of the KV cache types, from ggml.h
 GGML_TYPES = {name.lower(): code for code, (name, *_) in TENSOR_TYPES.items() if name.lower() in CACHE_TYPES}
 MAX_CTX, SMALL_MODEL_BYTES = 2**31 - 256, 64 << 20
+LIMITS = {"n_ctx": (1, MAX_CTX), "n_batch": (1, MAX_CTX), "n_ubatch": (1, MAX_CTX), "seed": (0, 2**32 - 1)}
+LIMITS |= dict.fromkeys(("n_threads", "n_threads_batch"), (1, 4096))  # one that cannot start ends the process
 CHOICES = {"type_k": tuple(GGML_TYPES), "type_v": tuple(GGML_TYPES), "paging": ("auto", "on", "off")}
 
 
@@ -40,9 +42,9 @@ class OpenSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "n_threads", self.n_threads or usable_cores())
         object.__setattr__(self, "n_threads_batch", self.n_threads_batch or self.n_threads)
-        for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch"):
-            if not 1 <= getattr(self, name) <= MAX_CTX:
-                raise ModelError(f"{name} is {getattr(self, name):,}", hint=f"use 1 to {MAX_CTX:,}")
+        for name, (low, high) in LIMITS.items():
+            if not low <= getattr(self, name) <= high:
+                raise ModelError(f"{name} is {getattr(self, name):,}", hint=f"use {low} to {high:,}")
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ModelError(f"{name} is {value!r}", hint=f"use one of {', '.join(choices)}")

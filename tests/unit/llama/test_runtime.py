@@ -505,6 +505,19 @@ def test_quantized_v_cache_without_flash_attention_is_explained():
         open_model(smollm2(), dataclasses.replace(SETTINGS, type_v="q8_0"))
 
 
+def test_two_types_of_cache_are_refused_with_the_remedy():
+    with pytest.raises(ModelError, match="different K .*; pass the same type_k and type_v"):
+        open_model(NANO, dataclasses.replace(SETTINGS, type_k="q8_0"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_ctx", 0), ("n_batch", -1), ("n_threads", 100_000), ("seed", -1), ("seed", 2**40)]
+)
+def test_a_setting_that_llama_cpp_cannot_keep_is_refused(name, value):
+    with pytest.raises(ModelError, match=f"{name} is {value:,}; use "):
+        OpenSettings(**{name: value})
+
+
 def test_file_larger_than_memory_warns(monkeypatch):
     from dfqs_nb.gguf import memory
 
