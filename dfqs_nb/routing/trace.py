@@ -122,11 +122,11 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
     ``n_layers`` and ``n_choices`` (tokens x layers) leave out hash layers, whose choices cannot vary.
     ``margin_differ``: the largest margin of the reference at which a set differs, or NaN. ``logits_equal``:
     share of tokens whose logits are equal bit for bit; ``logit_drift``: largest difference of a kept logit;
-    both are NaN where none were kept. ``same_output``: equal greedy answers; None where a run has none.
+    both are NaN where none were kept. ``same_output``: equal greedy answers; None where both are empty.
     Errors: as `differences`.
     """
     scored, equal, drift = ~a.hashed, math.nan, math.nan
-    routed, answered = differences(a, b)[:, scored], len(a.output) and len(b.output)
+    routed, answered = differences(a, b)[:, scored], len(a.output) or len(b.output)
     if len(a.digest) and len(b.digest) and np.array_equal(a.logit_ids, b.logit_ids):
         equal = float((a.digest == b.digest).mean())
         drift = float(np.abs(a.logits - b.logits).max(initial=0.0))

@@ -192,9 +192,8 @@ def _under_load(beside: pd.DataFrame) -> str:
 
 def _moved(beside: pd.DataFrame, logits: str = "Logits") -> str:
     """How far logits moved, and how many answers."""
-    answers, drift = beside["same_output"].dropna(), beside["logit_drift"].max()
-    n = int(answers.eq(False).sum())
-    return f"{logits} move by up to {drift:.2g}, and {n} of {len(answers)} greedy answers change."
+    drift, n = beside["logit_drift"].max(), int(beside["same_output"].eq(False).sum())
+    return f"{logits} move by up to {drift:.2g}, and {n} of {len(beside)} greedy answers change."
 
 
 # ---- another setting ----
@@ -225,9 +224,9 @@ def advice(ranked: pd.DataFrame) -> list[str]:
             f"{worst['n_differ']:,} of {worst['n_choices']:,} choices, and " if worst["n_choices"] else ""
         )
         seen = f'"{worst["condition"]}" changed {choices}logits by up to {worst["logit_drift"]:.2g}'
-        n_moved = int(rows["same_output"].eq(False).sum())
-        answers = f"{n_moved} of {counted(len(rows), 'greedy answers')} changed"
-        lines.append(f"{word}: {kind}, from {where}. {seen}; {answers}.")
+        answers = rows["same_output"].dropna()  # without n_output there is none
+        moved = f"; {answers.eq(False).sum()} of {counted(len(answers), 'greedy answers')} changed"
+        lines.append(f"{word}: {kind}, from {where}. {seen}{moved * bool(len(answers))}.")
     return lines
 
 

@@ -66,6 +66,15 @@ def test_order_of_experts_does_not_matter_and_sets_do():
     assert differences(A, b).sum(axis=0).tolist() == [0, 2]
 
 
+def test_an_answer_that_ends_at_once_differs_from_one_that_goes_on():
+    empty, other = (dataclasses.replace(A, output=np.array(output, np.int32)) for output in ([], [1]))
+    assert compare(empty, other)["same_output"] is False and compare(empty, empty)["same_output"] is None
+    (line,) = advice(
+        sensitivities(table_of(("x", "n_ctx", "y", empty, dataclasses.replace(empty, **DRIFTED))))
+    )
+    assert line.endswith("logits by up to 0.5.") and "answer" not in line
+
+
 def test_hash_layers_are_not_counted():
     b = trace([[[2, 3], [2, 3]]] * 3, hashed=(True, False))
     change = compare(dataclasses.replace(A, hashed=np.array([True, False])), b)
@@ -116,6 +125,7 @@ def table_of(*rows) -> pd.DataFrame:
     )
 
 
+DRIFTED = {"digest": np.array([7, 8, 9], np.uint64), "logits": A.logits + 0.5}
 FLIPPED = trace([[[0, 1], [2, 3]], [[0, 1], [2, 1]], [[0, 1], [2, 3]]], drift=0.5)
 
 
