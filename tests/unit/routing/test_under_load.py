@@ -240,7 +240,7 @@ def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys, monkeypa
     only(monkeypatch, *CHOSEN)
     options = {"n_tokens": 60, "n_output": 2}
     experiment = run_experiment(NANO, tmp_path, **options, budget_minutes=1e-4)
-    assert "Budget 0.0001 minutes: 1 of 5 runs, at 0.125 of each length." in capsys.readouterr().out
+    assert "Budget 0.0001 min: 1 of 5 runs, at 0.125 of each length." in capsys.readouterr().out
     assert set(experiment.traces) == {"prefill"} and experiment.reference.n_tokens == 8
     status = experiment.rows.set_index("condition")["status"]
     assert status.str.startswith("left out").all()
