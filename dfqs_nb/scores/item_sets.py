@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import product, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from annotated_types import Ge, Le, MinLen
 from pydantic import Field, SkipValidation, TypeAdapter
 
@@ -28,8 +27,6 @@ TIERS = {
     "standard": ("standard-reasoning", "standard-code", "gsm8k-100"),
 }
 NEEDED = {"reasoning": ("answer",), "code": ("tests", "entry_point"), "choice": ("choices",)}  # of an item
-N_CHOICES = 4  # at most, of a question that is made from a set of questions with one answer each
-CHOICE_RULE = "one of the choices: the prompt offers all of them, or none"
 Text = Annotated[str, MinLen(1)]
 
 
@@ -92,18 +89,13 @@ class ItemSet:
 
     @classmethod
     def load(cls, name: str | Path) -> ItemSet:
-        """A set by its file's path, or a shipped one by its name; or a `PromptError`.
-
-        ``-choices`` behind the name of a shipped set gives its `as_choices`.
-        """
+        """A set by its file's path, or a shipped one by its name; or a `PromptError`."""
         if Path(name).suffix == ".jsonl":
             return _read(Path(name))
         known = {path.stem.replace("_", "-"): path for path in (paths.data_dir() / "prompts").glob("*.jsonl")}
-        shipped = str(name).removesuffix("-choices")
-        if shipped not in known:
+        if str(name) not in known:
             raise PromptError(f"no question set {str(name)!r}", hint=f"there are: {', '.join(sorted(known))}")
-        loaded = _read(known[shipped])
-        return loaded if shipped == str(name) else loaded.as_choices()
+        return _read(known[str(name)])
 
     @classmethod
     def load_all(cls, names: Iterable[str | Path]) -> list[ItemSet]:
@@ -127,40 +119,10 @@ class ItemSet:
             raise PromptError("no folder with question sets (*.jsonl)", where=paths.tilde(folder))
         return cls.load_all([*[f"{TIERS[tier][0]}-choices"] * choices, *TIERS[tier], *own])
 
-    def as_choices(self) -> ItemSet:
-        """A reasoning set as multiple choice: what the prompt offers does not tell which choice is right.
-
-        See `_wrong_choices`. A question without any is left out; a `PromptError` if all are. A hash of the
-        question decides which choices it has, and in what order.
-        """
-        families, fillers, items = defaultdict[str, list[str]](list), defaultdict[Any, set[str]](set), []
-        for item in self.items:
-            families[item.family].append(item.answer)
-        shapes = {family: _shape(answers) for family, answers in families.items()}
-        for family, shape in shapes.items():
-            for answer in families[family]:
-                for at, word in enumerate(_words(answer, shape)):
-                    fillers[shape, at].add(word)
-        for item in self.items:
-            shape, answers = shapes[item.family], families[item.family]
-            gaps = {at: fillers[shape, at] for at, word in enumerate(shape) if not word}
-            if others := _wrong_choices(item, [_words(answer, shape) for answer in answers], gaps):
-                draw = np.random.default_rng(list(hashlib.sha256(item.prompt.encode()).digest()))
-                chosen = [others[at] for at in draw.permutation(len(others))[: N_CHOICES - 1]]
-                gold = int(draw.integers(len(chosen) + 1))
-                chosen.insert(gold, item.answer)
-                items.append(replace(item, choices=tuple(chosen), gold=gold))
-        if not items:
-            raise PromptError(f"{self.name} has no question with two choices", hint="take a reasoning set")
-        asked: dict[str, Any] = {"kind": "choice", "mode": "chat", "instruction": "", "delimiter": ""}
-        asked["guess_rule"] = CHOICE_RULE
-        return replace(self, name=f"{self.name}-choices", **asked, items=tuple(items), n_whole=len(items))
-
     def identity(self) -> dict[str, Any]:
         """What a score depends on, for the conditions of a run."""
         facts = {"prompt_set": self.name, "prompt_set_sha256": self.sha256, "tier": self.tier}
-        choices = {"choices": self.guess_rule} if self.kind == "choice" else {}
-        return facts | {"max_tokens": self.max_tokens} | choices
+        return facts | {"max_tokens": self.max_tokens}
 
     def by_turns(self) -> list[Item]:
         """The questions in an order of which every beginning is spread evenly over the families."""
@@ -182,50 +144,6 @@ class ItemSet:
 
 
 HEAD, ITEM = TypeAdapter(ItemSet), TypeAdapter(Item)
-
-
-def words_in(text: str) -> set[str]:
-    """The words and numbers of a text, without case and marks."""
-    return set(re.findall(r"-?\w+(?:[.,]\w+)*", text.casefold()))
-
-
-def _shape(answers: Sequence[str]) -> tuple[str, ...]:
-    """The words that answers have in common, with "" for one or two that differ; else ("",), the whole."""
-    rows = [answer.split() for answer in answers]
-    columns = zip(*rows, strict=True) if len({*map(len, rows)}) == 1 else [answers]
-    shape = tuple(column[0] if len({*column}) == 1 else "" for column in columns)
-    return shape if shape.count("") <= 2 else ("",)
-
-
-def _words(answer: str, shape: Sequence[str]) -> list[str]:
-    return answer.split() if len(shape) > 1 else [answer]
-
-
-def _wrong_choices(item: Item, family: Sequence[list[str]], gaps: Mapping[int, set[str]]) -> list[str]:
-    """Wrong answers to an item, of which looking for their words in the prompt excludes none.
-
-    If the prompt offers the right answer, they are made of what else it offers: its numbers, and words that
-    fill the same gap in answers of this shape. If the right one is a statement of the prompt, they are, too,
-    where there are such. Else they are answers of the family that the prompt offers as little. What the
-    question names stays in all of them. ``gaps``: by place, the words of answers of this shape that differ.
-    """
-    offered, own = words_in(item.prompt), _words(item.answer, family[0])
-    named = words_in(re.split(r"(?<=[.?!])\s", item.prompt)[-1])
-    free = {at: gaps[at] for at in gaps if not words_in(own[at]) <= named} or gaps
-    if all(words_in(own[at]) <= offered for at in free):
-        numbers = [word for word in offered if word.isdigit()]
-        options = [{word} for word in own]
-        for at, words in free.items():
-            options[at] |= {word for word in words if words_in(word) <= offered}
-            if (value := own[at].rstrip(".")).isdigit():
-                options[at] |= {own[at].replace(value, number) for number in numbers}
-        made = {" ".join(words) for words in product(*options)}
-        stated = {choice for choice in made if choice in item.prompt}
-        made = stated if item.answer in stated and len(stated) > 1 else made
-    else:
-        others = (other for other in family if not all(words_in(other[at]) <= offered for at in free))
-        made = {" ".join(other[at] if at in free else own[at] for at in range(len(own))) for other in others}
-    return sorted(made - {item.answer})
 
 
 def _read(path: Path) -> ItemSet:

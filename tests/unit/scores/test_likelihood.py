@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from os.path import commonprefix
 
@@ -24,7 +26,6 @@ from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.scores import Answerer, ItemSet, Options, figures, score_set
 from dfqs_nb.scores import run as run_module
 from dfqs_nb.scores.grading import Results
-from dfqs_nb.scores.item_sets import words_in
 from dfqs_nb.scores.run import encode
 from dfqs_nb.stats import wilson
 
@@ -206,10 +207,17 @@ def test_a_second_run_evaluates_nothing(model, own, tmp_path, evaluated):
     assert first.items.equals(second.items) and sum(evaluated) == n_evaluated > 0
 
 
-def test_a_shipped_set_becomes_multiple_choice_the_same_way_each_time():
+def words_in(text: str) -> set[str]:
+    """The words and numbers of a text, without case and marks."""
+    return set(re.findall(r"-?\w+(?:[.,]\w+)*", text.casefold()))
+
+
+def test_a_multiple_choice_set_is_made_of_its_reasoning_set_the_same_way_each_time():
+    script = data_dir() / "prompts" / "choices.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     questions, written = ItemSet.load("nano-reasoning-choices"), ItemSet.load("nano-reasoning")
-    assert questions == written.as_choices() and questions.kind == "choice"
-    assert questions.licence == written.licence != "not stated"
+    assert questions.kind == "choice" and questions.licence == written.licence != "not stated"
     answers = {item.id: item.answer for item in written.items}
     for item in questions.items:
         assert item.choices[item.gold] == answers[item.id] and 2 <= len(set(item.choices)) <= 4
@@ -268,7 +276,7 @@ def test_a_broken_set_names_line_and_field(own, head, items, message):
 
 
 def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
-    with pytest.raises(PromptError, match="has no question with two choices"):
+    with pytest.raises(PromptError, match="no question set 'nano-code-choices'"):
         ItemSet.load("nano-code-choices")
     with pytest.raises(PromptError, match="cannot be read"):
         ItemSet.load(tmp_path / "missing.jsonl")

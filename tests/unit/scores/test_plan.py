@@ -28,7 +28,7 @@ from dfqs_nb.scores import run as runs
 from dfqs_nb.scores.grading import Results
 
 SETS = ItemSet.of_tier("standard")
-NANO = ItemSet.load("nano-reasoning")
+NANO, NANO_CHOICES = ItemSet.load("nano-reasoning"), ItemSet.load("nano-reasoning-choices")
 PACE = Pace(prefill=0.001, decode=0.01)
 
 
@@ -153,7 +153,10 @@ def test_sets_share_the_time_and_what_is_missing_is_said(planned, monkeypatch, t
 
     monkeypatch.setattr(runs, "score_set", score_set)
     for has_template, share in ((True, 50), (False, 100)):
-        model, two = SimpleNamespace(has_template=has_template), (SETS[0].as_choices(), SETS[0])
+        model, two = (
+            SimpleNamespace(has_template=has_template),
+            (ItemSet.load(f"{SETS[0].name}-choices"), SETS[0]),
+        )
         replace(made, model=model, sets=two, n_sets=2).ask(tmp_path)
         assert shares[0] == pytest.approx(share, abs=1), "a base model's time goes to multiple choice first"
         shares.clear()
@@ -167,7 +170,7 @@ def test_sets_share_the_time_and_what_is_missing_is_said(planned, monkeypatch, t
 
 
 def test_a_smaller_budget_takes_no_earlier_answer_away(model, tmp_path):
-    sets, options = [NANO.as_choices(), NANO, ItemSet.load("nano-reasoning-hard")], Options(limit=12)
+    sets, options = [NANO_CHOICES, NANO, ItemSet.load("nano-reasoning-hard")], Options(limit=12)
     whole = plan_questions(model, sets, options, math.inf)
     first, missing = whole.ask(tmp_path)
     assert not missing
@@ -179,7 +182,7 @@ def test_a_smaller_budget_takes_no_earlier_answer_away(model, tmp_path):
 
 
 def test_choices_end_at_their_time_and_are_spread_over_the_families(model, tmp_path):
-    choices = NANO.as_choices()
+    choices = NANO_CHOICES
     results, missing = plan_questions(model, [choices], Options(progress=False), 0.0).ask(tmp_path)
     assert len(results.items) == 1
     assert missing == [f"only 1 of {len(choices.items)} questions of nano-reasoning-choices answered"]

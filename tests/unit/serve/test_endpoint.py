@@ -307,7 +307,7 @@ def test_a_failure_stops_the_run_and_what_was_answered_before_it_stays(server, t
 
 def test_a_server_is_not_asked_multiple_choice(server, tmp_path):
     with pytest.raises(EndpointError, match="no likelihood of a choice"):
-        checks.score_set(endpoint.connect(server.url), QUESTIONS.as_choices(), tmp_path)
+        checks.score_set(endpoint.connect(server.url), ItemSet.load("nano-reasoning-choices"), tmp_path)
 
 
 def test_passing_faults_do_not_change_a_score(server, tmp_path):
