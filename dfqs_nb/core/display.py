@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import HTML
 
-LARGE_BYTES = 1 << 30
-BEAT_SECONDS = 1.0
+LARGE_BYTES, BEAT_SECONDS = 1 << 30, 1.0
 CODE = re.compile(r"`([\w ./=:,+-]+)`")  # a command or a name in backticks, which no format can misread
 TEXT_WIDTH = 96  # characters of a line in an output cell
 MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000

@@ -66,7 +66,6 @@ def save(ax: Axes, path: str | Path) -> None:
     ticks = {label for axis in logs for label in axis.get_ticklabels(which="both")}
     for text in set(figure.findobj(Text)) - ticks:
         text.set_parse_math(False)
-    kind = "svg" if Path(path).suffix == ".svg" else "png"
-    nothing = {"Date": None} if kind == "svg" else {"Software": None}
+    kind, stamp = ("svg", "Date") if Path(path).suffix == ".svg" else ("png", "Software")
     with whole_file(path, "wb") as file, plt.rc_context({"svg.hashsalt": "dfqs"}):
-        figure.savefig(file, format=kind, dpi=100, metadata=nothing)
+        figure.savefig(file, format=kind, dpi=100, metadata={stamp: None})

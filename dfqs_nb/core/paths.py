@@ -40,9 +40,8 @@ def run_dir(run: str) -> Path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         hint = "set DFQS_OUTPUTS to a folder you may write"
-        raise OutputError(
-            f"cannot write into this folder ({error.strerror})", where=folder, hint=hint
-        ) from error
+        what = f"cannot write into this folder ({error.strerror})"
+        raise OutputError(what, where=folder, hint=hint) from error
     return folder
 
 

@@ -26,12 +26,9 @@ from dfqs_nb.gguf.header import OTHER_TOOL, TENSOR_TYPES, GGUFHeader, padded
 if TYPE_CHECKING:
     import pandas as pd
 
-# Bytes and elements of a block, for the types that llama.cpp takes for a KV cache.
-CACHE_TYPES = {
-    name.lower(): (n_bytes, elements)
-    for name, elements, n_bytes in TENSOR_TYPES.values()
-    if name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
-}
+# Of the types that llama.cpp takes for a KV cache: bytes and elements of a block.
+CACHED = "F32 F16 BF16 Q8_0 Q5_1 Q5_0 Q4_1 Q4_0 IQ4_NL".split()
+CACHE_TYPES = {name.lower(): (nbytes, n) for name, n, nbytes in TENSOR_TYPES.values() if name in CACHED}
 CSA_RATIO, HCA_RATIO, CELL_PADDING = 4, 128, 256
 ADVICE = "lower n_ctx or n_ubatch, set use_mmap=True, swa_full=False, flash_attn=True, or close programs"
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX: what --n-cpu-moe keeps in memory

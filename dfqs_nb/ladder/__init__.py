@@ -18,6 +18,5 @@ __getattr__ = lazy(
     **dict.fromkeys(("RUNGS", "Settings", "climb", "within_budget"), "run"),
     **dict.fromkeys(("collect", "read_imatrix"), "imatrix"),
     **dict.fromkeys(("plan", "quantize"), "quantizer"),
-    figures="figures",
-    tables="tables",
+    **{name: name for name in ("figures", "tables")},
 )

@@ -228,8 +228,6 @@ def summary(tokens: pd.DataFrame) -> pd.DataFrame:
     values = prompts[["same_top", "kl_low", "kl_high"]].mean()
     sums = prompts[["nll", "nll_reference", "bytes"]].sum()
     values["extra_bits_per_byte"] = (sums["nll"] - sums["nll_reference"]) / sums["bytes"] / np.log(2)
-    rows = [
-        (label, values[name].mean(), *mean_interval(values[name].to_numpy(float)))
-        for name, label in MEASURES.items()
-    ]
+    by_label = {label: values[name].to_numpy(float) for name, label in MEASURES.items()}
+    rows = [(label, each.mean(), *mean_interval(each)) for label, each in by_label.items()]
     return pd.DataFrame(rows, columns=["measure", "mean", "low", "high"])

@@ -131,8 +131,7 @@ def load_recipe(name: str | Path) -> Recipe:
     except (ValueError, TypeError) as error:  # TypeError: the file gives its own sha256
         what = str(error)
         if isinstance(error, pydantic.ValidationError):
-            first = error.errors()[0]
-            at = ".".join(map(str, first["loc"]))
+            at = ".".join(map(str, (first := error.errors()[0])["loc"]))
             what = f"{at}: {first['msg']}" if at else first["msg"].removeprefix("Value error, ")
         hint = "see data/quantize/ for the format"
         raise QuantizeError(f"not a recipe ({what})", where=tilde(path), hint=hint) from error
@@ -307,8 +306,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     del alive
     log = "".join(lines)
     if status:
-        said = re.findall(r"failed to quantize: (.*?)[.!]*\n", log)
-        reason = said[-1] if said else "llama.cpp could not quantize it"
+        reason = (re.findall(r"failed to quantize: (.*?)[.!]*\n", log) or ["llama.cpp gives no reason"])[-1]
         hint = f"correct the recipe, or check the source: `dfqs-nb verify {display.quoted(job['source'])}`"
         if re.search("imatrix|importance matrix", reason):
             hint = "add --calibrate with a text, or --imatrix with a file of llama-imatrix"

@@ -139,14 +139,10 @@ def hand_on(stage: Stage, ladder: Ladder, tested: pd.DataFrame) -> list[str]:
         interval = f"{row['kld_low']:.2g} to {row['kld_high']:.2g}" if known else "unknown"
         within = f" ({per_cent(row['routing_low'])} to {per_cent(row['routing_high'])})" if known else ""
         counts = f"n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks"
+        alike = f", same experts in {per_cent(row['routing'])}{within}" if row["routing"] >= 0 else ""
         lines.append(
             f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {interval}, 99 % of tokens "
-            f"under {row['kld_tail']:.2g}, {counts})"
-            + (
-                f", same experts in {per_cent(row['routing'])}{within}"
-                if row["routing"] == row["routing"]
-                else ""
-            )
+            f"under {row['kld_tail']:.2g}, {counts}){alike}"
         )
     for (step, a, b), part in tested.groupby(["step", "a", "b"], sort=False):
         parts = []
