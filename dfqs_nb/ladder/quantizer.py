@@ -30,7 +30,7 @@ from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes, laye
 from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, TENSOR_TYPES, GGUFHeader, Tensor, check_layout, read_header
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.ladder.imatrix import ImportanceMatrix, read_imatrix
-from dfqs_nb.llama.build import ERROR, LOG
+from dfqs_nb.llama.log import ERROR, LOG
 from dfqs_nb.llama.settings import llama_version
 
 NO_WEIGHTS = ("Q8_1", "Q8_K", "F64", *INTEGER_TYPES)  # types of activations and tables

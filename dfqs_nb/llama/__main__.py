@@ -15,8 +15,9 @@ import psutil
 
 from dfqs_nb.core import child
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.llama.build import LOG, build_llama, dry_run, refusal
+from dfqs_nb.llama.build import build_llama, dry_run, refusal
 from dfqs_nb.llama.graph import ggml_function
+from dfqs_nb.llama.log import LOG
 from dfqs_nb.llama.settings import OpenSettings
 
 CEILING_BYTES = 8 << 30  # of address space: a hostile header asks for more

@@ -9,7 +9,6 @@ import os
 import re
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from dfqs_nb.core.machine import read_bytes
 from dfqs_nb.gguf.shards import Files, ShardSet
 from dfqs_nb.llama.check import REFUSES, reason_of
 from dfqs_nb.llama.graph import Paging, ggml_function
+from dfqs_nb.llama.log import ERROR, LOG
 from dfqs_nb.llama.settings import GGML_TYPES, OpenSettings
 
-DEBUG, WARNING, ERROR, CONTINUES = 1, 3, 4, 5  # ggml_log_level of ggml.h
-MAX_LINES, MAX_LINE = 500, 2000  # that are kept, and their characters: a model's name can have 100,000
 BUFFER = re.compile(r"(\S+) +(?:DSV4 \w+ )?(model|KV|RS|state|compute) buffer size = +([\d.]+) MiB")
 KINDS = {"model": "weights", "KV": "KV cache", "compute": "compute buffers"}
 HERE, HERE_NAMES = "in memory", re.compile(r"^(?:CPU|AMX|MTL)|_Host$")  # a Mac's GPU (MTL) has no other
@@ -30,37 +28,6 @@ TELLING_BYTES = 1 << 30  # read by a load whose speed is the disk's, and not the
 INTEGRATED = 2  # ggml_backend_dev_type of a GPU that uses this memory, as in laptops
 _NO_DEVICES = (ctypes.c_void_p * 1)()  # a list of devices that ends at once
 _building = threading.RLock()  # a context's parameters are set around its model's
-
-
-class LlamaLog:
-    """The last lines that llama.cpp logged."""
-
-    def __init__(self) -> None:
-        self._lines: deque[tuple[int, str]] = deque(maxlen=MAX_LINES)
-        self._open_line, self._level = "", 0
-        self._callback: Any = None
-
-    def install(self) -> None:
-        """Take llama.cpp's log over (importing llama_cpp sets a callback that prints), and begin anew."""
-        import llama_cpp
-
-        self._callback = self._callback or llama_cpp.llama_log_callback(self._receive)
-        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
-        self._lines.clear()
-
-    def _receive(self, level: int, text: bytes, _user_data: object) -> None:
-        self._level = self._level if level == CONTINUES else level
-        if self._level > DEBUG:
-            *lines, self._open_line = (self._open_line + text.decode("utf-8", "replace")).split("\n")
-            self._open_line = self._open_line[:MAX_LINE]
-            self._lines.extend((self._level, line[:MAX_LINE]) for line in lines)
-
-    def tail(self, n_lines: int = MAX_LINES, level: int = 0) -> list[str]:
-        """The last lines of at least this level (`WARNING`, `ERROR`), oldest first."""
-        return [line for line_level, line in self._lines if line_level >= level][-n_lines:]
-
-
-LOG = LlamaLog()
 
 
 def loaded_facts(log: Sequence[str]) -> dict[str, Any]:

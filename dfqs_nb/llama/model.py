@@ -23,8 +23,9 @@ from dfqs_nb.gguf.facts import require_model
 from dfqs_nb.gguf.memory import check_fits
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama import check
-from dfqs_nb.llama.build import LOG, WARNING, buffers, build_llama, loaded_facts
+from dfqs_nb.llama.build import buffers, build_llama, loaded_facts
 from dfqs_nb.llama.graph import Paging, ggml_function, interrupts_held
+from dfqs_nb.llama.log import LOG, WARNING
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 
 Floats = NDArray[np.float32]

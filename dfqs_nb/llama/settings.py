@@ -10,6 +10,7 @@ from dfqs_nb.core.machine import usable_cores
 from dfqs_nb.gguf.header import TENSOR_TYPES, GGUFHeader
 from dfqs_nb.gguf.memory import CACHE_TYPES
 from dfqs_nb.gguf.shards import Files, open_shards
+from dfqs_nb.llama.log import LOG
 
 # ggml_type of the KV cache types, from ggml.h
 GGML_TYPES = {name.lower(): code for code, (name, *_) in TENSOR_TYPES.items() if name.lower() in CACHE_TYPES}
@@ -78,8 +79,6 @@ def own_context(header: GGUFHeader) -> int:
 def has_gpu_support() -> bool:
     """Whether llama.cpp finds a GPU here that it was built for."""
     import llama_cpp
-
-    from dfqs_nb.llama.build import LOG
 
     LOG.install()  # the first call starts the GPUs' libraries, which log what they find
     return bool(llama_cpp.llama_supports_gpu_offload())

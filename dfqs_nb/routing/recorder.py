@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from dfqs_nb.llama.build import LOG, default_params, refusal, set_context
+from dfqs_nb.llama.build import default_params, refusal, set_context
 from dfqs_nb.llama.graph import Router, Tensor, Watch, ggml_function, read
+from dfqs_nb.llama.log import LOG
 from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.trace import RoutingError, Trace

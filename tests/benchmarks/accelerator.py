@@ -37,7 +37,8 @@ from specimen import write_specimen
 from dfqs_nb.gguf.memory import EXPERTS
 from dfqs_nb.gguf.models import resolve
 from dfqs_nb.llama import OpenSettings
-from dfqs_nb.llama.build import LOG, default_params
+from dfqs_nb.llama.build import default_params
+from dfqs_nb.llama.log import LOG
 from dfqs_nb.llama.timing import measure_speed
 from dfqs_nb.routing.recorder import open_recorded, record
 

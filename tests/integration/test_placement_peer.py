@@ -110,7 +110,7 @@ OPEN = """if 1:
     from dfqs_nb.gguf.broken import reference_shards
     from dfqs_nb.llama.build import build_llama
     from dfqs_nb.llama.graph import ggml_function
-    from dfqs_nb.llama.build import LOG
+    from dfqs_nb.llama.log import LOG
     from dfqs_nb.llama.settings import OpenSettings
     void, text = ctypes.c_void_p, ctypes.c_char_p
     reg = ggml_function("ggml_backend_load", void, text)(sys.argv[1].encode())

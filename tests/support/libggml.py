@@ -11,8 +11,8 @@ from typing import Any
 
 from dfqs_nb.core import child
 from dfqs_nb.llama.__main__ import GgufParams
-from dfqs_nb.llama.build import LOG
 from dfqs_nb.llama.graph import ggml_function
+from dfqs_nb.llama.log import LOG
 
 SUPPORT = str(Path(__file__).parent)
 

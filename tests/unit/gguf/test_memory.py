@@ -18,7 +18,8 @@ from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.memory import MemoryEstimate, check_fits, estimate, kv_cache_bytes
 from dfqs_nb.gguf.shards import open_shards
-from dfqs_nb.llama.build import LOG, build_llama, dry_run
+from dfqs_nb.llama.build import build_llama, dry_run
+from dfqs_nb.llama.log import LOG
 from dfqs_nb.llama.settings import OpenSettings
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"

@@ -16,7 +16,8 @@ from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.memory import check_fits, kv_cache_bytes
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama import build, check
-from dfqs_nb.llama.build import LOG, buffers, build_llama, planned_bytes
+from dfqs_nb.llama.build import buffers, build_llama, planned_bytes
+from dfqs_nb.llama.log import LOG
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 from dfqs_nb.llama.timing import diagnose

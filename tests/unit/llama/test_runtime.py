@@ -25,8 +25,9 @@ from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import model as llama_model
-from dfqs_nb.llama.build import LOG, build_llama, dry_run
+from dfqs_nb.llama.build import build_llama, dry_run
 from dfqs_nb.llama.generate import Sampling, chat, chat_prompt, generate
+from dfqs_nb.llama.log import LOG
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.workbook.cli import identity
