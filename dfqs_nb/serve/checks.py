@@ -481,8 +481,9 @@ def hand_on(
         for row in ends:
             speed, clients = f"{row['tokens_per_sec']:,.0f} tokens/s", counted(row["clients"], "clients")
             spread = f"{row['min']:,.0f} to {row['max']:,.0f} in {counted(row['rounds'], 'rounds')}"
-            asked = f"{row['requests']} requests, {row['tokens']:,} tokens each"
-            lines.append(f"{name}: {speed} for {clients} ({spread} of {asked})")
+            lines.append(
+                f"{name}: {speed} for {clients} ({spread} of {counted(row['requests'], 'requests')})"
+            )
         few, many = ends[0], ends[-1]
         if len(ends) > 1 and few["min"] <= many["max"] and many["min"] <= few["max"]:
             lines.append(f"{name}: these ranges overlap, so nothing is shown about more clients")

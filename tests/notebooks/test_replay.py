@@ -29,7 +29,8 @@ def checkout(tmp_path):
     for folder in ("notebooks", "dfqs_nb", "outputs/nano"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "dfqs_nb" / "code.py").write_text("")
-    begin = datetime.fromtimestamp(time.time() - 60, UTC).isoformat()
+    (tmp_path / "outputs" / "nano" / ".lock").touch()  # the run's first file is older than its first notebook
+    begin = datetime.now(UTC).isoformat()
     for name in ("00_start.ipynb", "01_merge.ipynb"):
         stored = new_notebook(cells=[code("n = 1", tags=["parameters"]), code("print(n)", "1\n")])
         nbformat.write(stored, tmp_path / "notebooks" / name)

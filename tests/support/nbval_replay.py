@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "outputs" / "nano"
 SOURCES = ("dfqs_nb", "data", "notebooks", "requirements.lock", "pyproject.toml")
 OWN = {"run_name", "budget_minutes"}  # the parameters that every run gets
+START_SECONDS = 10.0  # from a run's first file, its lock, to the start of its first notebook
 
 
 def executed(run: Path = RUN, root: Path = ROOT) -> dict[str, list[Any]]:
@@ -40,7 +41,7 @@ def executed(run: Path = RUN, root: Path = ROOT) -> dict[str, list[Any]]:
     if any(isinstance(stage, dict) and stage.get("left_out") for stage in stages):
         return {}
     begin = datetime.fromisoformat(made[0]["start_time"]).timestamp()
-    if _newest(root / name for name in SOURCES) > begin or _oldest(run) < begin:
+    if _newest(root / name for name in SOURCES) > begin or _oldest(run) < begin - START_SECONDS:
         return {}
     own = {"injected-parameters"}
     return {
