@@ -13,13 +13,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import generate as words
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-SETS = ("nano_reasoning_hard", "nano_reasoning", "standard_reasoning", "gsm8k_100")
+HERE = words.HERE
+SETS = ("nano-reasoning-hard", "nano-reasoning", "standard-reasoning", "gsm8k-100")
 N_CHOICES = 4  # at most
 RULE = "one of the choices: the prompt offers all of them, or none"
 KEPT = ("tier", "licence", "source")  # of the first line
@@ -96,25 +96,17 @@ def choices_of(items: Sequence[Item]) -> list[Item]:
 
 def text(name: str) -> str:
     """The lines of a set's file."""
-    first, *rows = (HERE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    first, *rows = (
+        (HERE / f"{name.removesuffix('-choices').replace('-', '_')}.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     head = {key: value for key, value in json.loads(first).items() if key in KEPT}
     asked = {"kind": "choice", "mode": "chat", "delimiter": "", **head, "guess_rule": RULE}
-    header = {"set": f"{name.replace('_', '-')}-choices", **asked, "generator": "data/prompts/choices.py"}
+    header = {"set": name, **asked, "generator": "data/prompts/choices.py"}
     lines = [header, *choices_of([json.loads(row) for row in rows])]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def main() -> int:
-    changed = []
-    for name in SETS:
-        path, made = HERE / f"{name}_choices.jsonl", text(name)
-        if not path.exists() or path.read_text(encoding="utf-8") != made:
-            changed.append(path.name)
-            if "--check" not in sys.argv:
-                path.write_text(made, encoding="utf-8")
-    print("differ: " + ", ".join(changed) if changed else "all as they were")
-    return int(bool(changed) and "--check" in sys.argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(words.main([f"{name}-choices" for name in SETS], text))

@@ -809,11 +809,11 @@ def text(name: str) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def main() -> int:
+def main(names: Iterable[str] = SETS, text: Callable[[str], str] = text) -> int:
+    """Write these sets where they differ, or with --check only name them."""
     changed = []
-    for name in SETS:
-        path = HERE / f"{name.replace('-', '_')}.jsonl"
-        made = text(name)
+    for name in names:
+        path, made = HERE / f"{name.replace('-', '_')}.jsonl", text(name)
         if not path.exists() or path.read_text(encoding="utf-8") != made:
             changed.append(path.name)
             if "--check" not in sys.argv:

@@ -127,7 +127,7 @@ def plan_cost(
 ) -> SimpleNamespace:
     """Plan answers of full length and `measure_speed`, cut (by `CUTS`) to these seconds; depth 512 stays.
 
-    The result has the numbers as cut, the fields of `budget.Fitted`, a ``sentence``, and ``until``, the time
+    The result has the numbers as cut, the fields of `stage.Fitted`, a ``sentence``, and ``until``, the time
     by `time.monotonic` at which answering stops, so that timing has its time.
     """
     order = sorted(depths, key=lambda depth: (depth != METRIC_DEPTH, depth))

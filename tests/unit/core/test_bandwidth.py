@@ -19,12 +19,16 @@ def test_memory_bandwidth_is_that_of_memory():
     assert 1e9 < memory_bandwidth(1) < 500e9
 
 
-def test_disk_bandwidth_is_measured_where_there_is_a_disk(tmp_path):
-    path = tmp_path / "m"
+def pieces_on_disk(path):
+    """Write 64 pieces to the disk; the folder of that disk, or None."""
     with path.open("wb") as file:
         file.write(os.urandom(PIECE_BYTES) * 64)
         os.fsync(file.fileno())
-        disk = block_folder(file.fileno())
+        return block_folder(file.fileno())
+
+
+def test_disk_bandwidth_is_measured_where_there_is_a_disk(tmp_path):
+    disk = pieces_on_disk(path := tmp_path / "m")
     bandwidth = disk_bandwidth(path, PIECE_BYTES)
     if disk is not None:
         assert bandwidth is not None, "the file's pages stayed in the cache"
@@ -56,11 +60,7 @@ def test_the_disk_under_a_file_is_measured(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are locked as on Linux")
 def test_the_disk_is_measured_while_a_part_of_the_file_is_mapped(tmp_path):
     """As the dense weights of an open model, 12 % of the published shape."""
-    path = tmp_path / "m"
-    with path.open("wb") as file:
-        file.write(os.urandom(PIECE_BYTES) * 64)
-        os.fsync(file.fileno())
-        disk = block_folder(file.fileno())
+    disk = pieces_on_disk(path := tmp_path / "m")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         assert sum(mapped[at] for at in range(0, 20 * PIECE_BYTES, mmap.PAGESIZE)) > 0
         assert disk is None or 1e6 < (disk_bandwidth(path, PIECE_BYTES) or 0) < 100e9
