@@ -38,6 +38,6 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any]) -> Axes | str:
     token_axis(ax, curve.loc[curve["planned"], "length"], "context (tokens)")
     ax.set_ylim(-0.03, 1.05)
     n, texts = (" to ".join(map(str, sorted({min(it), max(it)}))) for it in (curve["n"], curve["texts"]))
-    core.share_axis(ax.yaxis, f"right answers (of {n} in {texts} texts a length)")
+    core.share_axis(ax.yaxis, f"right answers a length\n(of {n}, in {texts} texts)")
     set_title(ax, textwrap.fill(f"Retrieval {boundary['sentence']}", 80))
     return ax

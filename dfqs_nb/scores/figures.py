@@ -44,5 +44,5 @@ def score_families(table: pd.DataFrame) -> Axes | str:
     once = table[(table["guess_rate"] > 0) & ~table["set"].isin([f"{name}-choices" for name in sets])]
     if len(once):
         above = int((once["low"] > once["guess_rate"]).sum())
-        set_title(ax, f"{above} of {len(once)} families beat guessing (each at 95 %, uncorrected)")
+        set_title(ax, f"{above} of {len(once)} families beat guessing (uncorrected)")
     return ax
