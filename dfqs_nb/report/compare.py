@@ -226,13 +226,13 @@ class Leaderboard:
             sections.append((tier, own, differ, group.to_dict("records")))
         bad = self.table[self.table["problem"] != ""][["report", "problem"]].to_numpy().tolist()
         facts = {"metrics": list(METRICS), "reports": self.reports}
-        return render("leaderboard.md", sections=sections, bad=bad, **facts)
+        return render("leaderboard.md", sections=sections, bad=bad, **facts).rstrip()
 
     def write(self) -> list[Path]:
         """Write ``leaderboard.csv`` and ``leaderboard.md`` into the folder, each whole or not at all."""
         rounded = self.table.map(lambda cell: float(f"{cell:.6g}") if isinstance(cell, float) else cell)
         table = write_table(self.folder / "leaderboard.csv", rounded, index=False)
-        return [table, write_text(self.folder / "leaderboard.md", str(self))]
+        return [table, write_text(self.folder / "leaderboard.md", f"{self}\n")]
 
 
 def leaderboard(folder: str | Path) -> Leaderboard:

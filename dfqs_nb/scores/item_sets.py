@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import Field, SkipValidation, TypeAdapter
 
 from dfqs_nb.core import files, paths
+from dfqs_nb.core.display import did_you_mean
 from dfqs_nb.core.errors import PromptError
 from dfqs_nb.scores.grading import code_in, names_in, normalised, parsed
 from dfqs_nb.scores.sandbox import Candidate
@@ -144,6 +145,8 @@ class ItemSet:
 
 
 HEAD, ITEM = TypeAdapter(ItemSet), TypeAdapter(Item)
+FIELDS = [it.name for it in fields(Item)]
+HEADINGS = ["set", *(it.name for it in fields(ItemSet) if it.name != "name")]
 
 
 def _read(path: Path) -> ItemSet:
@@ -163,10 +166,12 @@ def _read(path: Path) -> ItemSet:
         if not re.fullmatch(r"(?=.*\S)[\w. -]{1,50}", head.name):
             rule = "use up to 50 letters, digits, '-', '_' and '.'"
             raise ValueError(f"set: {head.name!r:.60} names files: {rule}")
+        _check_spelling(first, HEADINGS)
         number = 2
         for number, line in enumerate(lines, start=2):  # noqa: B007 (the message names it)
             if line.strip():
                 item = ITEM.validate_json(line, strict=True)
+                _check_spelling(line, FIELDS)
                 if what := f"the id {item.id!r:.60} is taken" if item.id in items else _fault(head, item):
                     raise ValueError(what)
                 items[item.id] = item
@@ -178,6 +183,13 @@ def _read(path: Path) -> ItemSet:
     mode = head.mode or ("chat" if head.kind == "reasoning" else "complete")
     facts: dict[str, Any] = {"sha256": hashlib.sha256(raw).hexdigest(), "items": tuple(items.values())}
     return replace(head, mode=mode, n_whole=len(items), **facts)
+
+
+def _check_spelling(line: bytes, known: list[str]) -> None:
+    """Refuse a field that is most likely a known one, misspelt: a `ValueError`. Others have no effect."""
+    for name in files.parse_json(line.removeprefix(b"\xef\xbb\xbf")).keys() - set(known):
+        if meant := did_you_mean(name, known, 0.8):
+            raise ValueError(f"there is no field {name!r:.60}: {meant.strip()}")
 
 
 def _fault(head: ItemSet, item: Item) -> str:

@@ -120,6 +120,10 @@ class Answerer:
             asked = [answerer.request(item_set, item, options) for item in item_set.items]
             return replace(answerer, answer=chooser(model, asked))
         first = answerer.request(item_set, item_set.items[0], options)
+        off = replace(first, options=replace(options, thinking="off"))
+        if first.chat and options.thinking == "on" and first.rendered(model) == off.rendered(model):
+            what = "thinking is 'on', but the model's chat template has no switch for it"
+            raise errors.PromptError(what, where=model.path, hint="leave thinking at 'template'")
         return replace(answerer, opens_thinking=first.chat and opens_thinking(first.rendered(model)))
 
     def request(self, item_set: ItemSet, item: Item, options: Options = DEFAULTS) -> Request:

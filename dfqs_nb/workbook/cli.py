@@ -27,7 +27,7 @@ from typer import Argument, Option
 
 from dfqs_nb import __version__
 from dfqs_nb.core.display import counted, did_you_mean, one_line, plain, quoted
-from dfqs_nb.core.errors import DfqsError
+from dfqs_nb.core.errors import DfqsError, OutputError
 from dfqs_nb.core.files import canonical_sha256, write_json, write_table, write_text
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
 from dfqs_nb.workbook import terminal
@@ -37,7 +37,7 @@ LOG, INTERRUPTED = "dfqs-nb-error.log", 130
 USAGE: Any = typer.BadParameter.__base__  # of the click that this typer stands on, its own or the installed
 COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output"
 # What several commands take.
-Gguf = Annotated[str, Argument(help="A GGUF file, or any of its shards.")]
+Gguf = Annotated[str, Argument(help="A name of `dfqs-nb models`, or a file.")]
 Context = Annotated[int, Option(help="Tokens of context.")]
 Threads = Annotated[int, Option(help="0: chosen for the model.")]
 Fresh = Annotated[bool, Option("--fresh", help="Ignore the results of an earlier run.")]
@@ -118,7 +118,7 @@ def open_model(model: str, n_ctx: int, threads: int = 0) -> Any:
     """Open a model with settings that suit it and this machine."""
     from dfqs_nb import gguf, llama
 
-    shards = gguf.shards.open_shards(model)
+    shards = gguf.shards.open_shards(gguf.models.resolve(model)[0])
     return llama.open_model(shards, llama.OpenSettings.of(shards, n_ctx=n_ctx, n_threads=threads))
 
 
@@ -162,7 +162,7 @@ def routing(
 
 @app.command(rich_help_panel=MEASURE)
 def score(
-    model: str = Argument(..., help="A GGUF file, any of its shards, or the URL of a server."),
+    model: str = Argument(..., help="A name of `dfqs-nb models`, a file, or the URL of a server."),
     endpoint_model: str = Option("", metavar="NAME", help="Which of the server's models."),
     key_variable: KeyVariable = "",
     timeout: float = Option(3600.0, min=1, help="Seconds to wait for an answer of a server."),
@@ -228,6 +228,7 @@ def record(
     limit: int = Option(32, min=1, help="The largest number of prompts."),
     n_ctx: Context = 4096,
     threads: Threads = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Record an original's predictions, to judge quantizations by them.
 
@@ -237,6 +238,8 @@ def record(
     from dfqs_nb.scores import ItemSet
 
     questions = ItemSet.load(prompts).part(limit)
+    if output.exists() and not overwrite:
+        raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
     with open_model(model, n_ctx, threads) as opened:
         fidelity.write_record(opened, questions, output, n_tokens=tokens, sha256=identity(opened))
     say(f"wrote {tilde(output)}; now compare: dfqs-nb fidelity MODEL {shlex.quote(str(output))}")
@@ -257,6 +260,8 @@ def fidelity(
     from dfqs_nb.ladder import fidelity as compared
 
     loaded = compared.Record.load(record)
+    if output:  # before minutes of work
+        output.parent.mkdir(parents=True, exist_ok=True)
     with open_model(model, n_ctx, threads) as opened:
         result = compared.compare_record(opened, loaded)
     n_prompts = result["id"].nunique()
@@ -380,6 +385,10 @@ def main(argv: list[str] | None = None) -> int:
     atexit.register(gc.disable)  # and not when it ends
     warnings.formatwarning = lambda message, *place, **more: f"dfqs-nb: {plain(message)}\n"
     words = argv if argv is not None else sys.argv[1:]
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return _fail("the current folder was deleted: go to another one (`cd`)")
     if "--version" in words[:1]:
         say(f"dfqs-nb {__version__}")
         return 0

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from dfqs_nb.core.display import counted, did_you_mean, markdown, plain, quoted
+from dfqs_nb.core.display import counted, did_you_mean, duration, markdown, plain, quoted
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.files import read_json, there_is, write_json, write_text
 from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir, run_dir, tilde
@@ -177,14 +177,15 @@ def run_workbook(
     budget_minutes = given.pop("budget_minutes", budget_minutes)
     if not budget_minutes >= 1:
         raise DfqsError(f"the budget is {budget_minutes:g} minutes", hint="give a run 1 minute or more")
-    asked, tier = tier, tier or tier_of(given.get("model"), run)
-    settings = {name: value for name, value in settings_of(tier).items() if name not in given}
     folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
+    asked, before = tier, "" if "model" in given else _tier_before(folder)
+    tier = tier or before or tier_of(given.get("model"), run)
+    settings = {name: value for name, value in settings_of(tier).items() if name not in given}
     n_notebooks = counted(len(paths), "notebooks")
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
     with alone(folder):
         _note_command(folder, given, asked, budget_minutes)
-        tell(f"run {run}: {tier} tier, {n_notebooks}, at most about {budget_minutes:g} minutes")
+        tell(f"run {run}: {tier} tier, {n_notebooks}, at most about {duration(60 * budget_minutes)}")
         if settings:
             tell("  " + ", ".join(f"{name}={value}" for name, value in settings.items()))
         for number, path in enumerate(paths):
@@ -218,6 +219,14 @@ def _note_command(folder: Path, given: Mapping[str, Any], tier: str, budget_minu
     with suppress(OSError, ValueError, LookupError, TypeError):
         options = options or read_json(folder / COMMAND)["options"]
     write_json(folder / COMMAND, {"options": options, "budget_minutes": budget_minutes})
+
+
+def _tier_before(folder: Path) -> str:
+    """The ``--tier`` that a run was given when its command was kept; empty without one."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        *_, option, tier = read_json(folder / COMMAND)["options"]
+        return tier if option == "--tier" else ""
+    return ""
 
 
 def _summed_up(folder: Path, done: list[NotebookRun]) -> WorkbookRun:

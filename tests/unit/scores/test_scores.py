@@ -307,6 +307,13 @@ def test_thinking_is_told_to_the_template_and_found_where_it_begins_it(model, mo
     assert not Answerer.of(model, QUESTIONS, Options(thinking="off")).opens_thinking
 
 
+def test_a_template_without_a_switch_cannot_be_told_to_think(model, monkeypatch):
+    with_template(model, monkeypatch, "{{ messages[0]['content'] }}A:")
+    with pytest.raises(PromptError, match="has no switch for it; leave thinking at 'template'"):
+        Answerer.of(model, QUESTIONS, Options(thinking="on"))
+    Answerer.of(model, QUESTIONS, Options(thinking="off"))
+
+
 def test_an_answer_ends_with_the_token_at_which_its_time_ends(model):
     cut = generate(model, model.tokenize("Once", special=False), 50, until=0.0)
     assert (cut.finish_reason, cut.n_tokens) == ("time", 1)

@@ -479,6 +479,8 @@ TESTED = {"id": "1", "prompt": "def f():\n", "tests": "def check(c): pass", "ent
         ([HEAD, ITEM, {**ITEM, "id": "2", "guess": "0.25"}], "line 3: guess: Input should be a valid number"),
         ([HEAD, {**ITEM, "guess": 1.5}], "line 2: guess: "),
         ([HEAD, {**ITEM, "family": None}], "line 2: family: "),
+        ([HEAD, {**ITEM, "gess": 0.5}], "line 2: there is no field 'gess': did you mean guess?"),
+        ([HEAD | {"license": "MIT"}, ITEM], "line 1: there is no field 'license': did you mean licence?"),
         ([HEAD, '{"id": "1", "prompt": "x\\ud83dy", "answer": "a"}'], "line 2: Invalid JSON"),
         ([HEAD, "[" * 4000], "line 2: Invalid JSON"),
         ([HEAD, b'{"id": "\xff"}'], "line 2: Invalid JSON"),

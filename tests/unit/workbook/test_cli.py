@@ -233,6 +233,13 @@ def test_a_full_disk_is_named_with_what_to_do(monkeypatch, capsys):
     assert "the disk: cannot be read or written (No space left on device); free some space" in error, error
 
 
+def test_a_deleted_folder_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert cli.main(["run"]) == 1
+    assert capsys.readouterr().err == "dfqs-nb: the current folder was deleted: go to another one (`cd`)\n"
+
+
 def test_what_nobody_foresaw_is_one_line_and_a_traceback_in_a_log(tmp_path, monkeypatch, capsys):
     from dfqs_nb.gguf import models
     from dfqs_nb.workbook import cli

@@ -24,11 +24,13 @@ def outputs(tmp_path, monkeypatch):
 
 
 def test_a_record_of_the_original_judges_a_quantization(tmp_path, capsys):
-    record, table = tmp_path / "a record.jsonl", tmp_path / "tokens.csv"
+    record, table = tmp_path / "a record.jsonl", tmp_path / "new" / "tokens.csv"
     asked = ["--prompts", "nano-reasoning", "--limit", "3", "--tokens", "4", "--n-ctx", "256"]
     assert main(["record", ORIGINAL, "-o", str(record), *asked]) == 0
     assert f"dfqs-nb fidelity MODEL '{record}'" in capsys.readouterr().out
-    assert main(["fidelity", MODEL, str(record), "-o", str(table), "--n-ctx", "256"]) == 0
+    assert main(["record", ORIGINAL, "-o", str(record), *asked]) == 1
+    assert "exists already; name another file, or pass --overwrite" in capsys.readouterr().err
+    assert main(["fidelity", "dfqs-nano-iq1_s-xl", str(record), "-o", str(table), "--n-ctx", "256"]) == 0
     assert "same likeliest token" in capsys.readouterr().out
     assert {"kl_low", "kl_high"} <= set(pd.read_csv(table))
 

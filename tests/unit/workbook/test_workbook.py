@@ -107,6 +107,13 @@ def test_an_unknown_parameter_fails_and_names_the_known(outputs, pair):
     assert not (outputs / "mine").exists()
 
 
+def test_a_part_that_runs_again_keeps_the_tier_of_its_run(outputs, pair):
+    for tier, expected in (("standard", "standard"), ("", "standard"), ("nano", "nano"), ("", "nano")):
+        told = []
+        workbook.run_workbook("mine", {}, pair[:1], tier=tier, tell=told.append)
+        assert told[0].startswith(f"run mine: {expected} tier"), told
+
+
 def test_two_runs_in_one_folder_are_refused_and_the_first_keeps_its_command(outputs, pair):
     workbook.run_workbook("mine", {"n_ctx": 77}, pair[:1])
     before = (outputs / "mine" / ".command.json").read_text()
@@ -227,7 +234,7 @@ def test_the_parameter_budget_minutes_is_the_budget_of_the_whole_run(outputs, tm
     paths = [write_notebook(tmp_path / "nb" / name, "print('has', budget_minutes)", parameters=parameters)]
     monkeypatch.setattr(workbook, "find_notebooks", lambda names=(): paths)
     assert cli.main(["run", "--run", "mine", "-p", "budget_minutes=5"]) == 0
-    assert "run mine: nano tier, 1 notebook, at most about 5 minutes" in capsys.readouterr().out
+    assert "run mine: nano tier, 1 notebook, at most about 5 min" in capsys.readouterr().out
     assert "has 5.0" in texts(outputs / "mine" / name)
     for none in (["-p", "budget_minutes=0"], ["--budget-minutes", "0"], ["-p", "budget_minutes=nan"]):
         assert cli.main(["run", *none]) == 1
