@@ -29,7 +29,6 @@ SETUP = """\
 # On Colab or Kaggle: fetch the workbook, install it, prepare the model.
 import os
 import sys
-
 if {{"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"}} & set(os.environ):
     home = os.path.expanduser("~/{name}")
     if not os.path.isdir(home):
@@ -37,7 +36,8 @@ if {{"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"}} & set(os.environ):
     if not os.path.isdir(home):
         sys.exit("No network? On Kaggle: Settings > Internet > On.")
     sys.path.insert(0, home + "/tools")
-    __import__("hosted").prepare(globals())"""
+    import hosted
+    hosted.prepare(globals())"""
 
 BADGES = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
@@ -90,6 +90,7 @@ def stamped_notebook(text: str, file: str, address: str) -> str:
             cell.source = stamp_block(cell.source, "badges", badges(file, address))
         if "setup" in tags:
             cell.source = setup_cell(address)
+            cell.metadata["jupyter"] = {"source_hidden": True}  # JupyterLab shows a bar that opens it
         if drawings := re.findall(r"\(attachment:([\w-]+\.png)\)", cell.source):
             cell.attachments = {name: {"image/png": _drawing(name)} for name in drawings}
     return notebook_text(notebook)

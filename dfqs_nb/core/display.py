@@ -151,11 +151,14 @@ def cell(value: Any) -> str:
     """A value as people read it: counts with thousands, floats to four digits."""
     if value is None or value != value:
         return "not stated"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if type(value) is int else str(yes_no(value))
+
+
+def yes_no(value: Any) -> Any:
+    """A truth value as people say it; any other value as it is."""
+    return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
 def plain(text: object) -> str:
@@ -240,7 +243,7 @@ def label(name: object) -> str:
 
 
 def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
-    """Facts as a one-column table, with thousands separators; long texts are cut."""
+    """Facts as a one-column table, with names by `label` and values as in `shown`; long texts are cut."""
     import pandas as pd
 
     whole = pd.option_context("display.max_colwidth", MAX_SHOWN)  # else pandas cuts a text at 50 characters
@@ -250,30 +253,39 @@ def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
         _repr_html_ = whole(pd.DataFrame._repr_html_)
 
     def shown(value: Any) -> str:
-        text = f"{value:,}" if type(value) is int else plain(value)
+        text = f"{value:,}" if type(value) is int else plain(yes_no(value))
         return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
-    return Facts({name: {key: shown(value) for key, value in values.items()}})
+    return Facts({name: {label(key): shown(value) for key, value in values.items()}})
 
 
 def say(*lines: object) -> None:
-    """Print long lines so that they break between words, which JupyterLab's output cells do not."""
+    """Print long lines so that they break between words, which JupyterLab's output cells do not.
+
+    Names with hyphens and numbers like "n = 32" and "95 %" stay whole.
+    """
     for line in lines:
-        print(textwrap.fill(str(line), TEXT_WIDTH, subsequent_indent="  " * str(line).startswith("- ")))
+        text, indent = re.sub(" (?=[=%])|(?<==) ", "\xa0", str(line)), "  " * str(line).startswith("- ")
+        filled = textwrap.fill(text, TEXT_WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+        print(filled.replace("\xa0", " "))
 
 
 def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[str, ...] = ()) -> HTML:
-    """A frame as an HTML table that scrolls, with names by `label` and escaped cells; ``percent``: of shares.
+    """A frame as an HTML table that scrolls, with names by `label` and escaped cells.
 
-    ``name``: of the table in the page, the same in every run. JupyterLab aligns all cells to the right and
-    drops style sheets from stored outputs, so each text cell carries its own alignment.
+    ``name``: of the table in the page, the same in every run. ``percent``: columns of shares. JupyterLab
+    aligns all cells to the right and drops style sheets from stored outputs, so each text cell carries its
+    own alignment.
     """
     import html
 
     from IPython.display import HTML
     from pandas.io.formats.style import Styler
 
-    table = table.rename_axis(index=lambda name: name and label(name), columns=None)
+    table = table.rename_axis(index=lambda name: name and label(name), columns=None).copy()
+    for at, kind in enumerate(table.dtypes):
+        if kind.kind in "bO":
+            table.isetitem(at, table.iloc[:, at].astype(object).map(yes_no))
     options = {"thousands": ",", "precision": precision, "escape": "html", "na_rep": NONE}
     styler = Styler(table, cell_ids=False).format(**options)
     styler = styler.format_index(escape="html", thousands=",", precision=1)
@@ -283,7 +295,7 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     page = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
     if named := re.search(r'(?s)<tr>\s*(<th class="index_name.*?)<th class="blank col0.*?</tr>\s*', page):
         page = re.sub(r'(<th class="blank.*?</th>\s*)+', named[1], page.replace(named[0], ""), count=1)
-    text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iufb"]
+    text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iuf"]
     columns = "|".join(text) or "none"
     aligned = rf"(?:row_heading|index_name) level.*?|(?:col_heading level0|data row\d+) col(?:{columns})"
     page = re.sub(rf'class="(?:{aligned})"', 'style="text-align: left"', page)

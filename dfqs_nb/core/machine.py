@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from dfqs_nb.core.display import counted
+
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 # limit, use, and what stands before the sums over the groups below, in versions 2 and 1
@@ -130,6 +132,16 @@ def describe() -> dict[str, str | int]:
         "memory (GiB)": f"{memory.total_bytes / 2**30:.1f}, {memory.available_bytes / 2**30:.1f} free",
         **({"graphics cards": cards} if cards else {}),
     }
+
+
+def machine_line(*more: str) -> str:
+    """The versions and the machine that decide results, on one line; ``more``: `llama.kernels`."""
+    known = describe()
+    memory = str(known["memory (GiB)"]).replace(", ", " GiB of memory (")
+    place = [counted(int(known["usable cores"]), "cores"), f"{memory})", known["system"]]
+    cards = [known["graphics cards"]] if "graphics cards" in known else []
+    versions = ", ".join(f"{name} {known[name]}" for name in ("Python", PACKAGES[0]))
+    return "; ".join([versions, f"{known['processor']}: {', '.join(map(str, place + cards))}", *more])
 
 
 def memory_bandwidth(n_threads: int = 0) -> float:

@@ -9,8 +9,10 @@ from dfqs_nb.llama.settings import OpenSettings
 if TYPE_CHECKING:
     from dfqs_nb.llama import timing
     from dfqs_nb.llama.generate import answer_table, chat
-    from dfqs_nb.llama.model import open_model
+    from dfqs_nb.llama.model import kernels, open_model
 
-__all__ = ["OpenSettings", "answer_table", "chat", "check", "open_model", "timing"]
+__all__ = ["OpenSettings", "answer_table", "chat", "check", "kernels", "open_model", "timing"]
 
-__getattr__ = lazy(__name__, answer_table="generate", chat="generate", open_model="model", timing="timing")
+__getattr__ = lazy(
+    __name__, answer_table="generate", chat="generate", kernels="model", open_model="model", timing="timing"
+)

@@ -218,13 +218,30 @@ class Model(contextlib.AbstractContextManager["Model"]):
         """What a measurement with this model depends on, beside the model and the prompts; closed, too."""
         return {
             "runtime": f"llama-cpp-python {llama_version()}",
-            "system_info": self.api.llama_print_system_info().decode("utf-8", "replace").strip(),
+            "system_info": system_info(),
             **self.settings.as_dict(),
             "paging": "on" if self.paging else "off",
             "offloaded_layers": self.loaded.get("offloaded_layers"),
             "repacked": self.loaded.get("repacked"),
             **({} if self.has_template else {"chat_frame": PLAIN_CHAT}),
         }
+
+
+def system_info() -> str:
+    """The instruction sets and options of this machine that llama.cpp's kernels use, in its own words."""
+    import llama_cpp
+
+    LOG.install()  # the first call starts the GPUs' libraries, which log what they find
+    return llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip()
+
+
+def kernels() -> str:
+    """`system_info` as people read it, after llama.cpp's commit, for `machine_line`."""
+    commit = (
+        ggml_function("ggml_commit", ctypes.c_char_p)().decode().removesuffix("-dirty")
+    )  # as each sdist is
+    used = ", ".join(filter(None, map(str.strip, re.sub(r" = 1\b", "", system_info()).split("|"))))
+    return f"llama.cpp (commit {commit}) with {used.replace(' :', ':')}"
 
 
 def open_model(model: Files, settings: OpenSettings | None = None, *, trial: bool = True) -> Model:

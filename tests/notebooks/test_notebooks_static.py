@@ -121,6 +121,7 @@ def test_setup_is_short_stamped_and_right_after_the_parameters(notebook):
     cells = tagged(notebook, "setup")
     assert len(cells) == 1
     assert len(source(cells[0]).splitlines()) <= 12
+    assert cells[0]["metadata"]["jupyter"] == {"source_hidden": True}
     assert source(cells[0]) == store_notebooks.setup_cell(public_address()), "run `make stamp`"
     code = code_cells(notebook)
     assert [tagged(notebook, "parameters")[0], cells[0]] == code[:2]
@@ -220,7 +221,8 @@ def test_the_file_is_small_and_clean(path):
     assert notebook["metadata"]["language_info"] == {"name": "python"}
     assert "application/vnd.jupyter.widget" not in text
     for cell in notebook["cells"]:
-        assert set(cell["metadata"]) <= {"tags"}, cell["metadata"]
+        hidden = {"jupyter"} if cell in tagged(notebook, "setup") else set()
+        assert set(cell["metadata"]) <= {"tags"} | hidden, cell["metadata"]
         assert "injected-parameters" not in cell["metadata"].get("tags", [])
 
 

@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)|\bnan\b|\binf\b")
-TIMED = re.compile(rf"{NUMBER.pattern}|\b(?:True|False|min|s)\b")
+TIMED = re.compile(rf"{NUMBER.pattern}|\b(?:min|s)\b|(?<=>)(?:yes|no)(?=<)")
 REASONS = {"because-machine-facts", "because-generated-texts", "because-near-ties"}
 TAG = re.compile(r"nbval-(?:words|close(?:-(?P<percent>\d+))?)")
 

@@ -9,7 +9,7 @@ from collections import namedtuple
 
 import psutil
 
-from dfqs_nb.core.machine import Load, watched_load
+from dfqs_nb.core.machine import Load, describe, machine_line, watched_load
 
 
 def test_work_of_others_is_seen():
@@ -27,3 +27,9 @@ def test_ones_own_work_is_not_that_of_others(monkeypatch):
     with watched_load() as load:
         sum(i * i for i in range(10_000_000))
     assert load.other_cores < 0.05
+
+
+def test_one_line_has_what_decides_results():
+    known, line = describe(), machine_line("llama.cpp (commit x)")
+    assert f"llama-cpp-python {known['llama-cpp-python']}; {known['processor']}: " in line
+    assert line.endswith("; llama.cpp (commit x)") and " GiB of memory (" in line

@@ -66,6 +66,24 @@ def test_long_lines_break_between_words(capsys):
     assert lines[-1] == "short" and lines[1].startswith("  word") and max(map(len, lines)) <= TEXT_WIDTH
 
 
+def test_names_with_hyphens_and_numbers_with_their_unit_stay_whole(capsys):
+    for n in range(50):
+        say("x " * n + "nano-reasoning-hard n = 32 95 %")
+        lines = capsys.readouterr().out.splitlines()
+        for whole in ("nano-reasoning-hard", "n = 32", "95 %"):
+            assert any(whole in line for line in lines), n
+
+
+def test_a_truth_value_is_yes_or_no_and_a_text_stays_what_it_is():
+    values = {"sure": [True, False], "perhaps": [None, True], "text": ["True", "1"], "n": [1, 0]}
+    page = shown(pd.DataFrame(values, index=["a", "b"]), "t").data
+    assert re.findall(r"<td[^>]*>([^<]+)</td>", page) == ["yes", "–", "True", "1", "no", "yes", "1", "0"]
+    assert facts({"offloaded_layers": 0, "repacked": False}).to_dict()["value"] == {
+        "offloaded layers": "0",
+        "repacked": "no",
+    }
+
+
 def test_a_pivoted_table_keeps_its_headings():
     pivoted = pd.DataFrame({"rung": ["a", "a"], "layer": ["x", "y"], "share": [1.0, 2.0]})
     page = shown(pivoted.pivot(index="rung", columns="layer", values="share"), "t").data

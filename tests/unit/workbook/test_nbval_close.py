@@ -30,8 +30,10 @@ def test_widths_of_columns_and_truth_of_a_machine_do_not_count():
     assert made_equal("memory     22.9 free\n-----", "memory  3.1 free\n--------", "nbval-words").startswith(
         "memory     22.9"
     )
-    assert made_equal("busy False, 33 s", "busy True, 2 min", "nbval-words") == "busy False, 33 s"
-    assert made_equal("busy False", "busy True", "nbval-close") == "busy True"
+    busy, quiet = "<td>yes</td> 33 s", "<td>no</td> 2 min"
+    assert made_equal(busy, quiet, "nbval-words") == busy
+    assert made_equal(busy, quiet, "nbval-close") == quiet
+    assert made_equal("no help", "yes help", "nbval-words") == "yes help", "a word of a sentence"
     assert made_equal("IQ1_S 1.65", "IQ2_S 1.65", "nbval-close") == "IQ2_S 1.65"
 
 
