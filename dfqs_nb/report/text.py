@@ -65,7 +65,7 @@ class Verdict:
     @property
     def summary(self) -> list[str]:
         """A sentence for each line."""
-        sentences = (f"{line.symbol} {line.question} {line.answer}. {line.caveat}" for line in self.lines)
+        sentences = (f"{line.symbol} {line.question} {line.answer} {line.caveat}" for line in self.lines)
         return [plain(text.rstrip()) for text in sentences]
 
     def __repr__(self) -> str:
@@ -86,7 +86,7 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         row = rows.get(demand, UNJUDGED)
         mark = marks.get(name, MARKS[row["verdict"]])
         answer, _, caveat = sentence(name, report, row["evidence"], mark).partition("\n")
-        answer, caveat = (text[:1].upper() + text[1:] for text in (answer, caveat))
+        answer, caveat = (text and f"{text[0].upper()}{text[1:]}." for text in (answer, caveat))
         lines.append(Line(mark, question, answer, caveat, section, SYMBOLS[mark]))
     name, place = plain(report["model"]["name"]), plain(sentence("ran_on", report["machine"]))
     return Verdict(f"{name}, {report['specification']}, {report['tier']} tier", place, tuple(lines))

@@ -430,13 +430,16 @@ def test_no_report_is_refused_with_what_to_run(tmp_path):
 # ---- the verdict ----
 
 
-def test_the_verdict_answers_six_questions_with_intervals_and_caveats(made):
+def test_the_verdict_answers_six_questions_with_intervals_and_caveats(made, run):
     lines = report.verdict(made).lines
     assert [line.question.split()[0] for line in lines] == ["Is", "Does", "Is", "How", "What", "Which"]
     assert all(
         line.answer and line.caveat and line.mark in ("yes", "no", "in part", "unknown") for line in lines
     )
     by = {line.question: line for line in lines}
+    for shown in (str(report.verdict(made)), report.verdict(made)._repr_markdown_(), markdown(made, run)):
+        verdict_lines = [line for line in shown.splitlines() if any(question in line for question in by)]
+        assert len(verdict_lines) >= 6 and not re.search(r'\.[A-Z"]|\.\.', "".join(verdict_lines)), shown
     carries = by["How far does the context carry?"]
     assert "from 512, open above" in carries.answer and "measured up to 2,048 tokens" in carries.caveat
     assert {line.section for line in lines} == {"metrics", "requirements"}
@@ -459,7 +462,7 @@ def test_the_verdict_is_no_better_than_its_evidence(merged_reference, tmp_path):
     folder = make_run(tmp_path / "r", merged_reference, **changed)
     lines = report.verdict(report.build_report(folder, ask_llama_cpp=False)).lines
     assert [line.mark for line in lines] == ["no", "no", "no", "no", "yes", "no"]
-    assert lines[1].answer == "No token was generated on the CPU", "a cross begins with its reason"
+    assert lines[1].answer == "No token was generated on the CPU.", "a cross begins with its reason"
 
 
 @pytest.mark.parametrize(
