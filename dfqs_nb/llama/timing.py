@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isnan, nan
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from dfqs_nb.core.display import duration, per_cent, quoted, size, tqdm
-from dfqs_nb.core.machine import Disk, available_memory, disk_bandwidth, read_bytes, watched_load
+from dfqs_nb.core.machine import Disk, Load, available_memory, disk_bandwidth, read_bytes, watched_load
 from dfqs_nb.core.stage import fit
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import Layout
@@ -103,16 +104,21 @@ def measure_speed(
     return pd.DataFrame(rows)
 
 
+def spread(row: Mapping[str, Any]) -> str:
+    """The range of a row of speeds, and the number of its repetitions."""
+    return "({min:,.1f} to {max:,.1f}, n = {repetitions})".format(**row)
+
+
 def sentence(row: pd.Series, notebook: str, run: str) -> str:
     """A row of decode in words; where it was contended, with the command that measures this run again."""
-    spread = f"({row['min']:,.1f} to {row['max']:,.1f}, n = {row['repetitions']})"
-    text = f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread}"
+    text = f"decode {row['median']:,.1f} tokens/s at depth {row['depth']} {spread(row)}"
     why = "other programs were busy"
-    if row.get("notebook_03", 0) > 0:  # see `scores.speed`
-        why = f"notebook 03 timed {row['notebook_03']:,.1f}, so the machine was slowed"
-        notebook = f"03 {notebook}"
+    if isinstance(before := row.get("notebook_03"), str):  # see `scores.speed`
+        text += f"; notebook 03 of this run: {before}"
+        if not Load(row["other_cores"]).contended:
+            why, notebook = "notebook 03 was clearly faster, so the machine was slowed", f"03 {notebook}"
     again = " ".join(["dfqs-nb run", notebook, "--run", quoted(run)])
-    busy = f", contended: {why}. Repeat it on a quiet machine: `{again}`"
+    busy = f"; contended: {why}. Repeat it on a quiet machine: `{again}`"
     return text + busy * bool(row["contended"])
 
 

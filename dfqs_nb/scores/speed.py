@@ -12,12 +12,13 @@ from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.stage import read_stage
 from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.llama.model import Model
-from dfqs_nb.llama.timing import METRIC_DEPTH
+from dfqs_nb.llama.timing import METRIC_DEPTH, spread
+from dfqs_nb.stats import LEVEL
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CLEARLY = 1.1  # times as fast as the fastest repetition
+CLEARLY = 1.1  # times as fast
 CACHE_BYTES = 32e6  # that a processor's cache can hold, or most of it
 
 
@@ -40,20 +41,24 @@ def metric_row(speeds: pd.DataFrame) -> pd.Series:
 
 
 def beside_notebook_03(speeds: pd.DataFrame, folder: Path, conditions: Mapping[str, Any]) -> pd.DataFrame:
-    """Speeds, all ``contended`` if notebook 03 of this run timed the same decode clearly faster.
+    """Speeds, with ``notebook_03`` in the metric's row: the same decode as notebook 03 of this run timed it.
 
-    A host that slows its machine shows there as no work of others; only another time of measurement tells.
-    The metric's row then holds that speed as ``notebook_03``. ``conditions``: of the model, with its hash.
+    All are ``contended`` where that was clearly faster: its median by more than 10 %, and its repetitions by
+    the exact rank test of Mann and Whitney (one-sided, 5 %), which single ones never pass. A host that slows its
+    machine shows there as no work of others. ``conditions``: of the model, with its hash.
     """
+    from scipy.stats import mannwhitneyu
+
     row = metric_row(speeds)
     with suppress(StageError):  # notebook 06 may run alone
         before = read_stage(folder, "generate")
         if differing_fields(before["conditions"], conditions).keys() - {"n_ctx", "seed"}:
             return speeds
         for other in before["speed"]:
-            same = other["phase"] == "decode" and other["depth"] == row["depth"]
-            if same and other["min"] > CLEARLY * row["max"]:
+            if all(other[key] == row[key] for key in ("phase", "depth", "tokens")):
+                p = mannwhitneyu(other["values"], row["values"], alternative="greater", method="exact").pvalue
+                slowed = other["median"] > CLEARLY * row["median"] and p <= 1 - LEVEL
                 at = (speeds["phase"] == "decode") & (speeds["depth"] == row["depth"])
-                faster = at.map({True: other["median"]})
-                return speeds.assign(contended=True, notebook_03=faster)
+                both = speeds.assign(notebook_03=at.map({True: f"{other['median']:,.1f} {spread(other)}"}))
+                return both.assign(contended=both["contended"] | slowed)
     return speeds

@@ -62,7 +62,7 @@ def test_a_contended_speed_names_the_command_that_repeats_it(nano, monkeypatch):
     prefill, decode = (row for _, row in table.iterrows())
     assert "contended" not in timing.sentence(prefill, "03", "nano")
     text = timing.sentence(decode, "03", "my run")
-    assert ", n = 2), contended: " in text and text.endswith("machine: `dfqs-nb run 03 --run 'my run'`")
+    assert ", n = 2); contended: " in text and text.endswith("machine: `dfqs-nb run 03 --run 'my run'`")
     assert Load(0.5).contended and not Load(0.0).contended
 
 

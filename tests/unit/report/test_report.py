@@ -971,6 +971,16 @@ def test_a_contended_speed_gives_way_to_a_quiet_one_of_notebook_03(merged_refere
         assert line.mark == ("in part" if is_busy else "yes") and ("is not known" in line.answer) is is_busy
         assert ("notebook 03 timed" in markdown(built, folder)) is not is_busy
         assert "`dfqs-nb run 06 07 " in line.caveat
+    folder = make_run(
+        tmp_path / "quiet",
+        merged_reference,
+        generate={"speed": [row | {"contended": False} for row in rows]},
+        scores={"speeds": [row | {"contended": False} for row in recorded("scores")["speeds"]]},
+    )
+    built = report.build_report(folder, ask_llama_cpp=False)
+    detail = built["details"]["cpu_tokens_per_sec"]
+    assert "notebook_03" not in detail and "notebook 03 timed" in markdown(built, folder), "both are given"
+    assert "notebook 03" not in line_of(built, "Does it run").answer
 
 
 def test_a_value_of_the_curve_that_is_cut_at_1_does_not_look_certain(made):
