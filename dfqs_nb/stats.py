@@ -167,6 +167,21 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, n).pvalue) if n else 1.0
 
 
+def detectable(n: int, differ: float = 0.2, power: float = 0.8) -> float:
+    """The smallest difference of two shares, paired in ``n`` questions, that `mcnemar` finds with this power.
+
+    ``differ``: the share of questions that one of the two alone gets right. 0.0: it finds no difference.
+
+    >>> round(detectable(192), 3), detectable(20)
+    (0.093, 0.0)
+    """
+    from scipy.stats import beta, binom
+
+    n = round(differ * n)
+    few = int(binom.ppf((1 - LEVEL) / 2, n, 0.5)) - 1  # the most that the worse one may get right alone
+    return float(differ * (1 - 2 * beta.ppf(1 - power, few + 1, n - few))) if few >= 0 else 0.0
+
+
 def sign_flip(differences: Floats, n_resamples: int = 9999, seed: int = 0) -> float:
     """P value of the two-sided sign-flip test that paired differences have a mean of 0 (Fisher 1935).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,12 +27,14 @@ def score_families(table: pd.DataFrame) -> Axes | str:
     for colour, name in zip(PALETTE, sets, strict=False):
         rows = np.flatnonzero(table["set"] == name)
         part = table.iloc[rows]
+        n = " to ".join(map(str, sorted({part["n"].min(), part["n"].max()})))
         spread = whiskers(part, "accuracy")
-        ax.errorbar(part["accuracy"], rows, xerr=spread, fmt="o", color=colour, capsize=3, label=name)
-    guessed = np.flatnonzero(table["guess_rate"] > 0)
-    guess = table["guess_rate"].iloc[guessed]
-    ax.plot(guess, guessed, "|", color=INK, markersize=13, markeredgewidth=1.5, label="guessing")
-    names = [f"{row.family}, {row.length} (n = {row.n})" for row in table.itertuples()]
+        ax.errorbar(part["accuracy"], rows, xerr=spread, fmt="none", color=colour, capsize=3)
+        ax.plot(part["accuracy"], rows, "o", color=colour, label=f"{name} (n = {n} a family)")
+    guess = table["guess_rate"].reset_index(drop=True).loc[lambda rate: rate > 0]
+    ax.plot(guess, guess.index, "|", color=INK, markersize=13, markeredgewidth=1.5, label="guessing")
+    several = table.groupby("set")["length"].transform("nunique") > 1
+    names = table["family"] + (", " + table["length"]).where(several, "")
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(-0.02, 1.02)
@@ -44,5 +47,6 @@ def score_families(table: pd.DataFrame) -> Axes | str:
     once = table[(table["guess_rate"] > 0) & ~table["set"].isin([f"{name}-choices" for name in sets])]
     if len(once):
         above = int((once["low"] > once["guess_rate"]).sum())
-        set_title(ax, f"{above} of {len(once)} families beat guessing (uncorrected)")
+        of = " and ".join(once["set"].unique())
+        set_title(ax, textwrap.fill(f"{of}: {above} of {len(once)} families beat guessing", 80))
     return ax

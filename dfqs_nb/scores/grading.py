@@ -18,7 +18,7 @@ import numpy as np
 from dfqs_nb.core.errors import ComparisonError
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.llama.generate import answer_start
-from dfqs_nb.stats import mcnemar, paired_bootstrap, wilson
+from dfqs_nb.stats import detectable, mcnemar, paired_bootstrap, wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,12 +171,20 @@ class Results:
         return table.assign(low=low, high=high).reset_index()
 
     def failures(self, n: int) -> pd.DataFrame:
-        """Failed items to read, ``n`` a set, spread over its families: what was asked, answered, expected."""
+        """Failed items to read, ``n`` a set, spread over its families, those that failed before last."""
         items = self.items
         failed = items[~items["correct"]]
+        failed = failed.loc[failed["id"].duplicated().sort_values(kind="stable").index]
         turn = failed.groupby(["set", "family"], sort=False).cumcount()
         chosen = failed.loc[turn.sort_values(kind="stable").index].groupby("set").head(n).sort_index()
-        return chosen[["family", "prompt", "completion", "expected", "reason"]].reset_index(drop=True)
+        return chosen[["set", "family", "prompt", "completion", "expected", "reason"]].reset_index(drop=True)
+
+    @property
+    def resolution(self) -> str:
+        """The smallest difference to another model that these questions can show."""
+        least = {run.name: 100 * detectable(len(run.answered)) for run in self.runs}
+        found = [f"{it:.0f} points in {name}" if it else f"none in {name}" for name, it in least.items()]
+        return f"Smallest difference to another model that these questions can show: {', '.join(found)}"
 
 
 def compare_runs(a: SetRun, b: SetRun) -> SimpleNamespace:

@@ -44,7 +44,7 @@ def beside_notebook_03(speeds: pd.DataFrame, folder: Path, conditions: Mapping[s
     """Speeds, with ``notebook_03`` in the metric's row: the same decode as notebook 03 of this run timed it.
 
     All are ``contended`` where that was clearly faster: its median by more than 10 %, and its repetitions by
-    the exact rank test of Mann and Whitney (one-sided, 5 %), which single ones never pass. A host that slows its
+    Mann and Whitney's exact rank test (one-sided, 5 %), which single ones never pass. A host that slows its
     machine shows there as no work of others. ``conditions``: of the model, with its hash.
     """
     from scipy.stats import mannwhitneyu
@@ -56,8 +56,9 @@ def beside_notebook_03(speeds: pd.DataFrame, folder: Path, conditions: Mapping[s
             return speeds
         for other in before["speed"]:
             if all(other[key] == row[key] for key in ("phase", "depth", "tokens")):
-                p = mannwhitneyu(other["values"], row["values"], alternative="greater", method="exact").pvalue
-                slowed = other["median"] > CLEARLY * row["median"] and p <= 1 - LEVEL
+                pair = other["values"], row["values"]
+                rank = mannwhitneyu(*pair, alternative="greater", method="exact")
+                slowed = rank.pvalue <= 1 - LEVEL and other["median"] > CLEARLY * row["median"]
                 at = (speeds["phase"] == "decode") & (speeds["depth"] == row["depth"])
                 both = speeds.assign(notebook_03=at.map({True: f"{other['median']:,.1f} {spread(other)}"}))
                 return both.assign(contended=both["contended"] | slowed)

@@ -7,9 +7,9 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from scipy.stats import beta
+from scipy.stats import beta, binom
 
-from dfqs_nb.stats import at_most, expanded_tail, holm, mcnemar, mean_interval, wilson
+from dfqs_nb.stats import at_most, detectable, expanded_tail, holm, mcnemar, mean_interval, wilson
 
 
 @pytest.mark.parametrize("n, expected", [(10, 0.2589), (20, 0.1391), (100, 0.0295), (1152, 0.0026)])
@@ -54,6 +54,15 @@ def test_an_upper_bound_is_a_quantile_of_the_beta_distribution(x, n):
 def test_mcnemar_is_a_fair_coin(a, b):
     n, fewer = a + b, min(a, b)
     assert mcnemar(a, b) == pytest.approx(min(1, 2 * sum(comb(n, k) for k in range(fewer + 1)) / 2**n))
+
+
+@pytest.mark.parametrize("n", [30, 96, 192, 1000])
+def test_the_detectable_difference_has_its_power_by_the_test_itself(n):
+    differ = round(0.2 * n)
+    found = [few for few in range(differ + 1) if mcnemar(few, differ - few) <= 0.05]
+    share = (1 - detectable(n) / 0.2) / 2
+    assert binom.pmf(found, differ, share).sum() == pytest.approx(0.8, abs=1e-3)
+    assert not detectable(20), "of 4 questions that differ, none can show anything"
 
 
 def test_holm_never_lets_a_larger_p_overtake():

@@ -180,7 +180,7 @@ def test_a_score_of_choices_is_their_share_with_interval_and_guess_rate(model, o
     table = Results([run]).families().set_index("family")
     assert table["n"].to_dict() == {"all": 2, "odd": 1} and table.loc["odd", "guess_rate"] == 1 / 2
     title = figures.score_families(table.reset_index()).get_title(loc="left")
-    assert title.endswith("of 2 families beat guessing (uncorrected)")
+    assert title.startswith(f"{run.name}: ") and title.endswith(" of 2 families beat guessing")
     twice = pd.concat([table.assign(set=name) for name in ("x", "x-choices", "y")]).reset_index()
     twice.loc[twice["set"] == "y", "guess_rate"] = 0.0
     assert " of 2 families beat" in figures.score_families(twice).get_title(loc="left"), (

@@ -135,6 +135,10 @@ def test_grades_reasons_and_failures_to_read(tmp_path):
     assert (items["reason"].str.len() > 0).equals(~items["correct"])
     read = results.failures(5)
     assert len(read) == 5 == read["family"].nunique()
+    again = dataclasses.replace(results.runs[0], items=items.assign(set="again", correct=False))
+    read = Results([*results.runs, again]).failures(3)
+    new = read.loc[read["set"] == "again", "prompt"]
+    assert len(new) == 3 and new.isin(items.loc[items["correct"], "prompt"]).all(), "other questions"
     table = results.families()
     assert table["n"].sum() == N and (table["low"] <= table["accuracy"]).all()
 
