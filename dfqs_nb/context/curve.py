@@ -135,6 +135,9 @@ class Run:
             guessed = f"{guess['another_key']} of {guess['wrong']} wrong answers are another key's"
             lines.append(f"{of}, guess rate {guess['rate']:.2f} ({guessed})")
         stage.add(self.journal.path)
+        late = [f"{length:,}" for length in plan.grid if length not in set(counts.lengths.tolist())]
+        if self.budget_hit and plan.n_haystacks and late:
+            stage.leave_out([f"lengths: {', '.join(late)} tokens"])
         reused = {"reuse": bool(self.reuse and self.reuse.allowed)}
         stage.finish(
             conditions={**conditions, **plan.conditions(), **reused},

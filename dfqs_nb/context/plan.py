@@ -81,22 +81,22 @@ def measure_prefill(model: Model, deepest: int, budget_seconds: float = inf) -> 
 
 
 class Meter:
-    """A time limit, and how much slower than planned the work was so far."""
+    """A time limit, and how much slower than planned the work was so far. ``end``: by `time.monotonic`."""
 
     def __init__(self, seconds: float) -> None:
-        self._end, self._planned, self._taken = time.perf_counter() + seconds, 0.0, 0.0
+        self.end, self._planned, self._taken = time.monotonic() + seconds, 0.0, 0.0
 
     def holds(self, cost: float) -> bool:
         """Whether work of so many planned seconds ends in time."""
         slower = max(1.0, self._taken / self._planned) if self._planned else 1.0
-        return time.perf_counter() + slower * cost <= self._end
+        return time.monotonic() + slower * cost <= self.end
 
     @contextmanager
     def spend(self, cost: float) -> Iterator[None]:
         """Do work of so many planned seconds."""
-        begun = time.perf_counter()
+        begun = time.monotonic()
         yield
-        self._taken += time.perf_counter() - begun
+        self._taken += time.monotonic() - begun
         self._planned += cost
 
 

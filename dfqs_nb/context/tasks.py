@@ -290,7 +290,8 @@ def measure_loops(
 
     Resumes after a kill: ``long_generation.jsonl`` in ``folder`` keeps the answers. An answer's number is its
     request and its seed, so temperatures differ in nothing else. No answer is begun that is not expected to
-    end in the budget, at this speed. ``n_tokens``: of an answer, fewer where the context is shorter.
+    end in the budget, at this speed, and one that does not is lost. ``n_tokens``: of an answer, fewer where
+    the context is shorter.
     """
     requests, n_tokens = load_prompts(LONG, Requests), min(n_tokens, model.settings.n_ctx // 2)
     made = {**model.conditions(), **requests.identity(), "n_tokens": n_tokens, "model": model_id}
@@ -304,7 +305,10 @@ def measure_loops(
         if str(turn) in journal or not meter.holds(cost):
             return
         with meter.spend(cost):
-            answer = chat(copy, requests.prompts[number], n_tokens, Sampling(temperature, seed=number))
+            sampling = Sampling(temperature, seed=number)
+            answer = chat(copy, requests.prompts[number], n_tokens, sampling, until=meter.end)
+        if answer.finish_reason == "time":
+            return
         journal.add(str(turn), tokens=answer.token_ids, ended=answer.finish_reason != "length")
 
     with crew(model) as models:

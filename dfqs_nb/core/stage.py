@@ -64,7 +64,7 @@ class Stage:
         return max(0.0, self._started + self.budget_seconds - time.monotonic())
 
     def leave_out(self, sentences: Iterable[str]) -> None:
-        """Note what the budget did not allow; the stage file and its summary list it."""
+        """Note what the budget (or the context) did not allow; the stage file and its summary list it."""
         self.left_out = list(dict.fromkeys([*self.left_out, *sentences]))
 
     def plan(
@@ -136,7 +136,7 @@ class Stage:
         It also holds the SHA-256 of each file that the stage wrote, and one of its own content, the ``seal``.
         It catches accidents, not forgers.
         """
-        missing = [f"left out to keep to the budget: {'; '.join(self.left_out)}"] if self.left_out else []
+        missing = [f"not measured in full: {'; '.join(self.left_out)}"] if self.left_out else []
         content = {"stage": self.name, "conditions": conditions, "summary": [*summary, *missing], **facts}
         if self.budget_seconds < math.inf:
             seconds = round(time.monotonic() - self._started, 1)

@@ -22,7 +22,7 @@ from dfqs_nb.ladder.divergence import Array, log_probs
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
 from dfqs_nb.scores import ItemSet
-from dfqs_nb.stats import mean_interval
+from dfqs_nb.stats import at_most, mean_interval
 
 FORMAT: Final = "dfqs reference record 2"
 TOP_K = 20  # tokens recorded at each step
@@ -229,5 +229,7 @@ def summary(tokens: pd.DataFrame) -> pd.DataFrame:
     sums = prompts[["nll", "nll_reference", "bytes"]].sum()
     values["extra_bits_per_byte"] = (sums["nll"] - sums["nll_reference"]) / sums["bytes"] / np.log(2)
     by_label = {label: values[name].to_numpy(float) for name, label in MEASURES.items()}
-    rows = [(label, each.mean(), *mean_interval(each)) for label, each in by_label.items()]
-    return pd.DataFrame(rows, columns=["measure", "mean", "low", "high"])
+    rows = {label: [each.mean(), *mean_interval(each)] for label, each in by_label.items()}
+    if (same := rows[MEASURES["same_top"]])[1] == 1:  # a bootstrap of equal values has no width
+        same[1] = 1 - at_most(0, len(values))
+    return pd.DataFrame.from_dict(rows, "index", columns=["mean", "low", "high"]).reset_index(names="measure")

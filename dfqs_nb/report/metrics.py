@@ -129,8 +129,9 @@ def _score(stage: Mapping[str, Any], name: str) -> Detail:
     if score is None:
         unsafe = kind == "code" and stage.get("sandbox") in (None, "", "none")
         why = ": without a sandbox no generated code is run" if unsafe else ""
-        if not why and any(own in str(it) for it in stage.get("left_out") or ()):
-            why = ": the budget left it out"
+        left_out = [str(it) for it in stage.get("left_out") or () if own in str(it)]
+        if left_out and not why:
+            why = f": {left_out[0].partition(': ')[2] or 'the budget left it out'}"
         return {"withheld": f"the set {own} was not answered{why}", **chosen}
     detail = {key: value for key, value in score.items() if key not in ("name", "n_missing")} | chosen
     if score["value"] is None:

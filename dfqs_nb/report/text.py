@@ -226,7 +226,7 @@ def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
             taken = f"{duration(used)} of {duration(given)}"
             if given < 90 <= used:  # one unit for both
                 taken = f"{used:,.0f} s of {given:,.0f} s"
-            missing = "".join(f"; left out: {it}" for it in stage.get("left_out") or ())
+            missing = "".join(f"; cut: {it}" for it in stage.get("left_out") or ())
             budgets.append(f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {taken}{missing}")
     if any(stage.get("left_out") for stage in stages.values()):
         budgets.append(f"A larger budget measures more: {rerun([], report['command'], more=True)}")

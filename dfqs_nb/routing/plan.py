@@ -42,20 +42,26 @@ class RoutingTexts(PromptSet):
 
 
 def read_texts(folder: str | Path = "") -> list[Text]:
-    """The workbook's 16 texts of five domains, or those of a folder: two or more, a subfolder a domain."""
+    """The workbook's 16 texts of five domains, or those of a folder: two or more, a subfolder a domain.
+
+    Equal texts count once: they are no independent evidence.
+    """
     if not str(folder):
         return load_prompts("routing-texts", RoutingTexts).texts
     root, texts = Path(folder).expanduser(), list[Text]()
     if not root.is_dir():
         raise DfqsError("there is no such folder", where=folder, hint="give a folder of texts")
     for path in sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
-        if text := path.read_text(encoding="utf-8", errors="replace")[:MAX_CHARACTERS].strip():
+        text = path.read_text(encoding="utf-8", errors="replace")[:MAX_CHARACTERS].strip()
+        if text and all(text != other.text for other in texts):
             domain = path.parent.name if path.parent != root else path.stem
             # a name is a cluster of the statistics, and has to be unique
             texts.append(Text(domain=domain, name=path.relative_to(root).as_posix(), text=text))
     if len(texts) < 2:
         hint = f"put texts there ({', '.join(SUFFIXES)}), in a subfolder for each domain"
-        raise DfqsError(f"{counted(len(texts), 'texts')}, and 2 are needed", where=folder, hint=hint)
+        raise DfqsError(
+            f"{counted(len(texts), 'different texts')}, and 2 are needed", where=folder, hint=hint
+        )
     return texts
 
 

@@ -95,7 +95,8 @@ class ItemSet:
             return _read(Path(name))
         known = {path.stem.replace("_", "-"): path for path in (paths.data_dir() / "prompts").glob("*.jsonl")}
         if str(name) not in known:
-            raise PromptError(f"no question set {str(name)!r}", hint=f"there are: {', '.join(sorted(known))}")
+            hint = f"{did_you_mean(str(name), known)}there are: {', '.join(sorted(known))}, or a .jsonl file"
+            raise PromptError(f"no question set {str(name)!r}", hint=hint)
         return _read(known[str(name)])
 
     @classmethod
@@ -160,6 +161,8 @@ def _read(path: Path) -> ItemSet:
         raise PromptError(f"cannot be read ({error.strerror})", where=paths.tilde(path), hint=hint) from error
     (first, *lines), number, items = raw.split(b"\n"), 1, dict[str, Item]()
     try:
+        if not raw.strip():
+            raise ValueError("the file is empty")
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError("this is UTF-16; save the file as UTF-8")
         head = HEAD.validate_json(first.removeprefix(b"\xef\xbb\xbf"), strict=True)
@@ -178,7 +181,7 @@ def _read(path: Path) -> ItemSet:
         if not items:
             raise ValueError("there are no items")
     except ValueError as error:
-        hint = "see data/prompts/ for the format"
+        hint = "data/prompts/README.md shows the format"
         raise PromptError(f"line {number}: {_reason(error)}", where=paths.tilde(path), hint=hint) from None
     mode = head.mode or ("chat" if head.kind == "reasoning" else "complete")
     facts: dict[str, Any] = {"sha256": hashlib.sha256(raw).hexdigest(), "items": tuple(items.values())}

@@ -195,14 +195,20 @@ def score_set(
 
     A `PromptError`: the model was opened with fewer tokens of context than the longest item needs.
     """
+    if lack := lacks_context(model, item_set, options):
+        n = lack.split()[0].replace(",", "")
+        hint = f"--n-ctx {n} or more (of a notebook or `run`: n_ctx={n}), not {model.settings.n_ctx}"
+        raise errors.PromptError(f"the set {item_set.name} needs {lack}", hint=hint)
+    return Answerer.of(model, item_set, options, model_id).score(item_set, folder, options)
+
+
+def lacks_context(model: Model, item_set: ItemSet, options: Options) -> str:
+    """How many tokens of context the longest item needs, where the model was opened with fewer; else ""."""
     item_set = item_set.part(options.limit)
-    answerer = Answerer.of(model, item_set, options, model_id)
+    answerer = Answerer.of(model, item_set, options)
     requests = (answerer.request(item_set, item, options) for item in item_set.items)
     longest = max(len(request.tokens(model)) + request.max_tokens for request in requests)
-    if longest > model.settings.n_ctx:
-        hint = f"--n-ctx {longest} or more (in a notebook: n_ctx = {longest}), not {model.settings.n_ctx}"
-        raise errors.PromptError(f"the set {item_set.name} needs {longest:,} tokens of context", hint=hint)
-    return answerer.score(item_set, folder, options)
+    return f"{longest:,} tokens of context" if longest > model.settings.n_ctx else ""
 
 
 def _is_whole(answer: Mapping[str, Any]) -> bool:
@@ -261,7 +267,7 @@ def _judge(rows: Sequence[Row], sandbox: Sandbox, path: Path, options: Options) 
 
 @dataclass(frozen=True)
 class QuestionPlan:
-    """The sets that a time holds at least a dozen answers of."""
+    """The sets whose items fit the context, of which a time holds at least a dozen answers."""
 
     model: Model = field(repr=False)
     sets: Sequence[ItemSet]
@@ -270,6 +276,7 @@ class QuestionPlan:
     sentence: str  # the plan for people: what all answers would take at their full length
     pace: Pace
     options: Options
+    missing: Sequence[str]  # the sets whose items do not fit, and what they need
 
     def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
         """Ask each set in its share of the time; the results, and what was left out.
@@ -277,7 +284,7 @@ class QuestionPlan:
         Multiple choice takes what it needs where the model has no chat template. Questions come spread evenly
         over the families. The answer at which the time ends is cut there. Earlier answers always count.
         """
-        end, runs, missing = time.monotonic() + self.budget_seconds, [], []
+        end, runs, missing = time.monotonic() + self.budget_seconds, [], [*self.missing]
         for number, each in enumerate(self.sets):
             now, left, is_asked = time.monotonic(), self.n_sets - number, number < self.n_sets
             if each.kind == "choice" and not self.model.has_template:
@@ -300,9 +307,14 @@ def plan_questions(
 ) -> QuestionPlan:
     """Time a few tokens, and plan the sets that these seconds hold a dozen answers of, at least two.
 
-    Answers count at their full length, and prompts by four characters a token.
+    Answers count at their full length, and prompts by four characters a token. A `PromptError`: no set has
+    items that fit the model's context.
     """
-    pace, sets = probe(model), [each.part(options.limit) for each in item_sets]
+    lacks = {each.name: lacks_context(model, each, options) for each in item_sets}
+    missing = [f"the set {name}: it needs {lack} (n_ctx)" for name, lack in lacks.items() if lack]
+    if len(missing) == len(lacks):
+        raise errors.PromptError(f"no set fits the context; {'; '.join(missing)}", hint="give a larger n_ctx")
+    pace, sets = probe(model), [each.part(options.limit) for each in item_sets if not lacks[each.name]]
 
     def cost(item_set: ItemSet) -> float:
         written = (item_set.max_tokens + options.thinking_tokens) * (item_set.kind != "choice")
@@ -317,7 +329,7 @@ def plan_questions(
     if whole > seconds:
         sentence = f"at most {duration(seconds)}: as many of {n:,} questions as that holds"
         sentence += f" (all could take {duration(whole)})"
-    return QuestionPlan(model, sets, n_sets, seconds, sentence, pace, options)
+    return QuestionPlan(model, sets, n_sets, seconds, sentence, pace, options, missing)
 
 
 # ---- multiple choice by log-likelihood: the likeliest choice is the answer, and no text is generated ----

@@ -266,7 +266,7 @@ def fidelity(
         result = compared.compare_record(opened, loaded)
     n_prompts = result["id"].nunique()
     say(f"against {loaded.head.source}: {n_prompts} prompts, {len(result):,} tokens; 95 % intervals")
-    say_table(compared.summary(result), ".4f")
+    say_table(compared.summary(result), "z.4f")
     if output:
         say(f"wrote {tilde(write_table(output, result, index=False))}")
 

@@ -24,7 +24,7 @@ from dfqs_nb.context.haystacks import Haystacks, probe_of
 from dfqs_nb.context.plan import Plan, PrefillSpeed, RuntimeFailure, make_plan
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.core.paths import REPOSITORY, data_dir
-from dfqs_nb.core.stage import Stage
+from dfqs_nb.core.stage import Stage, read_stage
 from dfqs_nb.llama.model import DecodeError, NanLogitsError, check_reuse, open_model
 from dfqs_nb.llama.settings import OpenSettings
 
@@ -166,6 +166,10 @@ def test_a_budget_that_ends_during_the_run_censors(nano, tmp_path):
     assert run.budget_hit and run.failure is None
     assert run.items["length"].unique().tolist() == [64]
     assert run.boundary().right_censored
+    stage = Stage(tmp_path, "long_context", 1)
+    vars(stage)["model"] = {}
+    run.hand_on(stage, {})
+    assert read_stage(tmp_path, "long_context")["left_out"] == ["lengths: 512 tokens"]
 
 
 # ---- the run ----

@@ -84,11 +84,14 @@ def test_a_second_run_asks_nothing_and_a_budget_leaves_out(tmp_path, monkeypatch
     with open_model(MODEL, OPEN, trial=False) as model:
         none, missing = tasks.measure_loops(model, tmp_path, speed, **few, budget_seconds=0)
         assert not len(none) and missing == ["the table of long answers: not measured"] and "rate" in none
+        late = PrefillSpeed(0.0, 0.0, 0.0)  # it takes longer than this says, and is cut
+        none, missing = tasks.measure_loops(model, tmp_path, late, **few, budget_seconds=0.01)
+        assert not len(none) and not (tmp_path / tasks.LONG_JOURNAL).exists() and missing
         first, missing = tasks.measure_loops(model, tmp_path, speed, **few)
         assert first["asked"].tolist() == [2, 2] and not missing
         lines = [json.loads(line) for line in (tmp_path / tasks.LONG_JOURNAL).read_text().splitlines()]
         assert max(len(line["tokens"]) for line in lines) <= 80
         append_damaged(tmp_path / tasks.LONG_JOURNAL)
-        monkeypatch.setattr(tasks, "chat", lambda *_: pytest.fail("asked again"))
+        monkeypatch.setattr(tasks, "chat", lambda *_, **__: pytest.fail("asked again"))
         again, _ = tasks.measure_loops(model, tmp_path, speed, **few)
     pd.testing.assert_frame_equal(first, again)

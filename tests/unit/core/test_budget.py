@@ -47,7 +47,7 @@ def test_what_a_budget_left_out_stands_in_the_stage_and_in_its_summary(outputs):
     stage.leave_out(["4 questions in place of 8", "4 questions in place of 8"])
     stage.finish(conditions={}, summary=["a"])
     content = read_stage(outputs, "scores", sealed=True)
-    assert content["summary"] == ["a", "left out to keep to the budget: 4 questions in place of 8"]
+    assert content["summary"] == ["a", "not measured in full: 4 questions in place of 8"]
     assert content["left_out"] == ["4 questions in place of 8"] and content["budget"]["seconds"] == 120
 
 

@@ -192,3 +192,6 @@ def test_means_are_over_prompts_and_few_have_no_interval():
     table = fidelity.summary(tokens).set_index("measure")
     assert table["mean"].tolist() == pytest.approx([0.5, 1.0, 0.2, 0.5])
     assert table[["low", "high"]].isna().all().all()
+    table = fidelity.summary(tokens.assign(id=["a", "b", "c"]).loc[[0, 1, 2] * 2].assign(id=list("abcdef")))
+    table = table.set_index("measure")
+    assert table.loc["same likeliest token (share)", "low"] == pytest.approx(0.05 ** (1 / 6))

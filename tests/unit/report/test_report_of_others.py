@@ -85,7 +85,7 @@ def test_each_budget_is_shown_with_what_it_left_out_and_the_command_that_measure
         (folder / COMMAND).write_text(command)
         made = report.build_report(folder, ask_llama_cpp=False)
         content = text.texts(made, folder)["report.md"]
-        assert "03_load_and_generate: 95 s of 66 s; left out: 2 tokens of an answer in place of 96" in content
+        assert "03_load_and_generate: 95 s of 66 s; cut: 2 tokens of an answer in place of 96" in content
         assert f"`dfqs-nb run --run gemma --model {model} {words}`" in content
         assert f"`dfqs-nb run 06 07 --run gemma {words}`" not in content
     assert "`dfqs-nb run 06 07 --run gemma -p n_ctx=512 --budget-minutes 150`" in content

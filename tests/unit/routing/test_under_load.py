@@ -136,8 +136,10 @@ def test_the_texts_are_enough_and_of_enough_domains(tmp_path):
         ("law", "law/one.txt"),
         ("poems", "poems/one.txt"),
     ]
-    with pytest.raises(DfqsError, match="1 text, and 2 are needed"):
+    with pytest.raises(DfqsError, match="1 different text, and 2 are needed"):
         read_texts(tmp_path / "law")
+    (tmp_path / "law" / "same.txt").write_text("a text about law\n", encoding="utf-8")
+    assert len(read_texts(tmp_path)) == 2
     with pytest.raises(DfqsError, match="there is no such folder"):
         read_texts(tmp_path / "nowhere")
 

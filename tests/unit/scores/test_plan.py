@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from dfqs_nb.core.errors import PromptError
 from dfqs_nb.llama.generate import Completion
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
@@ -35,13 +36,24 @@ PACE = Pace(prefill=0.001, decode=0.01)
 @pytest.fixture
 def planned(monkeypatch):
     monkeypatch.setattr(runs, "probe", lambda model: PACE)
-    return lambda seconds: plan_questions(SimpleNamespace(), SETS, Options(), seconds)
+    monkeypatch.setattr(runs, "lacks_context", lambda *arguments: "")
+    return lambda seconds, sets=SETS: plan_questions(SimpleNamespace(), sets, Options(), seconds)
 
 
 @pytest.fixture(scope="module")
 def model(merged_reference):
     with open_model(merged_reference, OpenSettings(n_ctx=512, n_threads=1)) as opened:
         yield opened
+
+
+def test_a_set_that_does_not_fit_the_context_is_left_out_before_the_first_question(model, tmp_path):
+    long = replace(NANO, name="long", max_tokens=5000)
+    plan = plan_questions(model, [long, NANO_CHOICES], Options(limit=2, progress=False), math.inf)
+    results, missing = plan.ask(tmp_path)
+    assert [run.name for run in results.runs] == [NANO_CHOICES.name]
+    assert len(missing) == 1 and missing[0].startswith("the set long: it needs 5,")
+    with pytest.raises(PromptError, match="no set fits the context; the set long: it needs 5,"):
+        plan_questions(model, [long], Options(limit=2), math.inf)
 
 
 def test_a_part_asks_as_much_of_every_family_and_larger_parts_hold_it():
@@ -67,12 +79,11 @@ def test_sets_are_planned_while_the_time_holds_a_dozen_answers_of_each(planned):
     assert planned(3 * 12 * 0.01 * 1100).n_sets == 3
 
 
-def test_multiple_choice_comes_first_and_costs_no_written_answer(monkeypatch):
-    monkeypatch.setattr(runs, "probe", lambda model: PACE)
+def test_multiple_choice_comes_first_and_costs_no_written_answer(planned):
     sets = ItemSet.of_tier("standard", choices=True)
     assert [each.kind for each in sets] == ["choice", "reasoning", "code", "reasoning"]
-    choices = plan_questions(SimpleNamespace(), sets[:1], Options(), math.inf).sentence
-    written = plan_questions(SimpleNamespace(), sets[1:2], Options(), math.inf).sentence
+    choices = planned(math.inf, sets[:1]).sentence
+    written = planned(math.inf, sets[1:2]).sentence
     assert choices == "120 of 120 questions, at most 51 s"
     assert written == "120 of 120 questions, at most 21 min"
 

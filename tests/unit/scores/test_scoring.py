@@ -451,6 +451,7 @@ TESTED = {"id": "1", "prompt": "def f():\n", "tests": "def check(c): pass", "ent
     ("lines", "message"),
     [
         (["not json"], "line 1: Invalid JSON"),
+        ([" "], "line 1: the file is empty"),
         ([[]], "line 1: Input should be an object"),
         ([{"set": "x"}], "line 1: kind: Field required"),
         (
