@@ -429,7 +429,7 @@ def parameter_table() -> pd.DataFrame:
     import pandas as pd
 
     rows: dict[str, dict[str, str]] = {}
-    standard = settings_of(STANDARD)
+    standard = {"model": "your file", "run_name": "from the file's name", **settings_of(STANDARD)}
     for path in find_notebooks():
         for name, facts in declared_parameters(path).items():
             row = rows.setdefault(name, {"notebooks": "", "reference model": facts["default"].strip('"')})

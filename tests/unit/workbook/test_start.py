@@ -5,6 +5,7 @@ import pandas as pd
 from dfqs_nb.core.display import shown
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.workbook import find_notebooks, overview, parameter_table
+from dfqs_nb.workbook.run import declared_parameters
 
 
 def test_the_overview_has_every_notebook_and_invents_no_figure():
@@ -23,6 +24,19 @@ def test_the_parameters_are_those_of_the_notebooks_with_the_values_of_both_tiers
         "00",
         "09",
     }
+
+
+def test_a_parameter_of_several_notebooks_has_one_type_and_one_default():
+    seen: dict[str, set[tuple[str, str]]] = {}
+    for path in find_notebooks():
+        for name, it in declared_parameters(path).items():
+            seen.setdefault(name, set()).add((it["inferred_type_name"], it["default"]))
+    assert not {name: values for name, values in seen.items() if len(values) > 1}
+
+
+def test_a_run_of_another_model_has_a_model_and_a_name_of_its_own():
+    others = parameter_table()["other models"]
+    assert (others["model"], others["run_name"]) == ("your file", "from the file's name")
 
 
 def test_a_table_has_names_with_units_and_stays_as_it_is():
