@@ -33,7 +33,7 @@ METHOD = "says how something is measured or defined, not what came out"
 OPEN = "a question to the reader, or what was not shown"
 # The sentences that stand alone, by their beginnings. A new one needs an assert beside it, or a place here.
 ALONE = {
-    "00": {OPEN: ["It also does not promise", "Which of them costs"]},
+    "00": {OPEN: ["It also does not promise"]},
     "01": {
         BY_CONSTRUCTION: ["The merge streams", "The check reads only", "It reads each window", "The file gets its name", "If the merge is"],
         OPEN: ["- that the weights are", "What does `dfqs-nb inspect", "- [Don't merge with cat]"],
