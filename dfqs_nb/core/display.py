@@ -229,7 +229,9 @@ other_cores: cores busy elsewhere | kld: KL divergence (nats) | kld_low: KL from
 kld_tail: 99 % of tokens under | boundary: boundary (tokens) | decode: decode (tokens/s) |
 bits_per_weight: bits a weight | expert_bits: bits a weight of experts | bits_a: bits a weight of a |
 bits_b: bits a weight of b | logit_drift: logits move by at most | llama_cpp: llama.cpp |
-finish_reason: ended by | tokens_per_sec: tokens/s
+finish_reason: ended by | tokens_per_sec: tokens/s | n_differ: choices that differ |
+margin_differ: largest margin of a flip | drift_of_equal_experts: with equal experts by at most |
+same_output: same greedy answer
 """)
 
 

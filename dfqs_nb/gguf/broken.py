@@ -48,11 +48,13 @@ def collection(folder: Path) -> list[Path]:
     contents = {
         first.name: body,
         "cut-off.gguf": body[: len(body) // 2],
-        "trailing.gguf": second.read_bytes() + b"\x00" * 100,
         "empty.gguf": b"",
         "lfs-pointer.gguf": pointer.format("b4e1" * 16, len(body)).encode(),
         "error-page.gguf": b"<!DOCTYPE html><html><head><title>404 Not Found</title></head></html>",
     }
     for name, content in {**contents, second.name: second.read_bytes()}.items():
         (folder / name).write_bytes(content)
-    return [*(folder / name for name in contents), glue(folder)]
+    trailing = Path(shutil.copy(data_dir() / "reference" / "DFQS-Nano-F16.gguf", folder / "trailing.gguf"))
+    with trailing.open("ab") as file:
+        file.write(bytes(100))
+    return [*(folder / name for name in contents), trailing, glue(folder)]

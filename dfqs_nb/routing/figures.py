@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    from dfqs_nb.routing.trace import Trace
 
-def routing_agreement(agreement: pd.DataFrame, n_tokens: int) -> Axes:
-    """Share of different expert sets, of ``n_tokens`` a tile; of `Experiment.agreement`."""
+
+def routing_agreement(agreement: pd.DataFrame, n_repeats: int, reference: Trace) -> Axes:
+    """Share of different expert sets in each tile; of `Experiment.agreement`, first the repetitions' rows."""
     ax = new_axes(1.2 + 0.24 * len(agreement))
     differ = 1 - agreement.to_numpy(float)
     most = float(differ.max())
@@ -27,11 +29,14 @@ def routing_agreement(agreement: pd.DataFrame, n_tokens: int) -> Axes:
         colour = "white" if share > 0.6 * most and most > 0.1 else INK
         ax.text(column, row, per_cent(share), ha="center", va="center", fontsize=7, color=colour)
     ax.set_yticks(range(len(agreement)), agreement.index, fontsize=8)
-    ax.set_xticks(range(agreement.shape[1]), [str(layer) for layer in agreement.columns])
-    ax.set_xlabel(f"layer (tiles: share of n = {n_tokens:,} expert sets that differ)")
+    pairs = zip(agreement.columns, reference.hashed.tolist(), strict=True)
+    ax.set_xticks(range(agreement.shape[1]), [f"{layer}{' (hash)' * by_table}" for layer, by_table in pairs])
+    ax.set_xlabel(f"layer (tiles: share of n = {reference.n_tokens:,} expert sets that differ)")
     ax.tick_params(length=0)
-    same = int((differ.max(axis=1) == 0).sum())
-    set_title(ax, f"In {same} of {len(agreement)} comparisons no expert choice changes")
+    changed = differ.max(axis=1) > 0
+    again, n = int(changed[:n_repeats].sum()), len(agreement) - n_repeats
+    settings = f"{changed[n_repeats:].sum()} of {counted(n, 'changed settings')} change an expert choice"
+    set_title(ax, f"{settings}; {again or 'no'} repetition{'s do' if again > 1 else ' does'}")
     return ax
 
 
@@ -65,6 +70,6 @@ def router_margins(margins: pd.Series, flips: pd.DataFrame) -> Axes:
         times = typical / first["margin"].median()
         smaller = f"a median margin {times:,.0f} times smaller than typical"
         smaller = smaller if times >= 1 else "no smaller margins than others"
-        title = f"The {counted(len(first), 'first flips')} have {smaller}"
+        title = f"Choices that flip first have {smaller} (n = {len(first)})"
     set_title(ax, title)
     return ax

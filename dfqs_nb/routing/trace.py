@@ -26,7 +26,7 @@ _ARRAYS = (*_ROWS, "layers", "hashed", "logit_ids", "output")
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 COMPARED = (  # the values of `compare`
     *("n_tokens", "n_layers", "n_choices", "n_differ", "margin_differ"),
-    *("logits_equal", "logit_drift", "same_output"),
+    *("logits_equal", "logit_drift", "drift_of_equal_experts", "same_output"),
 )
 NOTHING = np.zeros(0)  # where nothing was kept
 
@@ -122,14 +122,16 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
     ``n_layers`` and ``n_choices`` (tokens x layers) leave out hash layers, whose choices cannot vary.
     ``margin_differ``: the largest margin of the reference at which a set differs, or NaN. ``logits_equal``:
     share of tokens whose logits are equal bit for bit; ``logit_drift``: largest difference of a kept logit;
-    both are NaN where none were kept. ``same_output``: equal greedy answers; None where both are empty.
+    ``drift_of_equal_experts``: the same, of tokens without a set that differs. These are NaN where there is
+    nothing to compare. ``same_output``: equal greedy answers; None where both are empty.
     Errors: as `differences`.
     """
-    scored, equal, drift = ~a.hashed, math.nan, math.nan
+    scored, equal, drift, of_equal = ~a.hashed, math.nan, math.nan, math.nan
     routed, answered = differences(a, b)[:, scored], len(a.output) or len(b.output)
     if len(a.digest) and len(b.digest) and np.array_equal(a.logit_ids, b.logit_ids):
         equal = float((a.digest == b.digest).mean())
-        drift = float(np.abs(a.logits - b.logits).max(initial=0.0))
+        moved, same = np.abs(a.logits - b.logits).max(axis=1, initial=0.0), ~routed.any(axis=1)
+        drift, of_equal = float(moved.max(initial=0.0)), float(moved[same].max()) if same.any() else math.nan
     return {
         "n_tokens": a.n_tokens,
         "n_layers": int(scored.sum()),
@@ -138,5 +140,6 @@ def compare(a: Trace, b: Trace) -> dict[str, Any]:
         "margin_differ": float(a.margin[:, scored][routed].max()) if routed.any() else math.nan,
         "logits_equal": equal,
         "logit_drift": drift,
+        "drift_of_equal_experts": of_equal,
         "same_output": bool(np.array_equal(a.output, b.output)) if answered else None,
     }

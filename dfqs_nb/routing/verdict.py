@@ -104,11 +104,11 @@ def judge(rows: pd.DataFrame) -> Verdict:
     if failed:
         text = f"{len(failed)} of the repetitions did not run ({failed[0]})."
     elif facts["routed"]:
-        text = (
-            f"{facts['n_differ']:,} of {facts['n_choices']:,} choices differed under identical conditions, "
-        )
-        text += f"in {changed} of {len(done)} {runs} (texts of {facts['n_tokens']:,} tokens in all, "
-        text += f"{facts['n_layers']} layers)."
+        times = done["text"].value_counts().tolist()  # those of the long text, and of each short one
+        often = " to ".join(map(str, sorted({min(times), max(times)}))) + " time" + "s" * (max(times) > 1)
+        text = f"{facts['n_differ']:,} of {facts['n_choices']:,} choices differed under identical conditions"
+        text += f", in {changed} of {len(done)} {runs} (texts of {facts['n_tokens']:,} tokens in all, "
+        text += f"each repeated {often}, {facts['n_layers']} layers)."
     else:
         text = f"dense model, nothing to route; the logits of {per_cent(facts['logits_equal'], 2)} of "
         text += f"{facts['n_tokens']:,} tokens were equal bit for bit over {len(done)} {runs}."
@@ -119,9 +119,9 @@ def judge(rows: pd.DataFrame) -> Verdict:
 
 
 def load_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a load, in the order run, from the rows of `compared`; columns as `_counts`, and ``load``."""
+    """One row a load, the smallest first, from the rows of `compared`; columns as `_counts`, and ``load``."""
     done = rows[(rows["kind"] == "load") & (rows["status"] == "done")]
-    groups = done.groupby(["load", "n_others"], sort=False)
+    groups = done.sort_values("n_others", kind="stable").groupby(["load", "n_others"], sort=False)
     return pd.DataFrame({"load": load, "n_others": n, **_counts(group)} for (load, n), group in groups)
 
 
@@ -132,7 +132,7 @@ def _counts(rows: pd.DataFrame) -> dict[str, Any]:
         counts |= {f"n_{what}": rows[column].nunique(), f"n_{what}_differ": differ[column].nunique()}
     return counts | {
         "n_choices": int(rows["n_choices"].sum()),
-        "n_differ": int(rows["n_differ"].sum()),
+        "n_choices_differ": int(rows["n_differ"].sum()),
         "logits_equal": rows["logits_equal"].mean(),
         "logit_drift": rows["logit_drift"].max(),
         "texts_equal": rows["same_output"].astype(float).mean(),
@@ -176,15 +176,15 @@ def _under_load(beside: pd.DataFrame) -> str:
     it, rate = SimpleNamespace(**_counts(beside)), ""
     *smaller, largest = map(str, sorted(beside["n_others"].unique()))
     company = f"{', '.join(smaller)} or {largest} others" if smaller else counted(int(largest), "others")
-    if it.n_differ:
+    if it.n_choices_differ:
         of_texts = beside.groupby("text")[["n_differ", "n_choices"]].sum().to_numpy(float)
         low, high = mean_interval(of_texts[:, 0] / of_texts[:, 1])
         between = f", 95 % interval over texts {per_cent(low, 2)} to {per_cent(high, 2)}" * (low == low)
-        rate = f" ({per_cent(it.n_differ / it.n_choices, 2)}{between})"
+        rate = f" ({per_cent(it.n_choices_differ / it.n_choices, 2)}{between})"
     bound = per_cent(at_most(it.n_texts_differ, it.n_texts), 0)
     return (
         f"with {counted(it.n_texts, 'texts')} of {counted(beside['domain'].nunique(), 'domains')} beside "
-        f"{company} in one batch (n_threads {beside['n_threads'].max()}), {it.n_differ:,} of "
+        f"{company} in one batch (n_threads {beside['n_threads'].max()}), {it.n_choices_differ:,} of "
         f"{it.n_choices:,} choices differ from those alone{rate}, in {it.n_texts_differ} of {it.n_texts} "
         f"texts (95 % upper bound: {bound}) and {it.n_runs_differ} of {it.n_runs} batches. {_moved(beside)}"
     )
@@ -208,7 +208,7 @@ def sensitivities(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def advice(ranked: pd.DataFrame) -> list[str]:
-    """What to fix in order to reproduce a run, of `sensitivities`, in their order.
+    """What to pin in order to reproduce a run, of `sensitivities`, in their order.
 
     One line a kind, or two where it moves nothing from some of the runs that it is compared with.
     """
@@ -216,17 +216,17 @@ def advice(ranked: pd.DataFrame) -> list[str]:
     for (kind, free), rows in ranked.groupby(["kind", ranked["logits_equal"] == 1], sort=False):
         where = " or ".join(f'"{name}"' for name in rows["against"].unique())
         if free:
-            lines.append(f"Free: {kind}, from {where}. Every logit was equal bit for bit.")
+            lines.append(f"Free: {kind} (compared with {where}). Every logit was equal bit for bit.")
             continue
         worst = rows.iloc[0]
-        word = "Fix" if worst["n_differ"] else "Fix for equal logits"
+        word = "Pin" if worst["n_differ"] else "Pin for equal logits"
         choices = (
             f"{worst['n_differ']:,} of {worst['n_choices']:,} choices, and " if worst["n_choices"] else ""
         )
         seen = f'"{worst["condition"]}" changed {choices}logits by up to {worst["logit_drift"]:.2g}'
         answers = rows["same_output"].dropna()  # without n_output there is none
         moved = f"; {answers.eq(False).sum()} of {counted(len(answers), 'greedy answers')} changed"
-        lines.append(f"{word}: {kind}, from {where}. {seen}{moved * bool(len(answers))}.")
+        lines.append(f"{word}: {kind} (compared with {where}). {seen}{moved * bool(len(answers))}.")
     return lines
 
 
@@ -276,10 +276,21 @@ def reads_by_domain(trace: Trace) -> dict[str, np.ndarray]:
 def experts_needed(trace: Trace) -> pd.DataFrame:
     """How many of a layer's experts, the busiest first, get a share of its choices (mean over layers).
 
-    A row a domain, and one of ``all`` domains alike; a column a share.
+    A row a domain, and one of ``all`` domains alike; a column a share. The last two columns are the share of
+    its choices that half of a layer's experts get: its own busiest, which get most, and the busiest of the
+    other domains (NaN without others).
     """
-    reads = reads_by_domain(trace)
-    shares = {"all": np.mean(list(reads.values()), axis=0), **reads}
+    reads, half = reads_by_domain(trace), trace.n_experts // 2
+    total = np.sum(list(reads.values()), axis=0)
+    shares = {"all": total / len(reads), **reads}
+
+    def share_of_half(own: np.ndarray, chosen_by: np.ndarray) -> float:
+        busiest = np.argsort(-chosen_by, axis=1, kind="stable")[:, :half]
+        return float(np.take_along_axis(own, busiest, axis=1).sum(axis=1).mean())
+
     curves = {name: np.sort(it)[:, ::-1].cumsum(axis=1).mean(axis=0) for name, it in shares.items()}
     needed = {per_cent(p, 0): {name: int((it < p).sum()) + 1 for name, it in curves.items()} for p in SHARES}
-    return pd.DataFrame(needed).rename_axis("domain")
+    others = {name: share_of_half(it, total - it) for name, it in reads.items() if len(reads) > 1}
+    table = pd.DataFrame(needed).rename_axis("domain")
+    table["own_busiest_half"] = [share_of_half(it, it) for it in shares.values()]
+    return table.assign(busiest_half_of_others=table.index.map(others))

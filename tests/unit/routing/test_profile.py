@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
+import pytest
 
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.routing.trace import Trace
@@ -54,6 +57,25 @@ def test_the_busiest_experts_are_counted_until_they_have_the_share():
         n = table.loc["law", f"{share:.0%}".replace("%", " %")]
         assert busiest[n - 1] >= share and (n == 1 or busiest[n - 2] < share)
     assert table.loc["law", "50 %"] < table.loc["code", "50 %"], "law has an expert of its own"
+
+
+def test_half_of_the_experts_is_chosen_on_the_own_domain_or_on_the_others():
+    trace, half = planted(), EXPERTS // 2
+    table, reads = experts_needed(trace), reads_by_domain(trace)
+    for name, shares in reads.items():
+        most = [
+            max(sum(layer[list(kept)]) for kept in combinations(range(EXPERTS), half)) for layer in shares
+        ]
+        assert table.loc[name, "own_busiest_half"] == pytest.approx(np.mean(most)), "no other half gets more"
+    others = np.mean([reads["code"], reads["prose"]], axis=0)
+    kept = [np.argsort(-layer)[:half] for layer in others]
+    expected = np.mean([layer[experts].sum() for layer, experts in zip(reads["law"], kept, strict=True)])
+    assert table.loc["law", "busiest_half_of_others"] == pytest.approx(expected)
+    lost = table["own_busiest_half"] - table["busiest_half_of_others"]
+    assert lost["law"] > 0.2 > lost[["code", "prose"]].max(), "law has an expert of its own"
+    assert np.isnan(table.loc["all", "busiest_half_of_others"])
+    alone = replace(trace, conditions=trace.conditions | {"domains": ["law"] * 12})
+    assert experts_needed(alone)["busiest_half_of_others"].isna().all(), "there are no others"
 
 
 def test_a_trace_has_the_arrays_of_the_documentation(tmp_path):

@@ -66,6 +66,15 @@ def test_order_of_experts_does_not_matter_and_sets_do():
     assert differences(A, b).sum(axis=0).tolist() == [0, 2]
 
 
+def test_the_drift_of_tokens_with_equal_experts_leaves_out_flips():
+    b = trace([[[0, 1], [2, 3]], [[0, 1], [2, 1]], [[0, 1], [2, 3]]])
+    b.logits[:] = A.logits + np.array([[0.0], [8.0], [0.125]])
+    change = compare(A, b)
+    assert (change["logit_drift"], change["drift_of_equal_experts"]) == (8.0, 0.125)
+    everywhere = trace([[[0, 2], [2, 3]]] * 3)
+    assert np.isnan(compare(A, everywhere)["drift_of_equal_experts"]), "no token has equal experts"
+
+
 def test_an_answer_that_ends_at_once_differs_from_one_that_goes_on():
     empty, other = (dataclasses.replace(A, output=np.array(output, np.int32)) for output in ([], [1]))
     assert compare(empty, other)["same_output"] is False and compare(empty, empty)["same_output"] is None
@@ -141,7 +150,10 @@ def test_repeated_runs_are_counted_with_their_processes_and_without_a_bound():
     """Runs of one process are not independent, so their number bounds nothing."""
     verdict = judge(table_of(("again", "identical", "x", A, A), ("fresh", "identical", "x", A, A)))
     assert (verdict.facts["n_choices"], verdict.facts["n_processes"]) == (12, 2)
-    assert "in 0 of 2 repeated runs in 2 processes (texts of 3 tokens" in verdict.text
+    assert (
+        "in 0 of 2 repeated runs in 2 processes (texts of 3 tokens in all, each repeated 2 times"
+        in verdict.text
+    )
     assert "bound" not in verdict.text and not any("bound" in name for name in verdict.facts)
 
 
@@ -171,10 +183,12 @@ def test_sensitivities_are_ranked_and_become_advice():
     )
     assert sensitivities(table)["condition"].tolist() == ["n_batch 7", "all by decode", "1 thread"]
     lines = advice(sensitivities(table))
-    assert lines[0].startswith('Fix: n_batch and n_ubatch, from "x". "n_batch 7" changed 1 of 6 choices')
-    assert lines[1].startswith('Fix for equal logits: prefill length, from "x". "all by decode" changed 0 of')
+    assert lines[0].startswith('Pin: n_batch and n_ubatch (compared with "x"). "n_batch 7" changed 1 of 6')
+    assert lines[1].startswith(
+        'Pin for equal logits: prefill length (compared with "x"). "all by decode" changed'
+    )
     assert "logits by up to 0.5" in lines[1] and "0 of 1 greedy answer changed" in lines[1]
-    assert lines[2] == 'Free: n_threads, from "x". Every logit was equal bit for bit.'
+    assert lines[2] == 'Free: n_threads (compared with "x"). Every logit was equal bit for bit.'
 
 
 def test_advice_names_the_runs_from_which_a_setting_matters():
@@ -186,9 +200,11 @@ def test_advice_names_the_runs_from_which_a_setting_matters():
         ("4 threads, flash", "n_threads", "flash", A, further),
     )
     flash, plain = advice(sensitivities(table))
-    assert flash.startswith('Fix: n_threads, from "flash". "2 threads, flash" changed 1 of 6 choices')
+    assert flash.startswith(
+        'Pin: n_threads (compared with "flash"). "2 threads, flash" changed 1 of 6 choices'
+    )
     assert "logits by up to 0.5; 0 of 2 greedy answers changed." in flash
-    assert plain == 'Free: n_threads, from "prefill". Every logit was equal bit for bit.'
+    assert plain == 'Free: n_threads (compared with "prefill"). Every logit was equal bit for bit.'
 
 
 def test_a_flip_follows_only_what_its_router_could_see():
@@ -280,7 +296,7 @@ def test_a_planted_fault_is_caught(planted):
     assert judge(planted.rows).passed
     assert np.nanmedian(planted.traces["prefill"].margin) < 1e-5
     assert "2 of 2 changes of settings changed a choice" in planted.claims()["evidence"].iloc[0]
-    assert any(line.startswith("Fix: n_batch and n_ubatch, from") for line in planted.advice)
+    assert any(line.startswith("Pin: n_batch and n_ubatch (compared with") for line in planted.advice)
     flips = planted.flips()
     assert len(flips) == table.loc[["n_batch 7", "all by decode"], "n_differ"].sum()
     assert flips["margin"].max() < 1e-4 and set(flips["layer"]) <= {1, 2, 3}
