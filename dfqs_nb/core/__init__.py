@@ -8,20 +8,12 @@ from dfqs_nb.core.display import facts, say, shown
 from dfqs_nb.core.errors import DfqsError
 
 if TYPE_CHECKING:
+    from dfqs_nb.core import figures
     from dfqs_nb.core.machine import describe, machine_line, memory_bandwidth
     from dfqs_nb.core.stage import Stage
 
-__all__ = [
-    "DfqsError",
-    "Stage",
-    "describe",
-    "facts",
-    "machine_line",
-    "memory_bandwidth",
-    "lazy",
-    "say",
-    "shown",
-]
+__all__ = ["DfqsError", "Stage", "describe", "facts", "figures", "lazy", "machine_line", "memory_bandwidth"]
+__all__ += ["say", "shown"]
 
 
 def lazy(package: str, **homes: str) -> Callable[[str], Any]:
@@ -39,6 +31,5 @@ def lazy(package: str, **homes: str) -> Callable[[str], Any]:
     return find
 
 
-__getattr__ = lazy(
-    __name__, Stage="stage", describe="machine", machine_line="machine", memory_bandwidth="machine"
-)
+HOMES = dict(Stage="stage", describe="machine", machine_line="machine", memory_bandwidth="machine")
+__getattr__ = lazy(__name__, figures="figures", **HOMES)

@@ -30,7 +30,7 @@ _running: set[subprocess.Popen[bytes]] = set()
 SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:cpp|c|cu|h|m):\d+)")  # of the machine that compiled llama.cpp
 REBUILD = "delete .venv and run `make run` again"
 HINTS = {
-    "SIGABRT": "this llama.cpp expects another header: `dfqs-nb inspect FILE`, or update llama-cpp-python",
+    "SIGABRT": "run `dfqs-nb inspect FILE`, or update llama-cpp-python",
     "SIGILL": f"llama-cpp-python was built for another CPU: {REBUILD}",
     "SIGSEGV": f"the file is damaged (`dfqs-nb verify FILE`), or llama.cpp does not suit this CPU: {REBUILD}",
     "SIGBUS": "the file shrank or its disk failed during reading: `dfqs-nb verify FILE`",

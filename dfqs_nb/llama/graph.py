@@ -184,12 +184,19 @@ class Paging:
     @classmethod
     def of(cls, model: Files, settings: OpenSettings) -> Paging | None:
         """The help, if asked for, or if weights exceed the free memory; None where it cannot work."""
-        copied = settings.use_extra_bufts or not settings.use_mmap  # not read from the mapped file
-        if settings.paging == "off" or copied or not LINUX or (settings.n_gpu_layers and has_gpu_support()):
-            return None
         shards = open_shards(model)
-        fits = shards.nbytes <= available_memory().available_bytes
-        return None if fits and settings.paging == "auto" else cls(shards)
+        return None if cls.unhelped(shards, settings) else cls(shards)
+
+    @staticmethod
+    def unhelped(shards: ShardSet, settings: OpenSettings) -> str:
+        """Why there is no help; empty where there is."""
+        if settings.paging == "off":
+            return "off: you set it"
+        if settings.paging == "auto" and shards.nbytes <= available_memory().available_bytes:
+            return "off: the model fits in memory"
+        copied = settings.use_extra_bufts or not settings.use_mmap  # not read from the mapped file
+        impossible = copied or not LINUX or (settings.n_gpu_layers and has_gpu_support())
+        return "off: not possible on this system with these settings" if impossible else ""
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:

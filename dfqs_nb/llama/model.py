@@ -261,11 +261,11 @@ def open_model(model: Files, settings: OpenSettings | None = None, *, trial: boo
         with heartbeat(f"trying {first.name}", shards.nbytes):
             slow, speed = check.trial(shards, settings)
     with heartbeat(f"loading {first.name}", shards.nbytes):
-        llama = build_llama(shards, settings)
+        unhelped, llama = Paging.unhelped(shards, settings), build_llama(shards, settings)
     if not math.isnan(llama.loading_speed):  # mostly it is: the trial leaves the file in the cache
         speed = llama.loading_speed
     log, help_ = LOG.tail(), llama.paging.sentence if llama.paging else ""
-    loaded = loaded_facts(log) | {"paging": help_ or "no help needed, wanted or possible here"}
+    loaded = loaded_facts(log) | {"paging": help_ or unhelped}
     opened = Model(llama, shards, settings, buffers(log), llama.load_seconds, speed, loaded, llama.paging)
     lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(level=WARNING)]
     texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]

@@ -203,7 +203,7 @@ def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, loading_speed: fl
     }
     for way, n in reads.items():
         seconds = f", {n / speed:.2f} s at that speed" if n and speed else ""
-        rows[f"a token reads, {way}"] = f"{size(n)}{seconds}"
+        rows[f"forecast: read from disk a token, {way}"] = f"{size(n)}{seconds}"
     return Forecast(helped, disk, speed, rows)
 
 
@@ -222,8 +222,8 @@ def diagnose(model: Model, n_tokens: int = 4) -> tuple[str, dict[str, str]]:
     read = (read_bytes() - before) / n_tokens
     model.clear()
     times = f", {read / expected.helped:.1f} x what is needed" if expected.helped else ""
-    rows = {**expected.rows, "measured, a token": f"{seconds:.3g} s"}
-    rows["read, a token"] = NOT_MEASURED if isnan(read) else f"{size(round(read))}{times}"
+    rows = {**expected.rows, "measured: seconds a token": f"{seconds:.3g} s"}
+    rows["measured: read from disk a token"] = NOT_MEASURED if isnan(read) else f"{size(round(read))}{times}"
     return bound(expected, seconds, read), rows
 
 

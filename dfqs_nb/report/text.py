@@ -177,7 +177,7 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     other = {f"{name}, of this report": value for name, value in versions if ran.get(name) != value}
     model = {name: it for name, it in report["model"].items() if name != "relation_to_artifact"}
     paging = report["hardware_envelope"].get("paging") or {}
-    is_paged = any(value != "0 B" for name, value in paging.items() if name.startswith("a token reads"))
+    is_paged = any(value != "0 B" for name, value in paging.items() if name.startswith("forecast: read"))
     drawn = {
         "context_curve": details[CURVE].get("points"),
         "score_families": any(details[name]["value"] is not None for name in SCORES),

@@ -46,7 +46,7 @@ ALONE = {
     },
     "03": {
         OPEN: ["- that routing stays", "How much larger"],
-        "the recap of asserts above": ["The same prompt gave"],
+        "the recap of asserts above": ["The lines above say whether"],
     },
     "04": {
         METHOD: ["It scores all experts", "Recording itself slightly"]

@@ -280,7 +280,9 @@ def test_the_forecast_agrees_with_the_placement(moe, share, monkeypatch):
     room = round(share * sum(model.experts)) + sum(model.dense[:-1])
     placed = memory.place(model, 256, room + model.dense[-1] + sum(model.caches(256)))
     expected = forecast(headers, room, 1e9)
-    reads = [expected.rows[f"a token reads, {how}"] for how in ("with help", "without help")]
+    reads = [
+        expected.rows[f"forecast: read from disk a token, {how}"] for how in ("with help", "without help")
+    ]
     assert expected.helped == pytest.approx(placed.disk_token_bytes, abs=1) and len(set(reads)) == 1
     assert reads[0] == (f"{size(expected.helped)}, 0.00 s at that speed" if share < 1 else "0 B")
     seen = "1.0 GB/s while this model was loaded" if share < 1 else "not measured: no token reads from it"
@@ -292,7 +294,7 @@ def test_the_forecast_agrees_with_the_placement(moe, share, monkeypatch):
     larger = forecast(headers, room, 1e9)
     assert larger.helped == expected.helped
     without = size(min(3 * expected.helped, sum(model.experts)))
-    assert larger.rows["a token reads, without help"].split(",")[0] == without, (
+    assert larger.rows["forecast: read from disk a token, without help"].split(",")[0] == without, (
         "a window before and behind each slice"
     )
 
@@ -346,10 +348,15 @@ def test_what_bounds_a_token_is_named_with_its_remedy(helped, seconds, read_byte
 def test_an_open_model_is_diagnosed(moe, monkeypatch):
     with open_model(moe, settings("on")) as model:
         sentence, rows = diagnose(model, n_tokens=2)
-        assert sentence.endswith("fits in memory.") and rows["a token reads, with help"] == "0 B"
-        assert float(rows["measured, a token"].split()[0]) > 0 and model.n_past == 0
+        assert (
+            sentence.endswith("fits in memory.")
+            and rows["forecast: read from disk a token, with help"] == "0 B"
+        )
+        assert float(rows["measured: seconds a token"].split()[0]) > 0 and model.n_past == 0
         monkeypatch.setattr(psutil, "Process", lambda: None)
-        assert diagnose(model, n_tokens=1)[1]["read, a token"] == "not measured", "not counted here"
+        assert diagnose(model, n_tokens=1)[1]["measured: read from disk a token"] == "not measured", (
+            "not counted here"
+        )
 
 
 def test_the_forecast_prefers_the_speed_that_the_load_saw(moe, monkeypatch):
@@ -363,7 +370,7 @@ def test_the_forecast_prefers_the_speed_that_the_load_saw(moe, monkeypatch):
         monkeypatch.setattr(timing, "available_memory", lambda: Memory(8 << 30, 1 << 16, "test"))
         rows = diagnose(own, n_tokens=1)[1]
     assert rows["its speed"] == "1.5 GB/s while this model was loaded"
-    assert rows["a token reads, with help"].endswith(" s at that speed")
+    assert rows["forecast: read from disk a token, with help"].endswith(" s at that speed")
     with monkeypatch.context() as patched:
         patched.setattr(check, "trial", lambda *_: ("", 5e8))
         with open_model(moe, settings("off")) as tried:

@@ -545,13 +545,13 @@ def test_each_guess_rate_is_named_and_each_length_is_shown(made, run):
 
 def test_the_prediction_of_paging_stands_beside_the_measurement(made, run, merged_reference, tmp_path):
     paging = {
-        "a token reads, with help": "900 MB, 2.00 s of it",
-        "measured, a token": "2.5 s, 2.1 s of it waiting",
+        "forecast: read from disk a token, with help": "900 MB, 2.00 s of it",
+        "measured: seconds a token": "2.5 s, 2.1 s of it waiting",
     }
     folder = make_run(tmp_path / "r", merged_reference, generate={"paging": paging})
     paged = report.build_report(folder, ask_llama_cpp=False)
     for content in (markdown(paged, folder), page_of(paged, folder)):
-        assert "a token reads, with help" in content and "at short contexts" in content
+        assert "forecast: read from disk a token, with help" in content and "at short contexts" in content
         assert all(value in content for value in paging.values())
     assert "predicted and measured" not in markdown(made, run)
 
