@@ -42,7 +42,6 @@ def too_many_experts(folder: str | Path) -> Path:
 
 def collection(folder: Path) -> list[Path]:
     """Files that people take for a model: a sound shard, glued shards, a part, and no model at all."""
-    folder.mkdir(exist_ok=True)
     first, second = reference_shards().paths
     body, pointer = first.read_bytes(), "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
     contents = {

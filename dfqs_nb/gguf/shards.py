@@ -185,6 +185,5 @@ def _in_order(headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
             what += f" (the other is {other.path.name})" if other.path != header.path else ""
             raise _refused(what, header.path, "name each shard of one model once")
     if missing := ", ".join(str(number) for number in range(1, count + 1) if number not in by_number):
-        what = f"shard {missing} of {count} is missing"
-        raise _refused(what, headers[0].path.parent, f"name each of {count} shards once")
+        raise _refused(f"shard {missing} of {count} is missing", headers[0].path.parent, "name all of them")
     return [by_number[number] for number in sorted(by_number)]

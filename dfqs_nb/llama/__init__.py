@@ -13,6 +13,5 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenSettings", "answer_table", "chat", "check", "kernels", "open_model", "timing"]
 
-__getattr__ = lazy(
-    __name__, answer_table="generate", chat="generate", kernels="model", open_model="model", timing="timing"
-)
+HOMES = dict(answer_table="generate", chat="generate", kernels="model", open_model="model")
+__getattr__ = lazy(__name__, timing="timing", **HOMES)

@@ -28,7 +28,7 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import advise_read, available_memory, window_bytes
 from dfqs_nb.gguf.header import padded
 from dfqs_nb.gguf.memory import Layout
-from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
+from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 
 _TOPK = b"ffn_moe_topk-"
@@ -181,15 +181,9 @@ class Paging:
         self._files, self._window, self._pins = list[int](), list[int](), list[np.ndarray]()
         self._watch: Watch | None = None
 
-    @classmethod
-    def of(cls, model: Files, settings: OpenSettings) -> Paging | None:
-        """The help, if asked for, or if weights exceed the free memory; None where it cannot work."""
-        shards = open_shards(model)
-        return None if cls.unhelped(shards, settings) else cls(shards)
-
     @staticmethod
     def unhelped(shards: ShardSet, settings: OpenSettings) -> str:
-        """Why there is no help; empty where there is."""
+        """Why there is no help; empty: it can work, and is asked for, or weights exceed the free memory."""
         if settings.paging == "off":
             return "off: you set it"
         if settings.paging == "auto" and shards.nbytes <= available_memory().available_bytes:

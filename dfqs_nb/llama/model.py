@@ -193,8 +193,7 @@ class Model(contextlib.AbstractContextManager["Model"]):
         with interrupts_held() if listened else contextlib.nullcontext():
             status = run(self.llama.ctx, batch)
         if status != 0:
-            log = "; ".join(LOG.tail(2))
-            what = f"llama_decode returned {status} after {self.n_past:,} tokens ({log})"
+            what = f"llama_decode returned {status} after {self.n_past:,} tokens ({'; '.join(LOG.tail(2))})"
             hint = "clear the context and try again; lower n_ubatch if memory is short"
             raise DecodeError(what, where=self.path, hint=hint)
         self.n_past += batch.n_tokens
@@ -237,9 +236,7 @@ def system_info() -> str:
 
 def kernels() -> str:
     """`system_info` as people read it, after llama.cpp's commit, for `machine_line`."""
-    commit = (
-        ggml_function("ggml_commit", ctypes.c_char_p)().decode().removesuffix("-dirty")
-    )  # as each sdist is
+    commit = ggml_function("ggml_commit", ctypes.c_char_p)().decode().removesuffix("-dirty")  # as any sdist
     used = ", ".join(filter(None, map(str.strip, re.sub(r" = 1\b", "", system_info()).split("|"))))
     return f"llama.cpp (commit {commit}) with {used.replace(' :', ':')}"
 

@@ -232,7 +232,7 @@ def bound(expected: Forecast, seconds: float, nbytes: float) -> str:
     if not expected.helped:
         return "The disk is not the bottleneck: the model fits in memory."
     if isnan(nbytes) or not expected.speed:
-        return f"Whether the disk is the bottleneck was {NOT_MEASURED} here."
+        return f"Whether the disk is the bottleneck was {NOT_MEASURED} in this run."
     if nbytes / expected.speed < seconds / 2:
         return "The disk is not the bottleneck: reading takes less than half of the time."
     lower = f", or as root `{command}`" if (command := expected.disk.command) else ""

@@ -243,10 +243,12 @@ def test_a_fault_of_the_help_is_a_message(moe, monkeypatch):
 
 def test_it_is_on_where_the_file_exceeds_memory_and_off_elsewhere(moe, monkeypatch):
     def on(mode: str, **fields: int) -> bool:
-        return Paging.of(moe, settings(mode, **fields)) is not None
+        return not Paging.unhelped(open_shards(moe), settings(mode, **fields))
 
     nbytes = open_shards(moe).nbytes
     assert not on("auto") and on("on")
+    why = [Paging.unhelped(open_shards(moe), settings(mode)) for mode in ("auto", "off", "on")]
+    assert why == ["off: the model fits in memory", "off: you set it", ""]
     monkeypatch.setattr(graph, "available_memory", lambda: Memory(nbytes, nbytes // 2, "test"))
     assert on("auto") and not on("off") and not on("auto", use_mmap=False)
     assert not on("on", use_extra_bufts=True)
@@ -337,7 +339,7 @@ def test_memory_that_does_not_hold_the_dense_part_reads_it_again(moe, monkeypatc
             "faster disk or more free memory helps, paging='on', or as root `blockdev --setra 256 /",
         ),
         (10**9, 2.0, 9e8, "less than half of the time"),
-        (10**9, 2.0, math.nan, "was not measured here"),
+        (10**9, 2.0, math.nan, "was not measured in this run"),
     ],
 )
 def test_what_bounds_a_token_is_named_with_its_remedy(helped, seconds, read_bytes, words):
