@@ -35,7 +35,7 @@ def routing_agreement(agreement: pd.DataFrame, n_repeats: int, reference: Trace)
     ax.tick_params(length=0)
     changed = differ.max(axis=1) > 0
     again, n = int(changed[:n_repeats].sum()), len(agreement) - n_repeats
-    settings = f"{changed[n_repeats:].sum()} of {counted(n, 'changed settings')} change an expert choice"
+    settings = f"{changed[n_repeats:].sum()} of {counted(n, 'settings')} change a choice"
     set_title(ax, f"{settings}; {again or 'no'} repetition{'s do' if again > 1 else ' does'}")
     return ax
 
@@ -68,7 +68,7 @@ def router_margins(margins: pd.Series, flips: pd.DataFrame) -> Axes:
         ax.legend(frameon=False, fontsize=8, title=name, title_fontsize=8, loc="upper left")
         first = flips[flips["first"]].drop_duplicates(["token", "layer"])
         times = typical / first["margin"].median()
-        smaller = f"a median margin {times:,.0f} times smaller than typical"
+        smaller = f"a {times:,.0f} times smaller median margin"
         smaller = smaller if times >= 1 else "no smaller margins than others"
         title = f"Choices that flip first have {smaller} (n = {len(first)})"
     set_title(ax, title)
