@@ -151,14 +151,11 @@ def cell(value: Any) -> str:
     """A value as people read it: counts with thousands, floats to four digits."""
     if value is None or value != value:
         return "not stated"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4g}"
-    return f"{value:,}" if type(value) is int else str(yes_no(value))
-
-
-def yes_no(value: Any) -> Any:
-    """A truth value as people say it; any other value as it is."""
-    return ("no", "yes")[value] if isinstance(value, bool) else value
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def plain(text: object) -> str:
@@ -255,17 +252,14 @@ def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
         _repr_html_ = whole(pd.DataFrame._repr_html_)
 
     def shown(value: Any) -> str:
-        text = f"{value:,}" if type(value) is int else plain(yes_no(value))
+        text = plain(cell(value))
         return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
     return Facts({name: {label(key): shown(value) for key, value in values.items()}})
 
 
 def say(*lines: object) -> None:
-    """Print long lines so that they break between words, which JupyterLab's output cells do not.
-
-    Names with hyphens and numbers like "n = 32" and "95 %" stay whole.
-    """
+    """Print long lines so that they break between words, not within a name, "n = 32" or "95 %"."""
     for line in lines:
         text, indent = re.sub(" (?=[=%])|(?<==) ", "\xa0", str(line)), "  " * str(line).startswith("- ")
         filled = textwrap.fill(text, TEXT_WIDTH, subsequent_indent=indent, break_on_hyphens=False)
@@ -287,7 +281,8 @@ def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[
     table = table.rename_axis(index=lambda name: name and label(name), columns=None).copy()
     for at, kind in enumerate(table.dtypes):
         if kind.kind in "bO":
-            table.isetitem(at, table.iloc[:, at].astype(object).map(yes_no))
+            column = table.iloc[:, at].astype(object)
+            table.isetitem(at, column.map(lambda it: cell(it) if isinstance(it, bool) else it))
     options = {"thousands": ",", "precision": precision, "escape": "html", "na_rep": NONE}
     styler = Styler(table, cell_ids=False).format(**options)
     styler = styler.format_index(escape="html", thousands=",", precision=1)

@@ -24,6 +24,9 @@ class DfqsError(Exception):
             hint = re.sub(r"(`dfqs-nb \w+) FILE", lambda command: f"{command[1]} {quoted(where)}", hint)
         super().__init__(f"{text}; {hint[:LONGEST]}" if hint else text)
 
+    def _render_traceback_(self) -> list[str]:  # Jupyter shows it in place of 40 lines of our code
+        return [f"{type(self).__name__}: {self}", *getattr(self, "__notes__", [])]
+
 
 class HeaderError(DfqsError):
     """The bytes of a GGUF header are not what the format allows."""

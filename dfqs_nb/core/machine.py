@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,10 +267,9 @@ def _cgroup_memory(folder: Path) -> Memory | None:
 
 
 def _number(path: Path) -> int | None:
-    try:
+    with suppress(OSError, ValueError):  # missing, or "max"
         return int(path.read_text())
-    except (OSError, ValueError):  # missing, or "max"
-        return None
+    return None
 
 
 def _cpu_quota(root: Path) -> float | None:

@@ -217,7 +217,7 @@ class Model(contextlib.AbstractContextManager["Model"]):
         """What a measurement with this model depends on, beside the model and the prompts; closed, too."""
         return {
             "runtime": f"llama-cpp-python {llama_version()}",
-            "system_info": system_info(),
+            "system_info": self.api.llama_print_system_info().decode("utf-8", "replace").strip(),
             **self.settings.as_dict(),
             "paging": "on" if self.paging else "off",
             "offloaded_layers": self.loaded.get("offloaded_layers"),
@@ -226,18 +226,14 @@ class Model(contextlib.AbstractContextManager["Model"]):
         }
 
 
-def system_info() -> str:
-    """The instruction sets and options of this machine that llama.cpp's kernels use, in its own words."""
+def kernels() -> str:
+    """llama.cpp's commit, and the instruction sets and options of its kernels, by which results differ."""
     import llama_cpp
 
     LOG.install()  # the first call starts the GPUs' libraries, which log what they find
-    return llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip()
-
-
-def kernels() -> str:
-    """`system_info` as people read it, after llama.cpp's commit, for `machine_line`."""
+    facts = llama_cpp.llama_print_system_info().decode("utf-8", "replace")
     commit = ggml_function("ggml_commit", ctypes.c_char_p)().decode().removesuffix("-dirty")  # as any sdist
-    used = ", ".join(filter(None, map(str.strip, re.sub(r" = 1\b", "", system_info()).split("|"))))
+    used = ", ".join(filter(None, map(str.strip, re.sub(r" = 1\b", "", facts).split("|"))))
     return f"llama.cpp (commit {commit}) with {used.replace(' :', ':')}"
 
 

@@ -29,7 +29,6 @@ YES, NO, PARTLY, UNKNOWN = "yes", "no", "in part", "unknown"
 SYMBOLS = {YES: "✓", NO: "✗", PARTLY: "~", UNKNOWN: "?", NOT_APPLICABLE: "–"}
 NEAR_GUESSING = 0.1  # a score is a cross where its interval excludes more than this above guessing
 UNMEASURED = ("metrics", NOT_MET)  # the one requirement that is not met because something was not measured
-LEVELS = ("SHALL", "MUST", "condition", "SHOULD", "MAY")
 MARKS = {MET: YES, NOT_MET: NO, NOT_TESTED: UNKNOWN, NOT_APPLICABLE: NOT_APPLICABLE}  # of a requirement
 UNJUDGED = {"verdict": NOT_TESTED, "evidence": "not judged in this report"}
 NEEDS = {"kv_bytes": "KV cache", "compute_bytes": "compute buffer", "need_bytes": "with all weights"}
@@ -142,7 +141,6 @@ def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     columns = ["number", "document", "section", "claim", "found", "verdict", "evidence", "source"]
     stated = pd.DataFrame(report["claims"], columns=["id", *columns]).set_index("id")
     demands = pd.DataFrame(report["conformance"], columns=requirements.COLUMNS).set_index("id")
-    demands = demands.sort_values("level", key=lambda level: level.map(LEVELS.index), kind="stable")
     options = demands["level"] == "MAY"
     demands.loc[options, "verdict"] = demands.loc[options, "verdict"].replace(requirements.OPTION)
     return {

@@ -287,9 +287,8 @@ def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, flo
     """Bytes a second by device, as given or measured here; what is neither is left out."""
     speeds = {name: 1e9 * value for name, value in given.items() if value}
     speeds.setdefault(RAM, core.memory_bandwidth())
-    if DISK not in speeds and placed.disk_token_bytes:
-        measured = outlook.speed if outlook else None
-        speeds |= {DISK: measured} if measured else {}
+    if placed.disk_token_bytes and outlook and outlook.speed:
+        speeds.setdefault(DISK, outlook.speed)
     return speeds
 
 

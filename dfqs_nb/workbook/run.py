@@ -185,7 +185,9 @@ def run_workbook(
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
     with alone(folder):
         _note_command(folder, given, asked, budget_minutes)
-        tell(f"run {run}: {tier} tier, {n_notebooks}, at most about {duration(60 * budget_minutes)}")
+        limit = any("budget_minutes" in declared[path] for path in paths)  # else nothing is cut to it
+        most = f", at most about {duration(60 * budget_minutes)}" if limit else ""
+        tell(f"run {run}: {tier} tier, {n_notebooks}{most}")
         if settings:
             tell("  " + ", ".join(f"{name}={value}" for name, value in settings.items()))
         for number, path in enumerate(paths):

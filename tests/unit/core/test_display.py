@@ -50,6 +50,8 @@ def test_a_table_is_escaped_and_its_numbers_stand_right():
 def test_an_error_says_where_what_and_what_to_do():
     error = HeaderError("not a GGUF file", where="model.gguf", hint="download it again")
     assert str(error) == "model.gguf: not a GGUF file; download it again"
+    error.add_note("its last lines: ...")
+    assert error._render_traceback_() == [f"HeaderError: {error}", "its last lines: ..."]
 
 
 def test_nested_conditions_are_compared_field_by_field():

@@ -235,6 +235,9 @@ def test_the_parameter_budget_minutes_is_the_budget_of_the_whole_run(outputs, tm
     monkeypatch.setattr(workbook, "find_notebooks", lambda names=(): paths)
     assert cli.main(["run", "--run", "mine", "-p", "budget_minutes=5"]) == 0
     assert "run mine: nano tier, 1 notebook, at most about 5 min" in capsys.readouterr().out
+    unbound = [write_notebook(tmp_path / "nb" / "01_try.ipynb", "1")]
+    workbook.run_workbook("mine", notebooks=unbound, tell=print)
+    assert "run mine: nano tier, 1 notebook\n" in capsys.readouterr().out, "01 obeys no budget"
     assert "has 5.0" in texts(outputs / "mine" / name)
     for none in (["-p", "budget_minutes=0"], ["--budget-minutes", "0"], ["-p", "budget_minutes=nan"]):
         assert cli.main(["run", *none]) == 1
