@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core import figures as core
@@ -23,8 +22,9 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any]) -> Axes | str:
         return f"No figure of the curve: retrieval was measured {at}."
     ax = new_axes(3.6)
     style: dict[str, Any] = {"fmt": "o", "capsize": 3, "zorder": 3, "color": PALETTE[0]}
+    style["label"] = "measured, 95 % interval"
     ax.errorbar(curve["length"], curve["accuracy"], yerr=whiskers(curve, "accuracy"), **style)
-    ax.plot(curve["length"], curve["fit"], color=PALETTE[0], linewidth=1, alpha=0.7)
+    ax.plot(curve["length"], curve["fit"], color=PALETTE[0], linewidth=1, alpha=0.7, label="isotonic fit")
     shortest = curve["length"].min()
     levels = sorted((boundary[name], name.replace("_", " ")) for name in ("threshold", "guess_rate"))
     beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
@@ -33,11 +33,14 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any]) -> Axes | str:
         ax.annotate(f"{name} {level:.2f}", (1, level), (4, 0), fontsize=8, va=side, **beside)
     if boundary["status"] == "measured":
         right = boundary["high"] or curve["length"].max()
-        ax.axvspan(boundary["low"] or shortest, right, color=PALETTE[0], alpha=0.13, linewidth=0)
-        ax.axvline(boundary["tokens"], color=PALETTE[0], linewidth=1.2, linestyle="--")
-    token_axis(ax, curve.loc[curve["planned"], "length"], "context (tokens)")
-    ax.set_ylim(-0.03, 1.05)
+        style = {"color": PALETTE[0], "alpha": 0.13, "linewidth": 0, "label": "its 95 % interval"}
+        ax.axvline(boundary["tokens"], color=PALETTE[0], linewidth=1.2, linestyle="--", label="boundary")
+        ax.axvspan(boundary["low"] or shortest, right, **style)
     n, texts = (" to ".join(map(str, sorted({min(it), max(it)}))) for it in (curve["n"], curve["texts"]))
-    core.share_axis(ax.yaxis, f"right answers a length\n(of {n}, in {texts} texts)")
-    set_title(ax, textwrap.fill(f"Retrieval {boundary['sentence']}", 80))
+    asked = f"context (tokens); a length: {n} answers in {texts} texts"
+    token_axis(ax, curve.loc[curve["planned"], "length"], asked)
+    ax.set_ylim(-0.03, 1.05)
+    core.share_axis(ax.yaxis, "right answers")
+    ax.legend(frameon=False, fontsize=8, loc="best")
+    set_title(ax, f"Retrieval {boundary['sentence'].partition(' (')[0]}")
     return ax

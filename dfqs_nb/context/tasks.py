@@ -323,11 +323,12 @@ def measure_loops(
 def loop_rates(items: pd.DataFrame) -> pd.DataFrame:
     """By temperature: the share of long answers that fall into a repeat.
 
-    ``long``: answers that reach the token limit; ``looped``: those of them with a loop; ``rate`` (NaN without
-    a long answer) with its interval.
+    ``long``: answers that reach the token limit; ``looped``: those of them with a loop; ``rate`` with its
+    interval (all NaN without a long answer).
     """
     items = items.assign(looped=items["long"] & items["looped"]).astype({"long": bool, "looped": bool})
     groups = items.groupby("temperature", sort=False)
     table = groups.agg(asked=("long", "size"), long=("long", "sum"), looped=("looped", "sum"))
     low, high = wilson(table["looped"], table["long"])
-    return table.assign(rate=table["looped"] / table["long"], low=low, high=high).reset_index()
+    rates = pd.DataFrame({"rate": table["looped"] / table["long"], "low": low, "high": high})
+    return table.join(rates.where(table["long"] > 0)).reset_index()

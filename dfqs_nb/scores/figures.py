@@ -33,7 +33,7 @@ def score_families(table: pd.DataFrame) -> Axes | str:
         ax.plot(part["accuracy"], rows, "o", color=colour, label=f"{name} (n = {n} a family)")
     guess = table["guess_rate"].reset_index(drop=True).loc[lambda rate: rate > 0]
     ax.plot(guess, guess.index, "|", color=INK, markersize=13, markeredgewidth=1.5, label="guessing")
-    several = table.groupby("set")["length"].transform("nunique") > 1
+    several = table.groupby(["set", "family"])["length"].transform("nunique") > 1
     names = table["family"] + (", " + table["length"]).where(several, "")
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_ylim(len(names) - 0.4, -0.6)
@@ -42,7 +42,7 @@ def score_families(table: pd.DataFrame) -> Axes | str:
     # below the label of the x axis, by as many inches in a high figure as in a low one
     below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "bbox_transform": below}
-    ax.legend(frameon=False, fontsize=8, ncols=2, **place)
+    ax.legend(frameon=False, fontsize=8, **place)
     # a set that is also asked as multiple choice counts once, and what nobody can guess not at all
     once = table[(table["guess_rate"] > 0) & ~table["set"].isin([f"{name}-choices" for name in sets])]
     if len(once):
