@@ -276,7 +276,8 @@ def test_a_broken_set_names_line_and_field(own, head, items, message):
 
 
 def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
-    with pytest.raises(PromptError, match="no question set 'nano-code-choices'; did you mean nano-reasoning-choices\?"):
+    close = r"no question set 'nano-code-choices'; did you mean nano-reasoning-choices\?"
+    with pytest.raises(PromptError, match=close):
         ItemSet.load("nano-code-choices")
     with pytest.raises(PromptError, match="cannot be read"):
         ItemSet.load(tmp_path / "missing.jsonl")
