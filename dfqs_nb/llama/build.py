@@ -15,7 +15,7 @@ from typing import Any
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import read_bytes
-from dfqs_nb.gguf.shards import Files, open_shards
+from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama.check import REFUSES, reason_of
 from dfqs_nb.llama.graph import Paging, ggml_function
 from dfqs_nb.llama.log import ERROR, LOG
@@ -147,8 +147,8 @@ def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) 
     LOG.install()
     began, before = time.perf_counter(), read_bytes()
     fields = {name: getattr(settings, name) for name in ("n_gpu_layers", "flash_attn", "use_mmap")}
-    path = (shards := open_shards(model)).paths[0]
-    paging = None if Paging.unhelped(shards, settings) else Paging(shards)
+    path = model.paths[0] if isinstance(model, ShardSet) else model
+    paging = None if Paging.unhelped(model, settings) else Paging(open_shards(model))
     listening = paging.callback(llama_cpp.llama_cpp.llama_context_default_params().cb_eval) if paging else {}
     try:
         with (

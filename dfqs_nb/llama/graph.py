@@ -28,7 +28,7 @@ from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import advise_read, available_memory, window_bytes
 from dfqs_nb.gguf.header import padded
 from dfqs_nb.gguf.memory import Layout
-from dfqs_nb.gguf.shards import ShardSet
+from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama.settings import OpenSettings, has_gpu_support
 
 _TOPK = b"ffn_moe_topk-"
@@ -182,11 +182,11 @@ class Paging:
         self._watch: Watch | None = None
 
     @staticmethod
-    def unhelped(shards: ShardSet, settings: OpenSettings) -> str:
+    def unhelped(model: Files, settings: OpenSettings) -> str:
         """Why there is no help; empty: it can work, and is asked for, or weights exceed the free memory."""
         if settings.paging == "off":
             return "off: you set it"
-        if settings.paging == "auto" and shards.nbytes <= available_memory().available_bytes:
+        if settings.paging == "auto" and open_shards(model).nbytes <= available_memory().available_bytes:
             return "off: the model fits in memory"
         copied = settings.use_extra_bufts or not settings.use_mmap  # not read from the mapped file
         impossible = copied or not LINUX or (settings.n_gpu_layers and has_gpu_support())
