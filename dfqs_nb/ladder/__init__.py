@@ -1,4 +1,4 @@
-"""Notebook 08: one model at ever fewer bits, each rung quantized from the same source and measured alike."""
+"""Notebook 08: one model in fewer and fewer bits, each rung quantized from one source and measured alike."""
 
 from typing import TYPE_CHECKING
 

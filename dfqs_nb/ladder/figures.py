@@ -29,13 +29,13 @@ def divergence_by_bits(table: pd.DataFrame) -> Axes:
     ax.set_yscale("log")
     both = np.concatenate([rows["bits_per_weight"] * 1.1, rows["expert_bits"].dropna()])
     low, high = both.min() / 1.2, both.max() * 1.2
-    label = "bits a weight (log scale); filled: the whole file, hollow: its routed experts"
+    label = "bits a weight (log scale); filled: the whole file, hollow: its routed experts\n"
+    label += f"n = {rows['n_tokens'].iloc[0]:,} tokens in {rows['n_chunks'].iloc[0]} chunks"
     token_axis(ax, [tick for tick in TICKS if low < tick < high], label)
     ax.set_xlim(high, low)  # down the ladder is to the right
-    counts = f"n = {rows['n_tokens'].iloc[0]:,} tokens in {rows['n_chunks'].iloc[0]} chunks"
     kind = "95 % interval" if rows["kld_low"].notna().any() else "interval unknown"
     tail = "dash: 99 % of all lie below"
-    ax.set_ylabel(f"KL divergence from {source} (nats a token)\n{kind}; {tail}\n{counts}", fontsize=9)
+    ax.set_ylabel(f"KL divergence from {source} (nats a token)\n{kind}; {tail}", fontsize=9)
     ax.margins(y=0.12)
     ends = rows.sort_values("kld").iloc[[0, -1]].drop_duplicates("rung")
     moved = " to ".join(f"{row.kld:.2g} nats ({row.rung})" for row in ends.itertuples())

@@ -40,7 +40,6 @@ PROMPTS = (
 )
 N_CONCURRENT = 4  # requests at once for the check of determinism
 TIMED_PROMPT = "The red key is kept in the old box. The blue key is kept in the new box. " * 2
-REQUESTS = 2  # of a client, one after another
 ROUNDS = 3  # of timing, in which all servers and numbers of clients take turns
 MAX_TOKENS, REPETITIONS = 32, 4
 LONGEST_TRIED = 65_536  # tokens of context that are filled to try them out
@@ -102,7 +101,7 @@ def plan_checks(
             for item_set in cut(plan)
             for item in item_set.items[: plan["items"]]
         )
-        asked = plan["rounds"] * REQUESTS * sum(clients[: plan["clients"]])
+        asked = plan["rounds"] * plan["clients"] * max(clients[: plan["clients"]])
         speeds = asked * pace.seconds(64, min(tokens, plan["tokens"]))
         # this process answers, too, and again where a server's text differs
         return answers + N_SERVERS * (checks + 2 * answers + speeds)
@@ -162,7 +161,8 @@ class Checks:
         try:
             read = endpoint.complete(exceeds, 4).n_prompt
         except ContextOverflowError:
-            return PASS, f"reports {n_ctx:,}; takes {taken:,} tokens and refuses a tenth more than {n_ctx:,}"
+            sent = len(self.model.with_bos(self.model.tokenize(exceeds)))
+            return PASS, f"reports {n_ctx:,} tokens; takes a prompt of {taken:,}, refuses one of {sent:,}"
         return FAIL, f"reports {n_ctx:,}, but answers a longer prompt, of which it read {read:,} tokens"
 
     def chat_template(self) -> Finding:
@@ -416,7 +416,7 @@ def speed_of_all(
     stopped: dict[str, str],
     n_rounds: int = ROUNDS,
 ) -> pd.DataFrame:
-    """Speed of each server in turn, after a warm-up, under several clients at once.
+    """Speed of each server in turn, after a warm-up, under several clients that share the same requests.
 
     One row a server and number of clients: ``requests`` and ``tokens`` of a round, ``rounds``, and the
     ``tokens_per_sec`` of all clients together: median, ``min`` and ``max`` of the rounds. ``stopped``:
@@ -428,12 +428,12 @@ def speed_of_all(
             continue
         full: dict[str, Any] = {"ignore_eos": True} if endpoint.server in ("llama.cpp", "vLLM") else {}
         ask: Callable[[str], Reply] = partial(endpoint.complete, max_tokens=n_tokens, **full)
-        prompts = [f"{TIMED_PROMPT}The key {n}" for n in range(max(clients) * REQUESTS)]
+        prompts = [f"{TIMED_PROMPT}The key {n}" for n in range(max(clients))]
         try:
             ask(TIMED_PROMPT)
             for n in clients:
                 started = time.perf_counter()
-                with side_by_side(ask, prompts[: n * REQUESTS], n) as answers:
+                with side_by_side(ask, prompts, n) as answers:
                     replies = list(answers)
                 seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
                 if not tokens:
