@@ -173,8 +173,8 @@ def estimate(name: str, values: Any) -> dict[str, float]:
 def summary(tokens: pd.DataFrame, source: pd.DataFrame) -> dict[str, Any]:
     """Estimates of ``kld`` and ``same_top``, counts, ``kld_tail``, ``perplexity`` and ``perplexity_ratio``.
 
-    The ratio is to the perplexity of ``source``, its tokens of the same chunks. Paired by chunk, as
-    ``llama-perplexity`` has it, its interval leaves out how much the chunks differ from each other.
+    The ratio is to the perplexity of ``source``, its tokens of the same chunks. Paired by chunk, its interval
+    leaves out how much the chunks differ. ``llama-perplexity`` clips the source 16 nats below its likeliest.
     """
     means = tokens.groupby("chunk")[["nll", "kld", "same_top"]].mean()
     changes = means["nll"] - source.groupby("chunk")["nll"].mean()
