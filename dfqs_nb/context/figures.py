@@ -21,11 +21,9 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any]) -> Axes | str:
         at = f"at {curve['length'].iloc[0]:,} tokens only" if len(curve) else "at no length"
         return f"No figure of the curve: retrieval was measured {at}."
     ax = new_axes(3.6)
-    style: dict[str, Any] = {"fmt": "o", "capsize": 3, "zorder": 3, "color": PALETTE[0]}
-    style["label"] = "measured, 95 % interval"
-    ax.errorbar(curve["length"], curve["accuracy"], yerr=whiskers(curve, "accuracy"), **style)
+    style: dict[str, Any] = {"fmt": "o", "capsize": 3, "zorder": 3, "label": "measured, 95 % interval"}
+    ax.errorbar(curve["length"], curve["accuracy"], whiskers(curve, "accuracy"), color=PALETTE[0], **style)
     ax.plot(curve["length"], curve["fit"], color=PALETTE[0], linewidth=1, alpha=0.7, label="isotonic fit")
-    shortest = curve["length"].min()
     levels = sorted((boundary[name], name.replace("_", " ")) for name in ("threshold", "guess_rate"))
     beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     for (level, name), side in zip(levels, ("top", "bottom"), strict=True):  # beside the axes, not over data
@@ -35,7 +33,7 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any]) -> Axes | str:
         right = boundary["high"] or curve["length"].max()
         style = {"color": PALETTE[0], "alpha": 0.13, "linewidth": 0, "label": "its 95 % interval"}
         ax.axvline(boundary["tokens"], color=PALETTE[0], linewidth=1.2, linestyle="--", label="boundary")
-        ax.axvspan(boundary["low"] or shortest, right, **style)
+        ax.axvspan(boundary["low"] or curve["length"].min(), right, **style)
     n, texts = (" to ".join(map(str, sorted({min(it), max(it)}))) for it in (curve["n"], curve["texts"]))
     asked = f"context (tokens); a length: {n} answers in {texts} texts"
     token_axis(ax, curve.loc[curve["planned"], "length"], asked)

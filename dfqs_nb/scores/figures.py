@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.transforms import ScaledTranslation
@@ -41,8 +41,7 @@ def score_families(table: pd.DataFrame) -> Axes | str:
     share_axis(ax.xaxis, "right answers (95 % Wilson interval)")
     # below the label of the x axis, by as many inches in a high figure as in a low one
     below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "bbox_transform": below}
-    ax.legend(frameon=False, fontsize=8, **place)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.0), bbox_transform=below)
     # a set that is also asked as multiple choice counts once, and what nobody can guess not at all
     once = table[(table["guess_rate"] > 0) & ~table["set"].isin([f"{name}-choices" for name in sets])]
     if len(once):

@@ -60,6 +60,6 @@ def beside_notebook_03(speeds: pd.DataFrame, folder: Path, conditions: Mapping[s
                 rank = mannwhitneyu(*pair, alternative="greater", method="exact")
                 slowed = rank.pvalue <= 1 - LEVEL and other["median"] > CLEARLY * row["median"]
                 at = (speeds["phase"] == "decode") & (speeds["depth"] == row["depth"])
-                both = speeds.assign(notebook_03=at.map({True: f"{other['median']:,.1f} {spread(other)}"}))
-                return both.assign(contended=both["contended"] | slowed)
+                beside = at.map({True: f"{other['median']:,.1f} {spread(other)}"})
+                return speeds.assign(notebook_03=beside, contended=speeds["contended"] | slowed)
     return speeds
