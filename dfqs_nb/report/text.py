@@ -141,8 +141,7 @@ def tables(report: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     columns = ["number", "document", "section", "claim", "found", "verdict", "evidence", "source"]
     stated = pd.DataFrame(report["claims"], columns=["id", *columns]).set_index("id")
     demands = pd.DataFrame(report["conformance"], columns=requirements.COLUMNS).set_index("id")
-    options = demands["level"] == "MAY"
-    demands.loc[options, "verdict"] = demands.loc[options, "verdict"].replace(requirements.OPTION)
+    demands.loc[demands["level"] == "MAY", "verdict"] = demands["verdict"].replace(requirements.OPTION)
     return {
         "metrics": pd.DataFrame(lines, columns=["metric", "value"]).set_index("metric"),
         "requirements": demands,
