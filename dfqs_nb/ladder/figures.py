@@ -45,12 +45,12 @@ def divergence_by_bits(table: pd.DataFrame) -> Axes:
 
 
 def _name(ax: Axes, rows: pd.DataFrame) -> None:
-    """Write each rung's name over or under its marks: as near to one as nothing else stands there."""
+    """Write each rung's name over or under its interval: as near as nothing else stands there."""
     ax.figure.canvas.figure.draw_without_rendering()
     taken, heights = [mark.get_window_extent() for mark in ax.lines], np.linspace(0.02, 0.98, 97)
     style: Any = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "center", "fontsize": 8}
     for rung in rows.itertuples():
-        values = [rung.kld, rung.kld_tail, *([rung.kld_low, rung.kld_high] if rung.kld_low >= 0 else [])]
+        values = [rung.kld, *([rung.kld_low, rung.kld_high] if rung.kld_low >= 0 else [])]
         marks = ax.transData.transform([(rung.bits_per_weight, value) for value in values])
         away = np.abs(heights[:, None] - ax.transAxes.inverted().transform(marks)[:, 1]).min(axis=1)
         text = ax.text(rung.bits_per_weight, 0, rung.rung, **style)
