@@ -23,7 +23,7 @@ from dfqs_nb.core.files import write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.report.metrics import METRICS
-from dfqs_nb.report.reading import BOUNDARY, CURVE, FILE, SCORES, SPEED, RunItems, read_answers
+from dfqs_nb.report.reading import BOUNDARY, CURVE, FILE, SCORES, SPEED, RunItems, read_answers, rerun
 from dfqs_nb.report.template import render
 from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import LEVEL, holm, sign_flip
@@ -98,6 +98,11 @@ def _differing_templates(runs: Sequence[RunItems]) -> list[str]:
         each = ", ".join(f"{tilde(run.path)} is {run.report['tier']}" for run in runs)
         raise ComparisonError(f"tiers never mix: {each}", hint="run both on one tier")
     refused, templates = list[str](), dict[str, None]()
+    kinds = list(dict.fromkeys(kind for run in runs for kind in run.report["conditions"]))
+    for run in runs:
+        if lacking := [kind for kind in kinds if kind not in run.report["conditions"]]:
+            what = f"has no {' and no '.join(lacking)}, and others do".replace("_", " ")
+            raise ComparisonError(what, where=tilde(run.path), hint=rerun(lacking, run.report["command"]))
     for run in runs:
         differ = differing_fields(runs[0].report["conditions"], run.report["conditions"])
         templates |= dict.fromkeys(name for name in differ if name.split(".")[-1] == TEMPLATE)
@@ -114,7 +119,8 @@ def _named(differ: Mapping[str, tuple[Any, Any]], form: str) -> str:
     """Conditions that differ, each with its two values; what several places repeat (settings) stands once."""
     places = defaultdict[tuple[str, str], list[str]](list)
     for name, values in differ.items():
-        places[name.split(".")[-1], form.format(*map(cell, values))].append(name)
+        shown = ("given" if isinstance(value, Mapping) else cell(value) for value in values)
+        places[name.split(".")[-1], form.format(*shown)].append(name)
     names = ((own[0] if len(own) == 1 else last, values) for (last, values), own in places.items())
     return ", ".join(f"{name} ({values})" for name, values in names)
 
@@ -218,12 +224,11 @@ class Leaderboard:
 
     def __str__(self) -> str:
         """The leaderboard as Markdown: a section for each tier and conditions, then what does not count."""
-        sections, first = [], None
+        sections, first = [], dict[str, Any]()  # conditions by tier
         for (tier, own), group in self.table.groupby(["tier", "conditions"], sort=False):
             conditions = self.reports[group["report"].iloc[0]]["conditions"]
-            first = first or conditions
-            differ = _named(differing_fields(first, conditions), "{} there, {} here")
-            sections.append((tier, own, differ, group.to_dict("records")))
+            differ = differing_fields(first.setdefault(tier, conditions), conditions)
+            sections.append((tier, own, _named(differ, "{} there, {} here"), group.to_dict("records")))
         bad = self.table[self.table["problem"] != ""][["report", "problem"]].to_numpy().tolist()
         facts = {"metrics": list(METRICS), "reports": self.reports}
         return render("leaderboard.md", sections=sections, bad=bad, **facts).rstrip()

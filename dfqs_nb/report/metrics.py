@@ -100,7 +100,7 @@ def details_of(run: Run, command: Command = reading.UNKNOWN) -> dict[str, Detail
     for name, (stage, unit, _, measured) in METRICS.items():
         empty = dict.fromkeys(("value", "low", "high", "guess_rate", "withheld"))
         empty |= {"n": 0, "level": LEVEL, "unit": unit, "source": f"{stage}.json"}
-        missing = {"withheld": reading.not_run([stage], command)}
+        missing = {"withheld": reading.not_run([stage], run, command)}
         found = measured(run[stage], name) if stage in run else missing
         if name == SPEED and layers:  # it is of the CPU by definition
             found = {"withheld": f"{layers} were on a GPU; {reading.on_cpu(command)}"}

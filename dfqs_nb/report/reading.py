@@ -154,11 +154,12 @@ def on_cpu(command: Command) -> str:
     return f"{rerun(MEASURING, again)} measures all on the CPU, and replaces these results"
 
 
-def not_run(missing: Sequence[str], command: Command) -> str:
-    """Which notebooks did not run, and the command that makes up for it."""
+def not_run(missing: Sequence[str], run: Run, command: Command) -> str:
+    """Which notebooks did not run, and the command that runs all of which the run has nothing."""
     *first, last = (NOTEBOOKS[name][:2] for name in missing)
     named = f"notebooks {', '.join(first)} and {last}" if first else f"notebook {last}"
-    return f"{named} did not run; {rerun(missing, command)} makes up for it"
+    absent = [name for name in DRAWN_ON if name not in run]
+    return f"{named} did not run; {rerun(absent, command)} makes up for it"
 
 
 # ---- a report ----

@@ -15,7 +15,7 @@ import pandas as pd
 from dfqs_nb.gguf.facts import experts
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.report import reading
-from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORES, SPEED, Command, Run, settings_of, sha256_of
+from dfqs_nb.report.reading import BOUNDARY, CURVE, SCORES, Command, Run, settings_of, sha256_of
 from dfqs_nb.report.template import filled, sentence, spec_table
 
 MET, NOT_MET, NOT_TESTED, NOT_APPLICABLE = "met", "not met", "not tested", "not applicable"
@@ -27,7 +27,7 @@ LONG_FROM, LONG_TO = 8192, 65536  # the lengths that the paper names for the lon
 SHARED = "runtime system_info n_batch n_ubatch n_threads n_threads_batch n_gpu_layers seed flash_attn".split()
 SHARED += "type_k type_v use_mmap use_extra_bufts swa_full".split()
 # What the conditions of metrics are about: without one of each, there is nothing to judge.
-MEASURED = {"the curve": (CURVE, BOUNDARY), "the scores and the speed": (*SCORES, SPEED)}
+MEASURED = {"the curve": (CURVE, BOUNDARY), "the scores": SCORES}
 Judgement = tuple[str, str, dict[str, Any]]  # a verdict, the names of its sentences, their values
 
 
@@ -57,13 +57,13 @@ def check_requirements(
         needs = signature(check).parameters
         missing = [name for name in needs if name not in given]
         if missing and not (is_dense and check is routing):
-            verdict, evidence = NOT_TESTED, reading.not_run(missing, command)
+            verdict, evidence = NOT_TESTED, reading.not_run(missing, run, command)
         else:
             verdict, names, values = check(**{name: given.get(name, {}) for name in needs})
             if is_dense and check is routing and verdict != NOT_APPLICABLE:
                 verdict, names = NOT_APPLICABLE, "dense"
             told = known | values
-            evidence = "; ".join(filled(row["evidence"][name], told) for name in names.split())
+            evidence = "; ".join(filled(row["evidence"][name], told).rstrip(".") for name in names.split())
             if absent and check in CONDITIONS and verdict == MET:
                 verdict, evidence = NOT_TESTED, f"not measured: {', '.join(absent)}"
         judgement = verdict, evidence, row["notebook"], row["how"], row["source"]

@@ -272,7 +272,8 @@ def check_run(folder: str | Path) -> list[str]:
     items = reading.read_answers(folder)
     stages = reading.stages_in(folder, sealed=True) | {SEALED: read_stage(folder, SEALED, sealed=True)}
     known = {name: digest for stage in stages.values() for name, digest in stage["files"].items()}
-    for name, then in items.report["sources"].items():
+    unstated = {f"{name}.json": "" for name in stages if name in reading.DRAWN_ON}
+    for name, then in (unstated | items.report["sources"]).items():
         if name not in known and is_file(folder / name):  # a seal covers the others
             known[name] = sha256_of_file(folder / name)
         if known.get(name) != then:

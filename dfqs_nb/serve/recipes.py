@@ -206,13 +206,9 @@ def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> tuple[Pat
     if re.search("[\ud800-\udfff]", "".join(texts.values())):
         hint = "rename the folder or the file"
         raise DfqsError("the model's path is not UTF-8, and a recipe is", where=tilde(folder), hint=hint)
-    try:
-        for name, text in texts.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            write_text(folder / name, text)
-    except OSError as error:
-        what = f"cannot write the recipe ({error.strerror})"
-        raise DfqsError(what, where=tilde(folder), hint="take a folder you may write") from error
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(folder / name, text)
     return tuple(folder / name for name in texts)
 
 

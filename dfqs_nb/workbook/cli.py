@@ -10,6 +10,7 @@ import errno
 import gc
 import math
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -35,6 +36,10 @@ from dfqs_nb.workbook.terminal import MEASURE, REPORT, WHOLE, Overwrite, app, sa
 
 LOG, INTERRUPTED = "dfqs-nb-error.log", 130
 USAGE: Any = typer.BadParameter.__base__  # of the click that this typer stands on, its own or the installed
+RIGHTS = "; check its rights, or take another folder (for runs, set DFQS_OUTPUTS)"
+FULL = "; free some space, or take a folder of another disk (for runs, set DFQS_OUTPUTS)"
+HINTS = dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), RIGHTS)
+HINTS |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FULL)
 COLUMNS = "condition against n_choices n_differ margin_differ logits_equal logit_drift same_output"
 # What several commands take.
 Gguf = Annotated[str, Argument(help="A name of `dfqs-nb models`, or a file.")]
@@ -56,7 +61,7 @@ def run(
     run: str = Option("", help="The folder under outputs/. Default: nano, or the model's name."),
     fresh: Fresh = False,
     tier: str = Option("", help="nano or standard. Default: nano for the reference model, else standard."),
-    budget_minutes: float = Option(60.0, help="Of the whole run; long measurements are shortened."),
+    budget_minutes: float | None = Option(None, help="Long measurements are cut to it. Default: 60."),
     parameter: list[str] = Option([], "-p", "--parameter", metavar="NAME=VALUE", help="For the notebooks."),
 ) -> None:
     """Run the notebooks in order into outputs/RUN/.
@@ -70,13 +75,22 @@ def run(
         hint = "write -p n_ctx=4096, or `make run PARAMS=n_ctx=4096`"
         raise DfqsError(f"{odd[0]!r} is not of the form name=value", hint=hint)
     texts = {name.strip(): text for name, _, text in (given.partition("=") for given in parameter)}
-    texts |= {"model": model} if model else {}
-    values = workbook.parse_parameters(texts, workbook.parameter_types(paths))
-    name = values.pop("run_name", "")
-    name = run or name or workbook.default_run_name(values.get("model"))
-    if "model" in values and any(path.stem.startswith("01") for path in paths):
-        workbook.check_model(values["model"], Path(values.get("output_dir") or outputs_dir() / name))
-    result = workbook.run_workbook(name, values, paths, fresh, sys.stderr, tier, budget_minutes, say)
+    options = {"model": model, "run_name": run, "budget_minutes": budget_minutes}
+    own = {name: str(value) for name, value in options.items() if value not in ("", None)}
+    if twice := sorted({*texts} & {*own}):
+        raise DfqsError(f"{twice[0]} is given twice, as an option and with -p", hint="give one of the two")
+    values = workbook.parse_parameters({**texts, **own}, workbook.parameter_types(paths))
+    name = values.pop("run_name", "") or workbook.default_run_name(values.get("model"))
+    numbers, model = sorted({path.stem[:2] for path in paths}), values.get("model", "")
+    if "01" in numbers and model:
+        workbook.check_model(model, Path(values.get("output_dir") or outputs_dir() / name))
+    is_begun = "01" in numbers or (outputs_dir() / name / "merge.json").exists()
+    if not is_begun and {*numbers} - {"00", "08"}:  # which read nothing that notebook 01 wrote
+        words = ["dfqs-nb", "run", "01", *numbers, "--run", name]
+        words += ["--model", model or "MODEL"] if model or name != "nano" else []
+        begin = f"to begin it: `{' '.join(map(quoted, words))}`"
+        raise DfqsError("notebook 01 did not run here", where=tilde(run_folder(name, begin)), hint=begin)
+    result = workbook.run_workbook(name, values, paths, fresh, sys.stderr, tier, tell=say)
     say(f"\n{workbook.summary_text(result)}")
     raise typer.Exit(int(any(notebook.failed for notebook in result.notebooks)))
 
@@ -240,6 +254,9 @@ def record(
     questions = ItemSet.load(prompts).part(limit)
     if output.exists() and not overwrite:
         raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK):  # before minutes of work
+        raise OutputError("cannot be written", where=output, hint="take a folder that you may write")
     with open_model(model, n_ctx, threads) as opened:
         fidelity.write_record(opened, questions, output, n_tokens=tokens, sha256=identity(opened))
     say(f"wrote {tilde(output)}; now compare: dfqs-nb fidelity MODEL {shlex.quote(str(output))}")
@@ -301,19 +318,23 @@ def deploy(
     say(f"\nwrote {', '.join(tilde(path) for path in recipe.files)}")
 
 
-def run_folder(name: str) -> Path:
-    """The folder of a run, by its name under outputs/ or its path; else a `DfqsError` that names the runs."""
-    for folder in (Path(name), outputs_dir() / name):
+def run_folder(name: str, begin: str = "") -> Path:
+    """The folder of a run, by its name under outputs/, or its or its report's path.
+
+    A `DfqsError` names the runs that there are, and ``begin``, the command for a new one.
+    """
+    for folder in (Path(name.removesuffix("/report.json")), outputs_dir() / name):
         if folder.is_dir():
             return folder
     runs = sorted(path.parent.name for path in outputs_dir().glob("*/merge.json"))
-    hint = f"{did_you_mean(name, runs)}there are: {', '.join(runs) or 'none yet; `make run` makes one'}"
+    there = ", ".join(runs) or f"none yet{'' if begin else '; `make run` makes one'}"
+    hint = "; ".join(filter(None, [f"{did_you_mean(name, runs)}there are: {there}", begin]))
     raise DfqsError(f"no run is called {name!r}", where=tilde(outputs_dir()), hint=hint)
 
 
 @app.command(rich_help_panel=REPORT)
 def report(
-    run: str = Argument("nano", help="A run's name under outputs/, or its folder."),
+    run: str = Argument("nano", help="A run's name under outputs/, its folder, or its report.json."),
     check: bool = Option(False, "--check", help="Write nothing; check the report and the files behind it."),
 ) -> None:
     """Write the DFQS report of a run, or check one.
@@ -321,8 +342,14 @@ def report(
     Examples: `dfqs-nb report nano`, `dfqs-nb report nano --check`
     """
     from dfqs_nb import report as reports
+    from dfqs_nb.workbook.run import alone
 
     folder = run_folder(run)
+    try:
+        with alone(folder):
+            pass
+    except DfqsError:
+        say("a run is at work in this folder: what it has not finished is missing below, or seems damaged")
     if check:
         say(f"{tilde(folder)}/", *(f"  {line}" for line in reports.check_run(folder)))
         return
@@ -410,10 +437,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and "the disk"
-        if isinstance(error, OSError) and (place := error.filename2 or error.filename or full):
-            hint = "; free some space, or set DFQS_OUTPUTS to a folder of another disk" if full else ""
-            return _fail(f"{tilde(str(place))}: cannot be read or written ({error.strerror}){hint}")
+        hint = isinstance(error, OSError) and HINTS.get(error.errno or 0, "")
+        if isinstance(error, OSError) and (place := error.filename2 or error.filename or hint and "the disk"):
+            place = re.sub(r"(?<=/)\.([^/]+)\.([0-9a-f]{8}\.part|journal)$", r"\1", str(place))  # as named
+            return _fail(f"{tilde(place)}: cannot be read or written ({error.strerror}){hint}")
         what = f"unexpected {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         log = Path(tempfile.gettempdir(), LOG)
         with suppress(OSError), log.open("a", encoding="utf-8", errors="replace") as file:  # a full disk

@@ -178,16 +178,18 @@ def run_workbook(
     if not budget_minutes >= 1:
         raise DfqsError(f"the budget is {budget_minutes:g} minutes", hint="give a run 1 minute or more")
     folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
-    asked, before = tier, "" if "model" in given else _tier_before(folder)
-    tier = tier or before or tier_of(given.get("model"), run)
+    options = [word for name in given if name != "model" for word in ("-p", f"{name}={given[name]}")]
+    options, before = [*options, *(["--tier", tier] if tier else [])], _options_before(folder)
+    was = before[-1] if before[-2:-1] == ["--tier"] and "model" not in given else ""
+    tier = tier or was or tier_of(given.get("model"), run)
     settings = {name: value for name, value in settings_of(tier).items() if name not in given}
     n_notebooks = counted(len(paths), "notebooks")
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
     with alone(folder):
-        _note_command(folder, given, asked, budget_minutes)
         limit = any("budget_minutes" in declared[path] for path in paths)  # else nothing is cut to it
         most = f", at most about {duration(60 * budget_minutes)}" if limit else ""
         tell(f"run {run}: {tier} tier, {n_notebooks}{most}")
+        write_json(folder / COMMAND, {"options": options or before, "budget_minutes": budget_minutes})
         if settings:
             tell("  " + ", ".join(f"{name}={value}" for name, value in settings.items()))
         for number, path in enumerate(paths):
@@ -214,32 +216,28 @@ def run_workbook(
         return _summed_up(folder, done)
 
 
-def _note_command(folder: Path, given: Mapping[str, Any], tier: str, budget_minutes: float) -> None:
-    """Keep the options that a run was given; those of before, where a part of it runs again without any."""
-    options = [word for name, value in given.items() if name != "model" for word in ("-p", f"{name}={value}")]
-    options += ["--tier", tier] if tier else []
+def _options_before(folder: Path) -> list[str]:
+    """The options that a run was given when its command was kept; a part of it keeps them, and its tier."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        options = options or read_json(folder / COMMAND)["options"]
-    write_json(folder / COMMAND, {"options": options, "budget_minutes": budget_minutes})
-
-
-def _tier_before(folder: Path) -> str:
-    """The ``--tier`` that a run was given when its command was kept; empty without one."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        *_, option, tier = read_json(folder / COMMAND)["options"]
-        return tier if option == "--tier" else ""
-    return ""
+        return list(map(str, read_json(folder / COMMAND)["options"]))
+    return []
 
 
 def _summed_up(folder: Path, done: list[NotebookRun]) -> WorkbookRun:
-    """Write the summary, and again the report, if there is one: it shows later notebooks, too."""
+    """Write the report again, if there is one, as it shows later notebooks, too; then the summary."""
     from dfqs_nb import report
 
-    own = report.read_report(folder) if (folder / "report.json").is_file() else None
-    result = WorkbookRun(folder, done, read_summary(folder), str(report.verdict(own)) if own else "")
+    summary, verdict = read_summary(folder), ""
+    if (folder / "report.json").is_file():
+        try:
+            is_new = any(it.path.name == STAGES["dfqs_report"] for it in done)
+            own = report.read_report(folder) if is_new else report.build_report(folder)
+            report.write_report(folder, own)
+            verdict = str(report.verdict(own))
+        except DfqsError as error:
+            summary["dfqs_report"] = [f"the report is older than this; a new one cannot be written: {error}"]
+    result = WorkbookRun(folder, done, summary, verdict)
     write_text(folder / "summary.md", summary_markdown(result))
-    if own:
-        report.write_report(folder, own)
     return result
 
 

@@ -46,7 +46,7 @@ def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
     Without ``run`` the name comes from the model. An empty cell is the notebook's default. A relative path is
     looked for beside the CSV file. `DfqsError`: what is wrong, and in which line.
     """
-    hint = "give a CSV file in UTF-8: a header with a column model and no column twice, a line for each run"
+    hint = "give a CSV file in UTF-8, with commas: a header with a column model, no column twice, a row a run"
     if not path.is_file():
         raise DfqsError("no such file, or not a regular file", where=tilde(path), hint=hint)
     types = {name: kind for name, kind in workbook.parameter_types(notebooks).items() if name != "run_name"}

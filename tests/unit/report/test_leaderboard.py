@@ -53,8 +53,19 @@ def test_other_conditions_and_tiers_are_sections_of_their_own_with_places_of_the
     assert all(list(group["place"]) == list(range(1, len(group) + 1)) for _, group in sections)
     text = str(leaderboard(tmp_path))
     assert len(re.findall("^## Tier", text, re.M)) == 3
+    assert text.count("Do not compare with the sections above, which are of another tier.") == 1
     assert "scores.n_threads (1 there, 8 here)" in text
     assert text.count("is no measure of a large model") == 2, "both nano sections say so"
+
+
+def test_conditions_that_only_one_section_has_are_named_and_not_printed(tmp_path):
+    make_run(tmp_path / "a", "A")
+    for name, kept in (("b", {"long_context": CONDITIONS["long_context"]}), ("c", other_conditions(own={}))):
+        make_run(tmp_path / name, name.upper(), conditions=kept)
+    text = str(leaderboard(tmp_path))
+    assert re.search(r"differs in scores \((given there, absent|absent there, given) here\)", text), text
+    assert "scores.own (" in text or "scores (" in text
+    assert "{'" not in text and max(map(len, text.splitlines())) < 600
 
 
 def test_a_withheld_score_is_last_without_a_place_and_with_its_reason(tmp_path):

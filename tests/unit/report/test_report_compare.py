@@ -128,6 +128,18 @@ def test_differing_conditions_are_refused_with_every_field(tmp_path, pair):
     assert "two/report.json" not in str(caught.value) and "max_items" not in str(caught.value)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_run_without_a_stage_is_named_with_the_command_that_adds_it(pair, tmp_path, order):
+    conditions = {"long_context": CONDITIONS["long_context"]}
+    other = make_run(tmp_path / "three", "Three", conditions=conditions)
+    with pytest.raises(REFUSED) as caught:
+        compare_reports([pair[0], other][::order])
+    message = str(caught.value)
+    assert message.endswith(
+        "three/report.json: has no scores, and others do; `dfqs-nb run 06 07 --run three`"
+    )
+
+
 def test_a_setting_that_differs_everywhere_is_named_once(pair, tmp_path):
     """Each set repeats the settings, so one thread more would read as ten conditions."""
     conditions = json.loads(json.dumps(CONDITIONS))

@@ -209,6 +209,7 @@ def test_a_dense_header_decides_though_notebook_04_did_not_run(header):
     assert (
         row["verdict"] == NOT_APPLICABLE and "no routing; notebook 04 says: 0 of 8 greedy" in row["evidence"]
     )
+    assert not row["evidence"].endswith("."), "sentences that quote it end it"
     assert sentence("demands_counted", judged(stages, dense).to_dict("records")).startswith(
         "SHALL: 3 of 4 met, 1 not applicable"
     )
@@ -286,6 +287,7 @@ def test_metrics_of_a_report_go_before_those_of_the_stages(header):
 @pytest.mark.parametrize("names", requirements.MEASURED.values())
 def test_conditions_of_metrics_that_were_not_measured_are_not_tested(header, names):
     known = {name: 1 for group in requirements.MEASURED.values() for name in group if name not in names}
+    known["cpu_tokens_per_sec"] = 1.0  # a speed is no score
     table = judged(run_stages(), header, metrics=dict.fromkeys(spec_table("requirements")["metrics"]) | known)
     rows = table.loc[["identical-conditions", "cpu-baseline", "runtime", "prompt-sets", "reproducible"]]
     assert set(rows["verdict"]) == {NOT_TESTED}

@@ -233,6 +233,24 @@ def test_a_full_disk_is_named_with_what_to_do(monkeypatch, capsys):
     assert "the disk: cannot be read or written (No space left on device); free some space" in error, error
 
 
+def test_a_file_that_cannot_be_written_is_named_as_the_user_did_and_with_what_to_do(monkeypatch, capsys):
+    def read_only(name):
+        raise OSError(errno.EROFS, "Read-only file system", "/ro/.leaderboard.csv.34d75457.part")
+
+    monkeypatch.setattr(cli, "run_folder", read_only)
+    assert cli.main(["report"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dfqs-nb: /ro/leaderboard.csv: cannot be read or written (Read-only file system)")
+    assert "; check its rights, or take another folder" in error
+
+
+def test_a_record_is_not_begun_where_it_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.os, "access", lambda *_: False)
+    monkeypatch.setattr(cli, "open_model", lambda *_: pytest.fail("the model was opened"))
+    assert cli.main(["record", "m.gguf", "-o", str(tmp_path / "r.jsonl"), "--prompts", "nano-reasoning"]) == 1
+    assert "r.jsonl: cannot be written; take a folder that you may write" in capsys.readouterr().err
+
+
 def test_a_deleted_folder_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from sealed_run import make_run
 
+from dfqs_nb import report
 from dfqs_nb.core.errors import DfqsError, OutputError
 from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.merge import merge_model
@@ -233,6 +235,8 @@ def test_the_parameter_budget_minutes_is_the_budget_of_the_whole_run(outputs, tm
     name = "05_measure_long_context.ipynb"
     paths = [write_notebook(tmp_path / "nb" / name, "print('has', budget_minutes)", parameters=parameters)]
     monkeypatch.setattr(workbook, "find_notebooks", lambda names=(): paths)
+    (outputs / "mine").mkdir(parents=True)
+    (outputs / "mine" / "merge.json").write_text('{"stage": "merge"}')
     assert cli.main(["run", "--run", "mine", "-p", "budget_minutes=5"]) == 0
     assert "run mine: nano tier, 1 notebook, at most about 5 min" in capsys.readouterr().out
     unbound = [write_notebook(tmp_path / "nb" / "01_try.ipynb", "1")]
@@ -240,8 +244,55 @@ def test_the_parameter_budget_minutes_is_the_budget_of_the_whole_run(outputs, tm
     assert "run mine: nano tier, 1 notebook\n" in capsys.readouterr().out, "01 obeys no budget"
     assert "has 5.0" in texts(outputs / "mine" / name)
     for none in (["-p", "budget_minutes=0"], ["--budget-minutes", "0"], ["-p", "budget_minutes=nan"]):
-        assert cli.main(["run", *none]) == 1
+        assert cli.main(["run", "--run", "mine", *none]) == 1
         assert "give a run 1 minute or more" in capsys.readouterr().err
+    assert cli.main(["run", "--run", "mine", "-p", "budget_minutes=3", "--budget-minutes", "4"]) == 1
+    assert "budget_minutes is given twice, as an option and with -p" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["", "my.gguf"])
+def test_a_part_of_a_run_that_nobody_began_is_refused_before_anything_is_made(outputs, capsys, model):
+    (outputs / "SmolLM2").mkdir(parents=True)
+    (outputs / "SmolLM2" / "merge.json").touch()
+    assert cli.main(["run", "02", "06", "--run", "SmolLM", *(["--model", model] if model else [])]) == 1
+    error = capsys.readouterr().err
+    assert "no run is called 'SmolLM'; did you mean SmolLM2? there are: SmolLM2; to begin it: " in error
+    assert f"dfqs-nb run 01 02 06 --run SmolLM --model {model or 'MODEL'}`" in error
+    assert cli.main(["run", "7"]) == 1 and "dfqs-nb run 01 07 --run nano`" in capsys.readouterr().err
+    assert [path.name for path in outputs.iterdir()] == ["SmolLM2"]
+    (outputs / "empty").mkdir()
+    assert cli.main(["run", "02", "--run", "empty"]) == 1
+    assert "empty: notebook 01 did not run here; to begin it: `" in capsys.readouterr().err
+
+
+@pytest.fixture
+def begun(outputs):
+    """A finished run of the reference model, without a report."""
+    (outputs / "mine").mkdir(parents=True)
+    model = outputs / "mine" / "DFQS-Nano-IQ1_S-XL.gguf"
+    merge_model(specimens.reference_shards().paths[0], model)
+    return make_run(outputs / "mine", model)
+
+
+def test_after_a_part_of_a_run_the_verdict_is_of_what_lies_there_now(begun):
+    folder = begun
+    report.write_report(folder, before := report.build_report(folder, ask_llama_cpp=False))
+    done = [workbook.NotebookRun(folder / "03_load_and_generate.ipynb")]
+    (folder / "scores.json").unlink()
+    result = workbook._summed_up(folder, done)
+    assert "notebook 06 did not run" in result.verdict and "notebook 06 did not" not in f"{before}"
+    assert "notebook 06 did not run" in (folder / "report.md").read_text()
+    (folder / "header_table.csv").write_text("edited")
+    shown = workbook.summary_text(workbook._summed_up(folder, done))
+    assert "the report is older than this; a new one cannot be written: " in shown and "? Is" not in shown
+    assert "run 02_inspect_header.ipynb again" in shown
+
+
+def test_a_report_says_that_a_run_is_at_work_and_its_file_names_its_run(begun, capsys):
+    assert cli.main(["report", "mine"]) == 0 and "at work" not in capsys.readouterr().out
+    with workbook.alone(begun):
+        assert cli.main(["report", str(begun / "report.json")]) == 0
+    assert capsys.readouterr().out.startswith("a run is at work in this folder: what it has not finished")
 
 
 @pytest.mark.parametrize(
