@@ -12,7 +12,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -190,7 +190,10 @@ def size_of(text: str) -> int:
     """Bytes of a size as people write it; ``GB`` and ``GiB`` are both 2^30 bytes, as memory is sold."""
     if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?", text.strip(), re.I)):
         raise DfqsError(f"{text!r} is no size", hint="write 64GiB")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2][:1].upper() or " "))
+    n_bytes = int(float(match[1]) * 1024 ** " KMGT".index(match[2][:1].upper() or " "))
+    if n_bytes < 1 << 20:
+        raise DfqsError(f"{text!r} is {n_bytes:,} bytes", hint=f"write {match[1]}GiB")
+    return n_bytes
 
 
 class Device(NamedTuple):
@@ -269,19 +272,22 @@ def place(
     ram_bytes: int,
     vram_bytes: Sequence[int] = (),
     *,
-    compute_bytes: int | None = None,
+    compute: Mapping[int, int] | None = None,
     whole: bool = False,
 ) -> Placement:
-    """The fastest placement that the sizes allow; ``compute_bytes``: of llama.cpp's buffer in memory.
+    """The fastest placement that the sizes allow.
 
-    The cards take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES`, then routed
-    experts, from the last layer of each card on. ``whole``: experts stay with their layer, as with `-ngl`.
+    ``compute``: llama.cpp's buffer in memory by context; between these it lies on straight lines. The cards
+    take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES`, then routed experts,
+    from the last layer of each card on. ``whole``: experts stay with their layer, as with `-ngl`.
     """
+    import numpy as np
+
     caches, count = model.caches(n_ctx), model.n_layers + 1
-    rooms = [max(0, room - SPARE_BYTES) for room in vram_bytes]
     beside = [model.dense[i] + caches[i] for i in range(count)]
-    cards = _on_cards([need + whole * model.experts[i] for i, need in enumerate(beside)], rooms)
-    n_gpu = sum(map(len, cards))
+    needs = [need + whole * model.experts[i] for i, need in enumerate(beside)]
+    planned = sorted((compute or {}).items())
+    buffer = int(np.interp(n_ctx, *np.array(planned).T)) if planned else None
 
     def device(name: str, capacity: int, layers: list[int], routed: list[int], compute: int | None) -> Device:
         dense, cache = (sum(sizes[i] for i in layers) for sizes in (model.dense, caches))
@@ -290,25 +296,33 @@ def place(
         token = round(sum(model.token[i] for i in layers) + n_bytes * model.used)
         return Device(name, capacity, dense, n_bytes, cache, compute, left, token)
 
-    devices, in_ram = [], list[int]()
-    for number, layers in enumerate(cards):
-        left = rooms[number] - sum(beside[i] for i in layers)
-        kept = bisect_right(list(accumulate(model.experts[i] for i in reversed(layers))), left)
-        away, routed = layers[: len(layers) - kept], layers[len(layers) - kept :]
-        in_ram += [i for i in away if model.experts[i]]
-        devices.append(device(f"GPU {number}", vram_bytes[number], layers, routed, None))
-    here = list(range(count - n_gpu))
-    embedding = [count] if n_gpu or not model.tied else []  # else it is one tensor with the output
-    ram = device(RAM, ram_bytes, here + embedding, here + in_ram, compute_bytes)
-    missing = max(0, -ram.left_bytes)
-    cold = min(missing, ram.expert_bytes)  # memory keeps the dense part, which every token reads, first
-    paged = min(missing - cold + model.used * cold, ram.dense_bytes + model.used * ram.expert_bytes)
-    return Placement((*devices, ram), n_gpu, tuple(in_ram), _flags(count, cards, in_ram), paged)
+    def spread(rooms: tuple[int, ...]) -> Placement:
+        cards = _on_cards(needs, rooms)
+        devices, in_ram, n_gpu = [], list[int](), sum(map(len, cards))
+        for number, layers in enumerate(cards):
+            left = rooms[number] - sum(beside[i] for i in layers)
+            kept = bisect_right(list(accumulate(model.experts[i] for i in reversed(layers))), left)
+            away, routed = layers[: len(layers) - kept], layers[len(layers) - kept :]
+            in_ram += [i for i in away if model.experts[i]]
+            devices.append(device(f"GPU {number}", vram_bytes[number], layers, routed, None))
+        here = list(range(count - n_gpu))
+        embedding = [count] if n_gpu or not model.tied else []  # else it is one tensor with the output
+        ram = device(RAM, ram_bytes, here + embedding, here + in_ram, buffer)
+        missing = max(0, -ram.left_bytes)
+        cold = min(missing, ram.expert_bytes)  # memory keeps the dense part, which every token reads, first
+        paged = min(missing - cold + model.used * cold, ram.dense_bytes + model.used * ram.expert_bytes)
+        return Placement((*devices, ram), n_gpu, tuple(in_ram), _flags(count, cards, in_ram), paged)
+
+    # A card stays empty where memory has more left so: no card takes room from the others.
+    choices = product(*([max(0, room - SPARE_BYTES), 0] for room in vram_bytes))
+    different = {tuple(filter(None, rooms)): rooms for rooms in choices}.values()
+    return max(map(spread, different), key=lambda placed: placed.ram.left_bytes)
 
 
 def _on_cards(needs: Sequence[int], rooms: Sequence[int]) -> list[list[int]]:
     """The most last layers that fit, in consecutive groups, one a card, in proportion to their room."""
-    for first in range(len(needs) if sum(rooms) else 0):
+    enough = (first for first in range(len(needs)) if 0 < sum(needs[first:]) <= sum(rooms))
+    for first in enough:
         groups, done = [list[int]() for _ in rooms], 0.0
         ends = [sum(needs[first:]) * end / sum(rooms) for end in accumulate(rooms)]
         for i in range(first, len(needs)):
@@ -331,16 +345,20 @@ def _flags(count: int, cards: Sequence[Sequence[int]], in_ram: Sequence[int]) ->
     return (*flags, "-ot", rf"blk\.({'|'.join(map(str, in_ram))}){EXPERTS}=CPU")
 
 
-def largest_context(model: Sizes, ram_bytes: int, vram_bytes: Sequence[int] = (), **options: Any) -> int:
-    """The most tokens, in steps of 256, that move no layer off a card and start no paging; 0: none."""
-    least, most = place(model, 256, ram_bytes, vram_bytes, **options), model.n_context or 1 << 20
+def largest_context(
+    model: Sizes, ram_bytes: int, cards: Sequence[int] = (), paged: bool = False, **options: Any
+) -> int:
+    """The most tokens for which `place` keeps all weights in memory and on cards; 0: none.
 
-    def too_long(step: int) -> bool:
-        now = place(model, 256 * step, ram_bytes, vram_bytes, **options)
-        pages = now.ram.left_bytes < 0 <= least.ram.left_bytes
-        return not now.works or pages or now.n_gpu_layers != least.n_gpu_layers
-
-    return min(most, 256 * bisect_left(range(1, max(1, most // 256) + 1), True, key=too_long))
+    ``paged``: weights may be read from the disk; cache and buffer may not. ``options``: of `place`. Contexts
+    are tried in steps of 256, or of a 512th of the model's own.
+    """
+    most = model.n_context or 1 << 20
+    for n_ctx in (most, *reversed(range(256, most, padded(most // 512, 256)))):
+        placed = place(model, n_ctx, ram_bytes, cards, **options)
+        if placed.works if paged else placed.ram.left_bytes >= 0:
+            return n_ctx
+    return 0
 
 
 def machines_table(
@@ -358,7 +376,7 @@ def machines_table(
             "on cards": size(sum(card.dense_bytes + card.expert_bytes for card in placed.devices[:-1])),
             "in RAM": size(placed.ram.dense_bytes + placed.ram.expert_bytes),
             "from disk a token": size(placed.disk_token_bytes),
-            "largest n_ctx": largest_context(model, ram, cards, **options),
+            "largest unpaged n_ctx": largest_context(model, ram, cards, **options),
             "flags": " ".join(placed.flags),
         }
         rows.append(row if speeds is None else row | {"at most tokens/s": placed.bound(speeds)[0]})

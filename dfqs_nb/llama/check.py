@@ -19,7 +19,7 @@ from dfqs_nb.core.files import canonical_sha256
 from dfqs_nb.core.journal import holds, remembered
 from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, Sizes, check_fits, estimate
+from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, Sizes, check_fits, estimate, largest_context
 from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.llama.settings import OpenSettings
 
@@ -106,6 +106,22 @@ def plan_memory(
     limit = TIMEOUT_SECONDS * (1 + len(settings))
     answer = (worker or child.Worker(MODULE)).run(job, where=path, timeout_seconds=limit)
     return list(answer["plans"])
+
+
+def compute_buffers(model: ShardSet, n_ctx: int, rams: Sequence[int], cards: Sequence[int]) -> dict[int, int]:
+    """llama.cpp's compute buffer on a CPU by context: at ``n_ctx``, others, and the largest for each memory.
+
+    It grows with the context, so the largest that these buffers allow is planned, too, until it stays.
+    """
+    shape = Sizes(model.as_one)
+    most, found = shape.n_context or 1 << 20, dict[int, int]()
+    contexts = {n_ctx, min(256, most), max(1, most // 8), most}
+    while contexts:
+        plans = plan_memory(model.paths[0], [OpenSettings(n_ctx=n) for n in contexts])
+        found |= {n: plan["compute_bytes"] for n, plan in zip(contexts, plans, strict=True)}
+        asked = [(ram, cards, paged) for ram in rams for paged in (False, True)]
+        contexts = {largest_context(shape, *each, compute=found) for each in asked} - {0, *found}
+    return found
 
 
 def needs_of(header: GGUFHeader, settings: OpenSettings, plan: Plan | None = None) -> MemoryEstimate:

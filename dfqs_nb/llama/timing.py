@@ -169,12 +169,17 @@ class Forecast:
     rows: dict[str, str]  # all of it, for people
 
 
-def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, loading_speed: float = nan) -> Forecast:
+def forecast(
+    headers: Sequence[GGUFHeader],
+    memory_bytes: int,
+    disk_speed: float = nan,
+    source: str = "while this model was loaded",
+) -> Forecast:
     """What a token will read, from the headers of all shards, with so much memory for weights.
 
     Without help the kernel reads a window before and behind each missing page. llama.cpp doubles the device's
     read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs about S + 2 x read-ahead. Seconds hold
-    while the disk is as fast as during the load (``loading_speed``, bytes a second), or as now for a second.
+    while the disk is as fast as ``disk_speed`` (bytes a second, from ``source``), or as now for a second.
     """
     layout = Layout.of(headers)
     parts = [part for layer in layout.experts.values() for part in layer]
@@ -190,14 +195,14 @@ def forecast(headers: Sequence[GGUFHeader], memory_bytes: int, loading_speed: fl
     speed: float | None = None
     if not helped:
         how += ": no token reads from it"
-    elif not isnan(loading_speed):
-        speed, how = loading_speed, f"{size(loading_speed)}/s while this model was loaded"
+    elif not isnan(disk_speed):
+        speed, how = disk_speed, f"{size(disk_speed)}/s {source}"
     elif speed := disk_bandwidth(headers[0].path, piece):
         how = f"{size(speed)}/s in pieces of {size(piece)}, at {time.strftime('%H:%M')}"
     ahead = "not known" if disk.read_ahead_bytes is None else size(disk.read_ahead_bytes)
     rows = {
         "a token uses": f"{size(layout.dense_bytes)} of dense weights, {size(token)} of experts",
-        "experts that stay in memory": per_cent(cached, 0),
+        **({"experts that stay in memory": per_cent(cached, 0)} if total else {}),
         "the disk": f"{disk.device or 'no block device'}, read-ahead {ahead}",
         "its speed": how,
     }

@@ -270,7 +270,8 @@ def _settings(
     if header:
         n_threads, n_layers = threads_for(header), int(header.arch("block_count", 0))
         shape, here = memory.Sizes(header), (available_memory().available_bytes, gpu_memories())
-        held = min(MOST_N_CTX, max(256, memory.largest_context(shape, *here)))
+        largest = memory.largest_context(shape, *here) or memory.largest_context(shape, *here, paged=True)
+        held = min(MOST_N_CTX, max(256, largest))
         most = shape.n_context or most
     if not least <= (n_ctx or least) <= most:
         what = f"a context of {n_ctx or least:,} tokens is not between {least:,} and {most:,}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from dfqs_nb.workbook.terminal import FILES, Overwrite, app, say, say_table
 
 OUTLOOK_N_CTX = 4096  # tokens, for the memory of a model that is not here
 MACHINES = ["64GiB", "96GiB", "128GiB"]
+NO_CARDS = "graphics cards not counted; --vram 24GiB counts one"
 RAM, GPU, DISK = "RAM", "GPU", "disk"
 SIZES = ["dense", "routed experts", "cache", "compute", "left", "read a token"]  # of what lies on a device
 SPLIT = ("split.no", "split.count", "split.tensors.count")  # how a model is cut, not what it is
@@ -221,9 +223,9 @@ def plan(
     from dfqs_nb.core.machine import available_memory
     from dfqs_nb.llama.timing import forecast
 
-    cards = [gguf.memory.size_of(text) for text in vram.split(",") if text.strip()]
-    machines = [text for text in ram.split(",") if text.strip()]
-    ram_bytes = gguf.memory.size_of(machines[0]) if machines else available_memory().available_bytes
+    cards, machines = ([text for text in sizes.split(",") if text.strip()] for sizes in (vram, ram))
+    vram_bytes, rams = (list(map(gguf.memory.size_of, texts)) for texts in (cards, machines))
+    rams = rams or [available_memory().available_bytes]
     with models.outline(model) as known:
         header, far = known.as_one, bool(known.places)
         shape = gguf.memory.Sizes(header)
@@ -231,68 +233,75 @@ def plan(
             what = f"a context of {context:,} tokens; the model was made for {shape.n_context:,}"
             raise DfqsError(what, where=models.shown(model), hint=f"give --context {shape.n_context} or less")
         say(f"{models.shown(model)}: {size(known.nbytes)}, {header.architecture}")
-        compute = _runtime_rows(known, context)
-        placed = gguf.memory.place(shape, context, ram_bytes, cards, compute_bytes=compute)
+        if not machines and known.nbytes > rams[0]:
+            machines, rams = MACHINES, rams + list(map(gguf.memory.size_of, MACHINES))
+        compute = _runtime_rows(known, context, rams, vram_bytes)
+        placed = gguf.memory.place(shape, context, rams[0], vram_bytes, compute=compute)
         outlook = None
-        if placed.disk_token_bytes and not (far or known.glued or cards):
+        if placed.works and placed.disk_token_bytes and not (far or known.glued or cards):
             room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
-            outlook = forecast(known.headers, room - shape.dense[-1])  # the embedding lies there, too
-        speeds = _speeds(placed, outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
+            given = (1e9 * disk_gbs, "as given") if disk_gbs else ()
+            outlook = forecast(known.headers, room - shape.dense[-1], *given)  # the embedding lies there, too
+        speeds = _speeds(outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
         sizes = [["unknown" if n is None else size(n) for n in device[2:]] for device in placed.devices]
         names = pd.Index([device.name for device in placed.devices], name="device")
         say(f"\n{pd.DataFrame(sizes, names, SIZES).to_string()}\n")
         if note := gguf.memory.kv_cache_bytes(header, context).note:
             say(f"the cache is an estimate: {note}")
-        largest = gguf.memory.largest_context(shape, ram_bytes, cards, compute_bytes=compute)
-        alone = "" if cards else " (graphics cards not counted; --vram 24GiB counts one)"
-        say((f"largest context: {largest:,} tokens" if largest else "no context fits") + alone)
+        fits = (
+            placed.ram.left_bytes >= 0,
+            placed.works,
+        )  # the context may lie between the steps that are tried
+        most = partial(gguf.memory.largest_context, shape, rams[0], vram_bytes, compute=compute)
+        found = [max(most(paged=paged), context * fits[paged]) for paged in (False, True)]
+        unpaged, paged = (f"{n:,} tokens" if n else "none" for n in found)
+        note = "a longer context leaves fewer layers on cards" if cards else NO_CARDS
+        note += "" if compute else "; llama.cpp's compute buffer not counted"
+        say(f"largest context with no weights read from the disk: {unpaged} ({note})")
+        if not fits[0]:
+            say(f"largest context with weights read from the disk: {paged}")
         say(*_advice(placed, speeds, outlook))
-        if cards:
-            say("a card's compute buffer is unknown: 2 GiB of each card are left for it and the driver")
-            say("there, llama-server also places without these flags (--fit), and plans that buffer")
-            say("for DeepSeek-V4-Flash 2 GiB suffice up to 262,144 tokens with -fa on, 32,768 without it")
-        name = known.paths[0].name if far else str(known.paths[0])
-        if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
-            name = next(iter(known.places)).name if far else model
-        flash = ["-fa", "on"] if cards else []
-        words = ["llama-server", "-m", name, "-c", str(context), *placed.flags, *flash, "-np", "1"]
-        say(f"\n{shlex.join(words)}")
-        if not machines and known.nbytes > ram_bytes:
-            machines = MACHINES
-        if len(machines) > 1 and not cards:
-            table = gguf.memory.machines_table(shape, context, machines, speeds, compute_bytes=compute)
-            say(f"\n{table.drop(columns=['on cards', 'flags']).to_string(float_format='{:.2f}'.format)}")
+        if placed.works:
+            name = known.paths[0].name if far else str(known.paths[0])
+            if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
+                name = next(iter(known.places)).name if far else model
+            flash = ["-fa", "on"] if cards else []
+            words = ["llama-server", "-m", name, "-c", str(context), *placed.flags, *flash, "-np", "1"]
+            say(f"\n{shlex.join(words)}")
+        if len(machines) > 1:
+            names = ["+".join([text, *cards]) for text in machines]
+            table = gguf.memory.machines_table(shape, context, names, speeds, compute=compute)
+            say(f"\n{table.drop(columns='flags').to_string(float_format='{:.2f}'.format)}")
 
 
-def _runtime_rows(known: Any, n_ctx: int) -> int | None:
-    """Say whether llama.cpp knows the model; its plan of the compute buffer on a CPU, where it gives one."""
-    from dfqs_nb.llama import OpenSettings
-    from dfqs_nb.llama.check import loader_verdict, plan_memory
+def _runtime_rows(known: Any, n_ctx: int, rams: list[int], cards: list[int]) -> dict[int, int]:
+    """Say whether llama.cpp knows the model; `compute_buffers`, where it plans one."""
+    from dfqs_nb.llama.check import compute_buffers, loader_verdict
 
     if known.glued:
         when = "after the download, " if known.places else ""
         say(f"  its shards are glued together: {when}dfqs-nb repair makes one model of them")
     verdict = loader_verdict(known.paths[0])
     say(f"  {verdict.sentence}")
-    if not verdict.accepted:
-        return None
     try:
-        return plan_memory(known.paths[0], [OpenSettings(n_ctx=n_ctx)])[0]["compute_bytes"]
+        return compute_buffers(known, n_ctx, rams, cards) if verdict.accepted else {}
     except ModelError as error:
         say(f"  its compute buffer is not known: {error.what}")
-        return None
+        return {}
 
 
-def _speeds(placed: Any, outlook: Any, given: dict[str, float]) -> dict[str, float]:
+def _speeds(outlook: Any, given: dict[str, float]) -> dict[str, float]:
     """Bytes a second by device, as given or measured here; what is neither is left out."""
     speeds = {name: 1e9 * value for name, value in given.items() if value}
     speeds.setdefault(RAM, core.memory_bandwidth())
-    if placed.disk_token_bytes and outlook and outlook.speed:
+    if outlook and outlook.speed:
         speeds.setdefault(DISK, outlook.speed)
     return speeds
 
 
 def _advice(placed: Any, speeds: dict[str, float], outlook: Any) -> list[str]:
+    if not placed.works:
+        return ["memory does not hold the cache and the compute buffer: lower --context"]
     lines = [f"  {name}: {text}" for name, text in outlook.rows.items()] if outlook else []
     bound, unknown = placed.bound(speeds)
     if bound:
@@ -301,14 +310,18 @@ def _advice(placed: Any, speeds: dict[str, float], outlook: Any) -> list[str]:
     elif unknown:
         options = " and ".join(f"--{name.lower()}-gbs" for name in unknown)
         lines.append(f"no bound on speed: {', '.join(unknown)} not measured; give {options}, in GB/s")
-    if not placed.works:
-        lines.append("memory does not hold the cache and the compute buffer: lower --context")
-    elif placed.disk_token_bytes:
+    if placed.disk_token_bytes:
         command = (outlook.disk.command if outlook else "") or "blockdev --setra 256 DEVICE"
         least = size(placed.disk_token_bytes)
         lines.append(f"memory does not hold all weights: a token reads at least {least} from the disk")
         lines.append("opened here, the paging help keeps it at that; for llama-server leave mlock off,")
         lines.append(f"and lower n_ubatch and read-ahead ({command} as root)")
+    if placed.devices[1:]:
+        lines.append("a card's compute buffer is unknown: 2 GiB of each card are left for it and the driver")
+        lines.append("there, llama-server also places without these flags (--fit), and plans that buffer")
+        lines.append(
+            "for DeepSeek-V4-Flash 2 GiB suffice up to 262,144 tokens with -fa on, 32,768 without it"
+        )
     return lines
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+from functools import cache
+from pathlib import Path
 
 import pytest
 from gguf_fixtures import real_size_header
@@ -14,7 +16,7 @@ from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.gguf import memory
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.facts import parameters
-from dfqs_nb.gguf.header import read_header
+from dfqs_nb.gguf.header import GGUFHeader, Tensor, read_header
 from dfqs_nb.gguf.memory import kv_cache_bytes
 
 GB = 1 << 30
@@ -82,14 +84,66 @@ def test_more_of_anything_is_never_slower_and_never_holds_less(flash):
     assert paged.bound({"RAM": 80e9}) == (None, ["disk"])
 
 
-def test_the_largest_context_is_the_largest(flash):
-    model, machine = memory.Sizes(flash), (64 * GB, [8 * GB])
-    n_ctx = memory.largest_context(model, *machine)
-    layers = memory.place(model, 256, *machine).n_gpu_layers
-    assert 256 <= n_ctx < 1_048_576 and n_ctx % 256 == 0
-    assert memory.place(model, n_ctx, *machine).n_gpu_layers == layers
-    assert memory.place(model, n_ctx + 256, *machine).n_gpu_layers < layers
-    assert memory.largest_context(model, 1 << 20) == 0, "memory for no cache at all"
+@pytest.fixture(scope="module")
+def dense():
+    """Llama 3 of 70 billion weights in Q6_K, by its sizes: a model without experts that fills a machine."""
+    fields = {"block_count": 80, "context_length": 131072, "embedding_length": 8192}
+    fields |= {"attention.head_count": 64, "attention.head_count_kv": 8}
+    fields = {"general.architecture": "llama", **{f"llama.{key}": n for key, n in fields.items()}}
+    names = ["token_embd.weight", "output.weight", *(f"blk.{i}.ffn_up.weight" for i in range(80))]
+    sizes = [862 << 20, 862 << 20, *[669 << 20] * 80]
+    rows = zip(names, sizes, strict=True)
+    tensors = tuple(Tensor(name, (8192, 1), "Q6_K", 14, 0, 8192, nbytes) for name, nbytes in rows)
+    return GGUFHeader(Path("dense.gguf"), 0, 3, 32, fields, tensors, 0, 0, b"")
+
+
+COMPUTE = {256: 148 << 20, 2048: 361 << 20, 131072: 17536 << 20}  # as llama.cpp planned it
+RAMS = [24, 57, 60, 64, 72]
+CARDS = [(), (8,), (24,), (24, 3), (24, 12)]
+
+
+@pytest.fixture(scope="module", params=["dense", "flash"])
+def largest(request):
+    """The largest context of a model by memory and cards in GiB, each found once; and the model."""
+    model = memory.Sizes(request.getfixturevalue(request.param))
+    model.n_context = 65536
+
+    @cache
+    def find(ram, cards):
+        return memory.largest_context(model, ram * GB, [card * GB for card in cards], compute=COMPUTE)
+
+    return find, model
+
+
+def test_more_memory_or_a_card_never_makes_the_largest_context_smaller(largest):
+    find, _ = largest
+    for cards in CARDS:
+        found = [find(ram, cards) for ram in RAMS]
+        assert found == sorted(found), cards
+        for ram, other in ((57, 3), (64, 12)) if len(cards) < 2 else ():
+            assert all(find(ram, more) >= find(ram, cards) for more in ((*cards, other), (other, *cards)))
+    larger = [find(57, (card,)) for card in range(2, 40, 5)]
+    assert larger == sorted(larger)
+
+
+def test_the_largest_context_fits_when_it_is_planned_and_no_longer_one_does(largest):
+    find, model = largest
+    for ram, cards in ((ram, cards) for ram in RAMS for cards in CARDS):
+        n_ctx, vram = find(ram, cards), [card * GB for card in cards]
+        others = {n_ctx, n_ctx + 256, 256, 1024, 8192, 12288, 32768} - {0, model.n_context + 256}
+        placed = {n: memory.place(model, n, ram * GB, vram, compute=COMPUTE) for n in others}
+        fit = [n for n, each in placed.items() if each.ram.left_bytes >= 0]
+        assert max(fit, default=0) == n_ctx, (ram, cards)
+
+
+def test_a_longer_context_may_be_had_with_weights_read_from_the_disk(dense):
+    model = memory.Sizes(dense)
+    compute, machine = COMPUTE, (32 * GB,)
+    assert memory.largest_context(model, *machine, compute=compute) == 0, "55 GB of weights"
+    n_ctx = memory.largest_context(model, *machine, paged=True, compute=compute)
+    assert memory.place(model, n_ctx, *machine, compute=compute).works
+    assert not memory.place(model, n_ctx + 256, *machine, compute=compute).works
+    assert memory.largest_context(model, 1 << 20, paged=True) == 0, "memory for no cache at all"
 
 
 def test_a_table_of_machines(flash):
@@ -103,6 +157,10 @@ def test_a_table_of_machines(flash):
 def test_sizes_are_powers_of_two_and_one_that_is_none_is_refused():
     with pytest.raises(DfqsError, match="is no size; write 64GiB"):
         memory.size_of("much")
+    for text in ("64", "64B", "24 "):
+        with pytest.raises(DfqsError, match=rf"is {text[:2]} bytes; write {text[:2]}GiB"):
+            memory.size_of(text)
+    assert memory.size_of(str(64 << 30)) == 64 << 30
     assert [memory.size_of(text) for text in ("64GB", "1.5 GiB", "500M")] == [64 << 30, 3 << 29, 500 << 20]
 
 

@@ -350,12 +350,34 @@ def test_plan_prints_the_command_and_other_machines_only_if_asked():
     assert "no bound on speed: GPU not measured; give --gpu-gbs, in GB/s" in done.stdout, done.stderr
     assert " -fa on " in done.stdout, "2 GiB of a card are not enough without"
     assert "the cache is an estimate" not in done.stdout and "cards not counted" not in done.stdout
+    assert "largest context with no weights read from the disk: " in done.stdout
     compute = re.findall(r"^(GPU \d|RAM) .* (unknown|\d+\.\d MB) ", done.stdout, re.M)
     assert [name for name, size in compute if size == "unknown"] == ["GPU 0", "GPU 1"], done.stdout
     done = dfqs("plan", FIRST, "--vram", "lots")
     assert done.returncode == 1 and "'lots' is no size; write 64GiB" in done.stderr
     done = dfqs("plan", FIRST, "--context", "9999999")
     assert done.returncode == 1 and "give --context" in done.stderr
+
+
+def test_the_largest_context_of_a_plan_is_one_that_fits_and_does_not_depend_on_the_question():
+    """The first needs 4 MiB of weights and more for cache and buffer, by the context."""
+
+    def largest(context, memory="44M"):
+        done = dfqs("plan", FIRST, "--ram", memory, "--context", context, "--ram-gbs", 10, "--disk-gbs", 1)
+        told = re.findall(r"^largest context with (no |)weights read .*: ([\d,]+|none)", done.stdout, re.M)
+        works = "llama-server -m" in done.stdout
+        assert works != ("lower --context" in done.stdout), done.stdout
+        return {kind: int(n.replace(",", "")) for kind, n in told if n != "none"}, works
+
+    small, works = largest(256)
+    assert works and 256 < small["no "] < 32768, "the memory is chosen so"
+    for context in (small["no "], small["no "] + 512, 32768):
+        again, works = largest(context)
+        assert abs(again["no "] - small["no "]) <= 256, context
+        assert ("" in again) == (context > again["no "]), "with paging only where the plan needs it"
+        assert works == (context <= max(again.values()))
+    done = dfqs("plan", FIRST, "--ram", "1GB,2GB", "--vram", "3GB", "--context", 256, "--ram-gbs", 10)
+    assert re.findall(r"^(\d GiB \+ 3 GiB) ", done.stdout, re.M) == ["1 GiB + 3 GiB", "2 GiB + 3 GiB"]
 
 
 def test_the_command_of_a_plan_names_the_file_wherever_it_is_typed(tmp_path, monkeypatch):
