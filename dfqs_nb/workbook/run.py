@@ -183,12 +183,11 @@ def run_workbook(
     was = before[-1] if before[-2:-1] == ["--tier"] and "model" not in given else ""
     tier = tier or was or tier_of(given.get("model"), run)
     settings = {name: value for name, value in settings_of(tier).items() if name not in given}
-    n_notebooks = counted(len(paths), "notebooks")
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
     with alone(folder):
         limit = any("budget_minutes" in declared[path] for path in paths)  # else nothing is cut to it
         most = f", at most about {duration(60 * budget_minutes)}" if limit else ""
-        tell(f"run {run}: {tier} tier, {n_notebooks}{most}")
+        tell(f"run {run}: {tier} tier, {counted(len(paths), 'notebooks')}{most}")
         write_json(folder / COMMAND, {"options": options or before, "budget_minutes": budget_minutes})
         if settings:
             tell("  " + ", ".join(f"{name}={value}" for name, value in settings.items()))
@@ -274,7 +273,7 @@ def _executed(path: Path, target: Path, parameters: dict[str, Any], live: Live) 
         at = f"in {live.name}, cell {plain(live.place)}; {so_far}" if live.titles else at
         report = as_typed(f"`dfqs-nb report {quoted(target.parent.name)}` reports what there is")
         print(f"\nstopped {at}", file=sys.stderr)
-        print(f"the same command measures what is missing; {report}", file=sys.stderr)
+        print(f"the same command goes on with what is missing; {report}", file=sys.stderr)
         raise
     except (PapermillExecutionError, DeadKernelError) as error:
         what = f"the kernel died in cell {live.place} (killed, out of memory, or aborted by llama.cpp)"

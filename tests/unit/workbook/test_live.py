@@ -101,7 +101,9 @@ def test_ctrl_c_leaves_the_executed_part_and_no_kernel(tmp_path):
     _, errors = process.communicate(timeout=60)
     left = outputs / "mine" / "01_stop.ipynb"
     assert "so far" in texts(left) and "stopped in 01_stop, cell 6/7 Try a thing" in errors, errors
-    assert "the same command measures what is missing" in errors and "dfqs-nb report mine`" in errors, errors
+    assert "the same command goes on with what is missing" in errors and "dfqs-nb report mine`" in errors, (
+        errors
+    )
     status = [cell.metadata.papermill["status"] for cell in nbformat.read(left, as_version=4).cells]
     assert status[-2:] == ["failed", "pending"], "what never ran is not marked as done"
     assert kernels and not psutil.wait_procs(kernels, timeout=30)[1], "the kernel ends with the run"
