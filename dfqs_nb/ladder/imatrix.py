@@ -89,10 +89,9 @@ class ImportanceMatrix:
         odd = [name for name, entry in self.entries.items() if sizes.get(name) != entry.sums.size]
         if 2 * len(odd) > len(self.entries):
             what = f"{len(odd):,} of {len(self.entries):,} entries, as of {odd[0]}, do not fit this model"
+            what = f"the importance matrix is of another model: {what}"
             hint = "collect one on this model: `--calibrate calibration-nano` does, or llama-imatrix"
-            raise ImatrixError(
-                f"the importance matrix is of another model: {what}", where=self.path or None, hint=hint
-            )
+            raise ImatrixError(what, where=self.path or None, hint=hint)
         return [name for name in self.entries if pattern.search(name) and name not in odd]
 
     def coverage(self) -> pd.DataFrame:

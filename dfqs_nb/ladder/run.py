@@ -120,9 +120,7 @@ def within_budget(
 
     def cost(plan: dict[str, int]) -> float:
         predicted = plan[CHUNKS] * settings.chunk_tokens * (pace.prefill + n_vocab * LOGIT_SECONDS)
-        asked = sum(
-            pace.seconds(64, each.max_tokens) * min(plan[QUESTIONS], len(each.items)) for each in sets
-        )
+        asked = sum(pace.seconds(64, it.max_tokens) * min(plan[QUESTIONS], len(it.items)) for it in sets)
         return (1 + plan[BELOW]) * (predicted + asked + 3 * load + 3 * shards.nbytes / QUANTIZED_BYTES)
 
     whole = {QUESTIONS: max((len(each.items) for each in sets), default=0), BELOW: len(rungs)}

@@ -27,10 +27,9 @@ def score_families(table: pd.DataFrame) -> Axes | str:
     for colour, name in zip(PALETTE, sets, strict=False):
         rows = np.flatnonzero(table["set"] == name)
         part = table.iloc[rows]
-        n = " to ".join(map(str, sorted({part["n"].min(), part["n"].max()})))
-        spread = whiskers(part, "accuracy")
-        ax.errorbar(part["accuracy"], rows, xerr=spread, fmt="none", color=colour, capsize=3)
-        ax.plot(part["accuracy"], rows, "o", color=colour, label=f"{name} (n = {n} a family)")
+        n, right = " to ".join(map(str, sorted({part["n"].min(), part["n"].max()}))), part["accuracy"]
+        ax.errorbar(right, rows, xerr=whiskers(part, "accuracy"), fmt="none", color=colour, capsize=3)
+        ax.plot(right, rows, "o", color=colour, label=f"{name} (n = {n} a family)")
     guess = table["guess_rate"].reset_index(drop=True).loc[lambda rate: rate > 0]
     ax.plot(guess, guess.index, "|", color=INK, markersize=13, markeredgewidth=1.5, label="guessing")
     several = table.groupby(["set", "family"])["length"].transform("nunique") > 1

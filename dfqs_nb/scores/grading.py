@@ -84,10 +84,9 @@ class Score:
         if self.value is None:
             done = self.n - self.n_missing
             return f"{self.name} withheld: {done} of {self.n} items have a result ({self.set})"
-        return (
-            f"{self.name} {self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, n = {self.n}, "
-            f"guess rate {self.guess_rate:.3f}, truncated {self.truncated}; {self.set})"
-        )
+        ends = f"95 % interval {self.low:.3f} to {self.high:.3f}, n = {self.n}"
+        more = f"guess rate {self.guess_rate:.3f}, truncated {self.truncated}; {self.set}"
+        return f"{self.name} {self.value:.3f} ({ends}, {more})"
 
 
 def score_of(kind: str, items: pd.DataFrame, name: str, n_expected: int) -> Score:
@@ -230,8 +229,7 @@ def normalised(text: str) -> str:
         return text.casefold()
     before = None
     while text != before:
-        before = text
-        text = re.sub(r"^([*`\"'$]+)(.*)\1$", r"\2", text).strip().rstrip(".").strip()
+        before, text = text, re.sub(r"^([*`\"'$]+)(.*)\1$", r"\2", text).strip().rstrip(".").strip()
     plain = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text).removeprefix("$")
     try:
         number = Decimal(plain)

@@ -146,8 +146,6 @@ class ItemSet:
 
 
 HEAD, ITEM = TypeAdapter(ItemSet), TypeAdapter(Item)
-FIELDS = [it.name for it in fields(Item)]
-HEADINGS = ["set", *(it.name for it in fields(ItemSet) if it.name != "name")]
 
 
 def _read(path: Path) -> ItemSet:
@@ -169,12 +167,12 @@ def _read(path: Path) -> ItemSet:
         if not re.fullmatch(r"(?=.*\S)[\w. -]{1,50}", head.name):
             rule = "use up to 50 letters, digits, '-', '_' and '.'"
             raise ValueError(f"set: {head.name!r:.60} names files: {rule}")
-        _check_spelling(first, HEADINGS)
+        _check_spelling(first, ItemSet)
         number = 2
         for number, line in enumerate(lines, start=2):  # noqa: B007 (the message names it)
             if line.strip():
                 item = ITEM.validate_json(line, strict=True)
-                _check_spelling(line, FIELDS)
+                _check_spelling(line, Item)
                 if what := f"the id {item.id!r:.60} is taken" if item.id in items else _fault(head, item):
                     raise ValueError(what)
                 items[item.id] = item
@@ -188,9 +186,10 @@ def _read(path: Path) -> ItemSet:
     return replace(head, mode=mode, n_whole=len(items), **facts)
 
 
-def _check_spelling(line: bytes, known: list[str]) -> None:
+def _check_spelling(line: bytes, kind: Any) -> None:
     """Refuse a field that is most likely a known one, misspelt: a `ValueError`. Others have no effect."""
-    for name in files.parse_json(line.removeprefix(b"\xef\xbb\xbf")).keys() - set(known):
+    known = {"set", *(it.name for it in fields(kind))}
+    for name in files.parse_json(line.removeprefix(b"\xef\xbb\xbf")).keys() - known:
         if meant := did_you_mean(name, known, 0.8):
             raise ValueError(f"there is no field {name!r:.60}: {meant.strip()}")
 
@@ -212,9 +211,8 @@ def _fault(head: ItemSet, item: Item) -> str:
         compile(item.tests, "tests", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return f"tests: not Python ({str(error) or 'too deep'})"
-    return (
-        "tests: they define no check" if head.kind == "code" and "check" not in names_in(item.tests) else ""
-    )
+    is_unchecked = head.kind == "code" and "check" not in names_in(item.tests)
+    return "tests: they define no check" if is_unchecked else ""
 
 
 def _reason(error: Any) -> str:

@@ -169,9 +169,8 @@ class Answerer:
         n = sum(row["grade"] != CUT for row in rows)
         part = {"part": f"{n} of {item_set.n_whole} questions"} if n < item_set.n_whole else {}
         facts: dict[str, Any] = {"conditions": item_set.identity() | part | own, "model": self.model_id}
-        return SetRun.of(
-            item_set.kind, item_set.name, rows, n_items=n or len(items), n_resumed=n_resumed, **facts
-        )
+        facts |= {"n_items": n or len(items), "n_resumed": n_resumed}
+        return SetRun.of(item_set.kind, item_set.name, rows, **facts)
 
     def _answers(self, todo: Mapping[str, Request], until: float) -> Iterator[tuple[str, Row]]:
         """Answers as they come, by the id of their item; the first is begun unless ``until`` is 0."""
@@ -195,20 +194,18 @@ def score_set(
 
     A `PromptError`: the model was opened with fewer tokens of context than the longest item needs.
     """
-    if lack := lacks_context(model, item_set, options):
-        n = lack.split()[0].replace(",", "")
+    if (n := least_context(model, item_set, options)) > model.settings.n_ctx:
         hint = f"--n-ctx {n} or more (of a notebook or `run`: n_ctx={n}), not {model.settings.n_ctx}"
-        raise errors.PromptError(f"the set {item_set.name} needs {lack}", hint=hint)
+        raise errors.PromptError(f"the set {item_set.name} needs {n:,} tokens of context", hint=hint)
     return Answerer.of(model, item_set, options, model_id).score(item_set, folder, options)
 
 
-def lacks_context(model: Model, item_set: ItemSet, options: Options) -> str:
-    """How many tokens of context the longest item needs, where the model was opened with fewer; else ""."""
+def least_context(model: Model, item_set: ItemSet, options: Options) -> int:
+    """The tokens of context that the longest item of the part to be asked needs."""
     item_set = item_set.part(options.limit)
     answerer = Answerer.of(model, item_set, options)
     requests = (answerer.request(item_set, item, options) for item in item_set.items)
-    longest = max(len(request.tokens(model)) + request.max_tokens for request in requests)
-    return f"{longest:,} tokens of context" if longest > model.settings.n_ctx else ""
+    return max(len(request.tokens(model)) + request.max_tokens for request in requests)
 
 
 def _is_whole(answer: Mapping[str, Any]) -> bool:
@@ -310,11 +307,12 @@ def plan_questions(
     Answers count at their full length, and prompts by four characters a token. A `PromptError`: no set has
     items that fit the model's context.
     """
-    lacks = {each.name: lacks_context(model, each, options) for each in item_sets}
-    missing = [f"the set {name}: it needs {lack} (n_ctx)" for name, lack in lacks.items() if lack]
-    if len(missing) == len(lacks):
-        raise errors.PromptError(f"no set fits the context; {'; '.join(missing)}", hint="give a larger n_ctx")
-    pace, sets = probe(model), [each.part(options.limit) for each in item_sets if not lacks[each.name]]
+    needs = {each.name: least_context(model, each, options) for each in item_sets}
+    missing = [f"the set {it}: it needs n_ctx={n}" for it, n in needs.items() if n > model.settings.n_ctx]
+    if len(missing) == len(needs):
+        raise errors.PromptError(f"no set fits n_ctx={model.settings.n_ctx}: {'; '.join(missing)}")
+    fits = [each for each in item_sets if needs[each.name] <= model.settings.n_ctx]
+    pace, sets = probe(model), [each.part(options.limit) for each in fits]
 
     def cost(item_set: ItemSet) -> float:
         written = (item_set.max_tokens + options.thinking_tokens) * (item_set.kind != "choice")

@@ -56,8 +56,7 @@ def beside_notebook_03(speeds: pd.DataFrame, folder: Path, conditions: Mapping[s
             return speeds
         for other in before["speed"]:
             if all(other[key] == row[key] for key in ("phase", "depth", "tokens")):
-                pair = other["values"], row["values"]
-                rank = mannwhitneyu(*pair, alternative="greater", method="exact")
+                rank = mannwhitneyu(other["values"], row["values"], alternative="greater", method="exact")
                 slowed = rank.pvalue <= 1 - LEVEL and other["median"] > CLEARLY * row["median"]
                 at = (speeds["phase"] == "decode") & (speeds["depth"] == row["depth"])
                 beside = at.map({True: f"{other['median']:,.1f} {spread(other)}"})

@@ -36,8 +36,9 @@ PACE = Pace(prefill=0.001, decode=0.01)
 @pytest.fixture
 def planned(monkeypatch):
     monkeypatch.setattr(runs, "probe", lambda model: PACE)
-    monkeypatch.setattr(runs, "lacks_context", lambda *arguments: "")
-    return lambda seconds, sets=SETS: plan_questions(SimpleNamespace(), sets, Options(), seconds)
+    monkeypatch.setattr(runs, "least_context", lambda *arguments: 0)
+    model = SimpleNamespace(settings=OpenSettings())
+    return lambda seconds, sets=SETS: plan_questions(model, sets, Options(), seconds)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,8 @@ def test_a_set_that_does_not_fit_the_context_is_left_out_before_the_first_questi
     plan = plan_questions(model, [long, NANO_CHOICES], Options(limit=2, progress=False), math.inf)
     results, missing = plan.ask(tmp_path)
     assert [run.name for run in results.runs] == [NANO_CHOICES.name]
-    assert len(missing) == 1 and missing[0].startswith("the set long: it needs 5,")
-    with pytest.raises(PromptError, match="no set fits the context; the set long: it needs 5,"):
+    assert len(missing) == 1 and missing[0].startswith("the set long: it needs n_ctx=5")
+    with pytest.raises(PromptError, match="no set fits n_ctx=512: the set long: it needs n_ctx=5"):
         plan_questions(model, [long], Options(limit=2), math.inf)
 
 
