@@ -201,6 +201,7 @@ def _by_headers(path: Path, size: int) -> Diagnosis:
 def _several(inside: Diagnosis, problem: str) -> Finding:
     """What a file with the headers of several shards is; ``problem``: what is wrong, if that is known."""
     order = [shard_number(header)[0] for header in inside.headers]
+    what = "shards glued together byte for byte"
     try:
         for header in inside.headers:
             check_layout(header)
@@ -208,12 +209,10 @@ def _several(inside: Diagnosis, problem: str) -> Finding:
     except DfqsError as error:
         problem = problem or error.what
     if problem:
-        finding = f"shards glued together byte for byte, and not all of them sound: {problem}"
+        finding = f"{what}, and not all of them sound: {problem}"
         return Kind.DAMAGED, finding, "get the shards from their source again"
     how = "" if order == sorted(order) else f" in the order {', '.join(map(str, order))}"
-    finding = (
-        f"{len(order)} shards glued together byte for byte{how}, which is no merge: llama.cpp refuses it"
-    )
+    finding = f"{len(order)} {what}{how}, which is no merge: llama.cpp refuses it"
     return Kind.RAW_CONCATENATION, finding, f"dfqs-nb repair {quoted(inside.path)} --in-place"
 
 
@@ -262,7 +261,8 @@ def _role(inside: Diagnosis) -> Finding:
     if role := facts.role(header):
         step = "give it to a runtime beside the model that it was made for"
         return Kind.COMPANION, f"{role}, not a language model", step
-    return Kind.SINGLE_FILE, f"a sound model in a single file of {inside.nbytes:,} bytes", ""
+    what = f"header and size of a sound model in a single file of {inside.nbytes:,} bytes"
+    return Kind.SINGLE_FILE, f"{what}; the weights were not read (`dfqs-nb verify FILE` reads them)", ""
 
 
 def diagnosis_table(paths: Iterable[str | Path]) -> pd.DataFrame:

@@ -111,7 +111,7 @@ def merge_once(
         check_parsed(path, [path])
         if not fresh and (earlier := earlier_result(path)):
             return earlier
-        hashes = hash_file(path, [header])
+        hashes = hash_file(path, [header])[:2]
         return MergeResult(path, header.file_size, *hashes, plan.identities, time.perf_counter() - began)
     earlier = earlier_result(output)
     if earlier and not fresh and earlier.sources == plan.identities:

@@ -51,6 +51,7 @@ class Verification(Hashes):
     compared: tuple[str, ...]
     published: str
     diagnosis: Diagnosis
+    zeros: tuple[str, ...]  # tensors that hold only zeros
 
     @property
     def meaning(self) -> tuple[str, ...]:
@@ -62,7 +63,9 @@ class Verification(Hashes):
         loads = "its header is sound and its tensors lie where it says; that it runs was not tried"
         if not self.diagnosis.sound:
             loads = f"{'yet ' if self.compared else ''}it does not load: {self.diagnosis.finding}"
-        return (first, *([authentic] if self.published else []), loads)
+        zeros = f"{len(self.zeros)} of {len(self.tensors):,} tensors hold only zeros: {_named(self.zeros)}"
+        told = [f"{zeros} (so may a bias)"] if self.zeros and not self.published else []
+        return (first, *([authentic] if self.published else []), *told, loads)
 
 
 def verify_model(
@@ -90,7 +93,7 @@ def verify_model(
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
         headers = headers[:1]
         check_layout(headers[0])
-    digest, tensors = hash_file(path, headers)
+    digest, tensors, zeros = hash_file(path, headers)
     published, known = _published(path.name, diagnosis.nbytes, digest)
     equal: list[str] = []
     if manifest:
@@ -115,7 +118,7 @@ def verify_model(
             raise IntegrityError(what, where=path, hint=diagnosis.next_step)
         seconds = time.perf_counter() - began
         save_manifest(MergeResult(path, diagnosis.nbytes, digest, tensors, (), seconds), path)
-    return Verification(path, diagnosis.nbytes, digest, tensors, tuple(equal), published, diagnosis)
+    return Verification(path, diagnosis.nbytes, digest, tensors, tuple(equal), published, diagnosis, zeros)
 
 
 def _published(name: str, nbytes: int, sha256: str) -> tuple[str, str]:
@@ -187,18 +190,21 @@ def save_manifest(result: MergeResult, file: Path) -> None:
     write_json(place, {**content, "sources": result.sources, "tensors": result.tensors})
 
 
-def hash_file(path: Path, headers: Sequence[GGUFHeader]) -> tuple[str, dict[str, str]]:
-    """SHA-256 of a file and XXH64 of the tensors of the headers in it, in one reading."""
+def hash_file(path: Path, headers: Sequence[GGUFHeader]) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """SHA-256 of a file, XXH64 of the tensors of its headers, and which are only zeros, in one reading."""
     size, position = headers[0].file_size, 0
     placed = [Copy(t.name, 0, 0, h.data_offset + t.offset, t.nbytes) for h in headers for t in h.tensors]
     runs = tuple(sorted(placed, key=lambda run: run.target_offset))
     plan, digests = Plan((path,), b"", runs, size, ()), {run.name: xxhash.xxh64() for run in runs}
+    zeros = dict.fromkeys(run.name for run in runs if run.nbytes)
 
     def update(chunk: bytes) -> None:
         nonlocal position
         for run, low, high in plan.within(position, len(chunk)):
             at = run.target_offset - position
-            digests[run.name].update(memoryview(chunk)[at + low : at + high])
+            digests[run.name].update(piece := memoryview(chunk)[at + low : at + high])
+            if run.name in zeros and bytes(piece).strip(b"\0"):
+                del zeros[run.name]
         position += len(chunk)
         bar.update(len(chunk))
 
@@ -210,4 +216,4 @@ def hash_file(path: Path, headers: Sequence[GGUFHeader]) -> tuple[str, dict[str,
             raise IntegrityError(f"cannot be read ({error.strerror})", where=path, hint=hint) from error
     if position != size:
         raise IntegrityError("ended while it was read", where=path, hint="try again when it is at rest")
-    return sha256, {name: digest.hexdigest() for name, digest in digests.items()}
+    return sha256, {name: digest.hexdigest() for name, digest in digests.items()}, tuple(zeros)
