@@ -120,7 +120,8 @@ def open_shards(model: Files | GGUFHeader | Sequence[str | Path]) -> ShardSet:
 
 def find_shards(header: GGUFHeader) -> tuple[Path, ...]:
     """All shards of the model that this header's file is one of, in order, by llama.cpp's naming."""
-    path, match = header.path, SHARD_NAME.fullmatch(header.path.name)
+    path = header.path  # browsers add " (1)" to the name of a second download
+    match = SHARD_NAME.fullmatch(re.sub(r" \(\d+\)(?=\.gguf$)", "", path.name))
     number, count = header.count("split.no") + 1, header.count("split.count")
     if "split.count" not in header and "split.no" in header and match:
         count = int(match["count"])  # only shard 1 must have the field
@@ -132,8 +133,12 @@ def find_shards(header: GGUFHeader) -> tuple[Path, ...]:
     siblings = tuple(shard_path(prefix, i, count) for i in range(1, count + 1))
     if path.name != (name := siblings[number - 1].name):  # llama.cpp wants exactly this, also in lower case
         what = f"is shard {number} of {count} by its header, but is not named so"
-        away = " (move that one away first)" if siblings[number - 1].exists() else ""
-        raise _refused(what, path, f"rename it to {name!r}{away}, or name all {count} shards")
+        hint = f"name all {count}: `dfqs-nb merge SHARD... -o model.gguf`, or rename it to {name!r}"
+        if (other := siblings[number - 1]).exists():
+            same = other.stat().st_size == header.file_size
+            copy = f"{name!r} is there: name that, and delete this one if it is a copy"
+            hint = copy if same else f"{hint} (move that one away first)"
+        raise _refused(what, path, hint)
     if missing := [sibling.name for sibling in siblings if not sibling.is_file()]:
         what = f"{len(missing)} of {count} shards missing: {', '.join(missing)}"
         raise _refused(what, path.parent, "download or rename what is missing in that folder")

@@ -78,7 +78,7 @@ def _facts(diagnosis: Any, is_far: bool, quick: bool) -> dict[str, Any]:
         shards = diagnosis.shards()
         header, outlook = shards.as_one, {} if quick else _outlook(shards, glued, is_far)
     except ShardError as error:
-        outlook = {} if quick else {"the whole set": error.what}
+        outlook = {"the figures above": f"of this shard alone: {error.what}"}
     if glued:
         return outlook
     known = facts.identity(header) | facts.architecture(header)

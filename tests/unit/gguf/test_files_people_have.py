@@ -325,6 +325,17 @@ def test_upper_case_names_of_shards_are_refused_with_the_name_that_llama_cpp_wan
         find_shards(read_header(path))
 
 
+def test_a_second_download_of_a_shard_is_told_from_the_first(tmp_path):
+    first = pair(tmp_path, [*LLAMA, *split(0)], split(1))
+    copy = tmp_path / "m-00001-of-00002 (1).gguf"
+    copy.write_bytes(first.read_bytes())
+    with pytest.raises(ShardError, match=r"'m-00001-of-00002.gguf' is there: name that"):
+        find_shards(read_header(copy))
+    first.unlink()
+    with pytest.raises(ShardError, match=r"name all 2: .*, or rename it to 'm-00001-of-00002.gguf'"):
+        find_shards(read_header(copy))
+
+
 def test_a_single_file_may_end_in_upper_case(nano, tmp_path):
     path = write(tmp_path / "m.GGUF", nano.bytes())
     assert loader_verdict(path).accepted and open_shards(path).paths == (path,)
