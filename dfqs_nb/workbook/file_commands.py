@@ -248,10 +248,7 @@ def plan(
         say(f"\n{pd.DataFrame(sizes, names, SIZES).to_string()}\n")
         if note := gguf.memory.kv_cache_bytes(header, context).note:
             say(f"the cache is an estimate: {note}")
-        fits = (
-            placed.ram.left_bytes >= 0,
-            placed.works,
-        )  # the context may lie between the steps that are tried
+        fits = placed.ram.left_bytes >= 0, placed.works  # of a context between the steps that are tried
         most = partial(gguf.memory.largest_context, shape, rams[0], vram_bytes, compute=compute)
         found = [max(most(paged=paged), context * fits[paged]) for paged in (False, True)]
         unpaged, paged = (f"{n:,} tokens" if n else "none" for n in found)
@@ -319,9 +316,7 @@ def _advice(placed: Any, speeds: dict[str, float], outlook: Any) -> list[str]:
     if placed.devices[1:]:
         lines.append("a card's compute buffer is unknown: 2 GiB of each card are left for it and the driver")
         lines.append("there, llama-server also places without these flags (--fit), and plans that buffer")
-        lines.append(
-            "for DeepSeek-V4-Flash 2 GiB suffice up to 262,144 tokens with -fa on, 32,768 without it"
-        )
+        lines.append("DeepSeek-V4-Flash needs no more up to 262,144 tokens with -fa on, 32,768 without it")
     return lines
 
 
