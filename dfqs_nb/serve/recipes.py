@@ -206,9 +206,13 @@ def _write(folder: Path, texts: Mapping[str, str], overwrite: bool) -> tuple[Pat
     if re.search("[\ud800-\udfff]", "".join(texts.values())):
         hint = "rename the folder or the file"
         raise DfqsError("the model's path is not UTF-8, and a recipe is", where=tilde(folder), hint=hint)
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(folder / name, text)
+    try:
+        for name, text in texts.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(folder / name, text)
+    except OSError as error:
+        what, hint = f"cannot write the recipe ({error.strerror})", "take a folder of a disk that takes files"
+        raise DfqsError(what, where=tilde(folder), hint=hint) from error
     return tuple(folder / name for name in texts)
 
 

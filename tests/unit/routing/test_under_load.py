@@ -223,7 +223,7 @@ def test_a_scaled_run_is_shorter_in_all_its_parts():
 def test_what_cannot_work_is_refused(tmp_path):
     with pytest.raises(ModelError, match="10 tokens do not hold the question .* use n_tokens="):
         run_experiment(NANO, tmp_path, n_tokens=10)
-    with pytest.raises(DfqsError, match="0 texts"):
+    with pytest.raises(DfqsError, match="0 different texts"):
         run_experiment(NANO, tmp_path / "untouched", texts=tmp_path)
     assert not (tmp_path / "untouched").exists()
 
