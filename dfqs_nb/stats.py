@@ -173,7 +173,7 @@ def detectable(n: int, differ: float = 0.2, power: float = 0.8) -> float:
     ``differ``: the share of questions that one of the two alone gets right. 0.0: it finds no difference.
 
     >>> round(detectable(192), 3), detectable(20)
-    (0.093, 0.0)
+    (0.092, 0.0)
     """
     from scipy.stats import beta, binom
 
