@@ -179,9 +179,10 @@ def download(addresses: Sequence[str], local_files_only: bool = False) -> tuple[
 def located(address: str) -> str:
     """The address of a file in the folder that has it; as given where the hub does not tell."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     uri = parse_address(address)
-    with suppress(DfqsError), explained(address):  # the download reports the same fault
+    with explained(address), suppress(HfHubHTTPError):  # the download reports what the hub refuses
         places = [it for it in HfApi().list_repo_files(uri.id) if PurePosixPath(it).name == uri.path_in_repo]
         return f"hf://{uri.id}/{places[0]}" if len(places) == 1 else address
     return address

@@ -207,7 +207,7 @@ def check_output(
                 what, hint = "is one of the files that it would be made from", "choose another name"
                 raise OutputError(what, where=output, hint=hint)
             if not overwrite:
-                hint = "choose another name, or pass --overwrite (overwrite=True)"
+                hint = "choose another name, or pass --overwrite"
                 raise OutputError("exists already", where=output, hint=hint)
         going_on = bool(windows(read_journal(output)))
         if going_on and not consume:

@@ -86,7 +86,7 @@ def check_parameters(parameters: Iterable[str], declared: Iterable[str]) -> None
     """Refuse a parameter that no notebook declares: papermill would only warn, and run without it."""
     known = sorted(set(declared))
     if unknown := sorted(set(parameters) - set(known)):
-        hint = f"{did_you_mean(unknown[0], known)}known: {', '.join(known) or 'none'}"
+        hint = did_you_mean(unknown[0], known).strip() or f"known: {', '.join(known) or 'none'}"
         raise DfqsError(f"no notebook has a parameter {', '.join(map(repr, unknown))}", hint=hint)
 
 

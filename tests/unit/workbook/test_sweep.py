@@ -133,7 +133,7 @@ def test_the_run_is_named_after_the_model_and_a_path_stands_beside_the_table(tmp
         (["model,n"], "has no rows"),
         (["run,n", "a,1"], "the columns are run, n; .*with a column model"),
         (["model;run", "a;b"], r"the columns are model;run; give a CSV file in UTF-8, with commas"),
-        (["model,nn", f"{NANO},1"], r"no notebook has a parameter 'nn'; did you mean n\? known: .*n_threads"),
+        (["model,nn", f"{NANO},1"], r"no notebook has a parameter 'nn'; did you mean n\?$"),
         (["model,n,n", f"{NANO},1,2"], "the columns are model, n, n; .*no column twice"),
         (["model,run_name", f"{NANO},a"], "no notebook has a parameter 'run_name'"),
         (["model,n", f"{NANO},many"], "line 2: the parameter n takes a whole number, not 'many'"),

@@ -102,9 +102,7 @@ def test_the_kernel_is_this_interpreter_even_beside_a_users_kernel(outputs, pair
 
 
 def test_an_unknown_parameter_fails_and_names_the_known(outputs, pair):
-    with pytest.raises(
-        DfqsError, match=r"no notebook has a parameter 'nctx'; did you mean n_ctx\? known: .*n_ctx"
-    ):
+    with pytest.raises(DfqsError, match=r"no notebook has a parameter 'nctx'; did you mean n_ctx\?$"):
         workbook.run_workbook("mine", {"nctx": 1}, pair)
     assert not (outputs / "mine").exists()
 
