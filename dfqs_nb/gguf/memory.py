@@ -225,6 +225,11 @@ class Placement:
         return self.devices[-1]
 
     @property
+    def command(self) -> tuple[str, ...]:
+        """The flags, with the flash attention on which `SPARE_BYTES` of a card count."""
+        return (*self.flags, "-fa", "on") if self.devices[1:] else self.flags
+
+    @property
     def works(self) -> bool:
         """Whether memory holds the cache and the compute buffer, which cannot be paged."""
         return self.ram.cache_bytes + (self.ram.compute_bytes or 0) <= self.ram.capacity_bytes
@@ -359,6 +364,21 @@ def largest_context(
         if placed.works if paged else placed.ram.left_bytes >= 0:
             return n_ctx
     return 0
+
+
+def context_limits(
+    model: Sizes, n_ctx: int, ram_bytes: int, cards: Sequence[int] = (), **options: Any
+) -> list[str]:
+    """The largest context in words; where ``n_ctx`` pages weights, also the largest that does."""
+    placed, lines = place(model, n_ctx, ram_bytes, cards, **options), list[str]()
+    for how, fits in (("no weights", placed.ram.left_bytes >= 0), ("weights", placed.works)):
+        found = largest_context(model, ram_bytes, cards, how == "weights", **options)
+        most = max(found, n_ctx * fits)  # which may lie between the steps that are tried
+        tokens = f"{most:,} tokens" if most else "none"
+        lines.append(f"largest context with {how} read from the disk: {tokens}")
+        if fits:
+            break
+    return lines
 
 
 def machines_table(

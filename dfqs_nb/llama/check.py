@@ -20,6 +20,7 @@ from dfqs_nb.core.journal import holds, remembered
 from dfqs_nb.core.paths import outputs_dir
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.memory import KvCacheBytes, MemoryEstimate, Sizes, check_fits, estimate, largest_context
+from dfqs_nb.gguf.models import Outline
 from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.llama.settings import OpenSettings
 
@@ -108,20 +109,37 @@ def plan_memory(
     return list(answer["plans"])
 
 
-def compute_buffers(model: ShardSet, n_ctx: int, rams: Sequence[int], cards: Sequence[int]) -> dict[int, int]:
-    """llama.cpp's compute buffer on a CPU by context: at ``n_ctx``, others, and the largest for each memory.
+def compute_buffers(
+    model: ShardSet, n_ctx: int, rams: Sequence[int], cards: Sequence[int]
+) -> tuple[dict[int, int], str]:
+    """llama.cpp's compute buffer in memory by context: at ``n_ctx``, others, and the largest for each memory.
 
-    It grows with the context, so the largest that these buffers allow is planned, too, until it stays.
+    All layers lie in memory, with flash attention where there are cards: with layers on cards it is smaller.
+    It grows with the context, so the largest that these buffers allow is planned, too, until it stays. Plans
+    are kept, but those of copied headers. The text says why llama.cpp plans none.
     """
-    shape = Sizes(model.as_one)
+    shape, copied = Sizes(model.as_one), isinstance(model, Outline) and (model.glued or model.places)
     most, found = shape.n_context or 1 << 20, dict[int, int]()
     contexts = {n_ctx, min(256, most), max(1, most // 8), most}
-    while contexts:
-        plans = plan_memory(model.paths[0], [OpenSettings(n_ctx=n) for n in contexts])
-        found |= {n: plan["compute_bytes"] for n, plan in zip(contexts, plans, strict=True)}
-        asked = [(ram, cards, paged) for ram in rams for paged in (False, True)]
-        contexts = {largest_context(shape, *each, compute=found) for each in asked} - {0, *found}
-    return found
+
+    def plan(n_ctx: int) -> int:
+        settings = OpenSettings(n_ctx=n_ctx, flash_attn=bool(cards))
+
+        def ask() -> Plan:
+            return plan_memory(model.paths[0], [settings], worker)[0]
+
+        answer = ask() if copied else _kept("plan", model.paths, settings.as_dict(), ask)
+        return int(answer["compute_bytes"])
+
+    try:
+        with child.Worker(MODULE) as worker:
+            while contexts:
+                found |= {n: plan(n) for n in sorted(contexts)}
+                asked = [(ram, cards, paged) for ram in rams for paged in (False, True)]
+                contexts = {largest_context(shape, *each, compute=found) for each in asked} - {0, *found}
+    except ModelError as error:
+        return {}, error.what
+    return found, ""
 
 
 def needs_of(header: GGUFHeader, settings: OpenSettings, plan: Plan | None = None) -> MemoryEstimate:

@@ -13,8 +13,8 @@ import re
 import shlex
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,9 @@ from dfqs_nb.core.paths import data_dir, public_address, tilde
 from dfqs_nb.gguf import memory
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.facts import require_model
-from dfqs_nb.gguf.header import GGUFHeader
-from dfqs_nb.gguf.memory import check_fits, estimate
+from dfqs_nb.gguf.memory import check_fits
+from dfqs_nb.gguf.shards import ShardSet
+from dfqs_nb.llama.check import compute_buffers
 from dfqs_nb.llama.settings import threads_for
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ HOST = "127.0.0.1"  # nothing listens beyond this machine
 PROMPT = "What is the capital of France?"
 DEFAULT_KEY_VARIABLE = "DFQS_API_KEY"
 MOST_N_CTX = 32_768  # tokens, unless told otherwise
+FIT_N_CTX = 4_096  # tokens: the least for which llama.cpp's --fit keeps layers on a card
 UNKNOWN_N_CTX = 8_192  # tokens, for a model whose header is not here
 BUILD = "b11063"  # the newest llama.cpp build seen to load `deepseek4` from a prebuilt library
 WEIGHTS_FROM = "deepseek-ai/DeepSeek-V4-Flash"
@@ -171,9 +173,10 @@ def write_recipe(
     key_variable = key_variable or (DEFAULT_KEY_VARIABLE if chosen.needs_key else "")
     if key_variable and not (key_variable.isidentifier() and key_variable.isascii()):
         raise DfqsError("that is no name of an environment variable", hint="give its name, not the key")
-    settings = _settings(chosen, source, **sizes)
-    values = settings | _values(chosen, source, settings, folder, key_variable, port or chosen.server)
-    texts: dict[str, str] = {}
+    settings, words = _settings(chosen, source, **sizes)
+    values = settings | words | _values(chosen, source, settings, folder, key_variable, port or chosen.server)
+    again = ["dfqs-nb", "deploy", target, str(model), "-o", str(folder), "--overwrite"]
+    values["again"], texts = shlex.join(again), dict[str, str]()
     for name, template in chosen.files.items():
         if name != "chat_template.jinja" or values["template_text"]:
             quote = QUOTES.get(name) or QUOTES.get(PurePosixPath(name).suffix) or str
@@ -227,7 +230,7 @@ class _Source:
     folder: str = ""
     download: Sequence[str] = ()
     nbytes: int = 0
-    header: GGUFHeader | None = None
+    shards: ShardSet | None = None
     original: str = NOT_GIVEN
     note: str = ""  # of the registry
 
@@ -258,37 +261,76 @@ def _source(model: str | Path) -> _Source:
     url = str(header.get("general.base_model.0.repo_url", ""))
     original = url.removeprefix("https://huggingface.co/") if "huggingface.co/" in url else NOT_GIVEN
     folder, files = str(shards.paths[0].absolute().parent), [shard.name for shard in shards.paths]
-    return _Source(files, folder, nbytes=shards.nbytes, header=header, original=original)
+    return _Source(files, folder, nbytes=shards.nbytes, shards=shards, original=original)
 
 
 def _settings(
     target: Any, source: _Source, n_ctx: int | None = None, n_gpu_layers: int | None = None
-) -> dict[str, Any]:
-    """What was asked for, else what suits machine and model; ``flags`` place it for llama.cpp's programs.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was asked for, else what suits machine and model; and what the notes say of its memory.
 
-    ``gpu_ratio``: the share of the layers that are whole on the GPU.
+    ``flags`` place it for llama.cpp's programs. ``gpu_ratio``: the share of the layers on the GPU.
     """
-    header, layers, n_threads, n_layers = source.header, n_gpu_layers or 0, usable_cores(), 0
-    flags: tuple[str, ...] = ("-ngl", str(layers))
-    least, most, held = max(target.least_n_ctx, 1), 2**31 - 256, UNKNOWN_N_CTX
-    if header:
-        n_threads, n_layers = threads_for(header), int(header.arch("block_count", 0))
-        shape, here = memory.Sizes(header), (available_memory().available_bytes, gpu_memories())
-        largest = memory.largest_context(shape, *here) or memory.largest_context(shape, *here, paged=True)
-        held = min(MOST_N_CTX, max(256, largest))
-        most = shape.n_context or most
+    shards, layers = source.shards, n_gpu_layers or 0
+    least, most = max(target.least_n_ctx, 1), 2**31 - 256
+    if shards:
+        most = shards.as_one.count("context_length") or most
     if not least <= (n_ctx or least) <= most:
         what = f"a context of {n_ctx or least:,} tokens is not between {least:,} and {most:,}"
         raise DfqsError(what, hint="leave it out, or take another target")
     if layers < 0:
         raise DfqsError(f"{layers} GPU layers", hint="give 0 or more, or leave --gpu-layers out")
-    n_ctx = n_ctx or max(least, min(held, most))
-    if header and n_gpu_layers is None:
-        layers = memory.place(shape, n_ctx, *here, whole=True).n_gpu_layers
-        flags = memory.place(shape, n_ctx, *here).flags
-    ratio = round(min(1.0, layers / (n_layers + 1)), 2)
-    settings = {"n_ctx": n_ctx, "n_threads": n_threads, "n_gpu_layers": layers}
-    return settings | {"gpu_ratio": ratio, "flags": flags}
+    if shards:
+        return _fitted(shards, n_ctx, n_gpu_layers, least, target.whole_layers)
+    settings = {"n_ctx": n_ctx or max(least, UNKNOWN_N_CTX), "n_threads": usable_cores()}
+    flags = ("-ngl", str(layers))
+    return settings | {"n_gpu_layers": layers, "gpu_ratio": float(layers > 0), "flags": flags}, {
+        "needs": None
+    }
+
+
+def _fitted(
+    shards: ShardSet, n_ctx: int | None, n_gpu_layers: int | None, least: int, whole: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and words for a model that is here, placed as `dfqs-nb plan` places it.
+
+    Layers on cards come before context, as in llama.cpp's ``--fit`` (common/fit.cpp): from 4,096 tokens on,
+    the context grows while no weights leave the cards.
+    """
+    header, free, cards = shards.as_one, available_memory(), gpu_memories() if n_gpu_layers != 0 else []
+    model, here = memory.Sizes(header), free.available_bytes
+    compute, _ = compute_buffers(shards, n_ctx or FIT_N_CTX, [here], cards)
+    largest = partial(memory.largest_context, model, here, cards, whole=whole, compute=compute)
+    fits = max(256, largest() or largest(paged=True))
+    few, most = (max(least, min(n, fits, model.n_context or n)) for n in (FIT_N_CTX, MOST_N_CTX))
+
+    @cache
+    def on_cards(n_ctx: int) -> int:
+        placed = memory.place(model, n_ctx, here, cards, whole=whole)
+        return sum(card.dense_bytes + card.expert_bytes for card in placed.devices[:-1])
+
+    tried = (most, *reversed(range(few, most, 256)))
+    n_ctx = n_ctx or next(n for n in tried if on_cards(n) >= on_cards(few))
+    other = most if n_ctx < most else few
+    moved = 0 if n_gpu_layers else on_cards(other) - on_cards(n_ctx)
+    if n_gpu_layers:  # on a card that holds just these
+        sizes = zip(model.dense[:-1], model.experts[:-1], model.caches(n_ctx)[:-1], strict=True)
+        cards, whole = [memory.SPARE_BYTES + sum(map(sum, [*sizes][-n_gpu_layers:]))], True
+    compute, reason = compute_buffers(shards, n_ctx, [here], cards)
+    options: dict[str, Any] = {"compute": compute, "whole": whole}
+    placed, needs = memory.place(model, n_ctx, here, cards, **options), memory.estimate(header, n_ctx)
+    ram, layers = placed.ram, n_gpu_layers or placed.n_gpu_layers - len(placed.in_ram)
+    own: dict[str, Any] = {"weights_bytes": ram.dense_bytes + ram.expert_bytes}
+    own |= {"kv": replace(needs.kv, layers=[ram.cache_bytes]), "compute_bytes": ram.compute_bytes}
+    try:
+        slow = check_fits(replace(needs, **own), free)
+    except SpaceError as error:
+        slow = f"Not on this machine: {error.what}"
+    settings: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads_for(header), "n_gpu_layers": layers}
+    settings |= {"gpu_ratio": round(min(1.0, layers / (model.n_layers + 1)), 2), "flags": placed.command}
+    words = {"needs": needs, "placed": placed, "reason": reason, "other": other, "moved": moved}
+    limits = memory.context_limits(model, n_ctx, here, cards, **options)
+    return settings, words | {"limits": limits, "slow": slow and f"{slow[0].upper()}{slow[1:]}."}
 
 
 def _place(target: Any, source: _Source, folder: Path, name: str) -> tuple[str, Sequence[str], list[str]]:
@@ -321,12 +363,8 @@ def _values(
     place, files, get = _place(target, source, folder, name)
     mac, arm = platform.system() == "Darwin", platform.machine().lower() in ("arm64", "aarch64")
     paths = [_join(target.mount or place, file) for file in files]
-    key_name, header, flags = key_variable or DEFAULT_KEY_VARIABLE, source.header, settings["flags"]
-    needs = estimate(header, settings["n_ctx"]) if header else None
-    try:
-        slow = check_fits(needs) if needs else ""
-    except SpaceError as error:
-        slow = f"Not on this machine: {error.what}"
+    key_name, flags = key_variable or DEFAULT_KEY_VARIABLE, settings["flags"]
+    header = source.shards.as_one if source.shards else None
     return {
         "target": target,
         "source": source,
@@ -347,8 +385,6 @@ def _values(
         "key": key_variable,
         "key_name": key_name,
         "key_or_none": Markup(f'"${{{key_name}:-none}}"'),
-        "needs": needs,
-        "slow": slow and f"{slow[0].upper()}{slow[1:]}.",
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from typer import Argument, Option
 from dfqs_nb import core, gguf, ladder
 from dfqs_nb import merge as merging
 from dfqs_nb.core.display import size
-from dfqs_nb.core.errors import DfqsError, HeaderError, ModelError, ShardError, SpaceError
+from dfqs_nb.core.errors import DfqsError, HeaderError, ShardError, SpaceError
 from dfqs_nb.gguf import facts, models
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import ShardSet, open_shards
@@ -248,22 +247,16 @@ def plan(
         say(f"\n{pd.DataFrame(sizes, names, SIZES).to_string()}\n")
         if note := gguf.memory.kv_cache_bytes(header, context).note:
             say(f"the cache is an estimate: {note}")
-        fits = placed.ram.left_bytes >= 0, placed.works  # of a context between the steps that are tried
-        most = partial(gguf.memory.largest_context, shape, rams[0], vram_bytes, compute=compute)
-        found = [max(most(paged=paged), context * fits[paged]) for paged in (False, True)]
-        unpaged, paged = (f"{n:,} tokens" if n else "none" for n in found)
         note = "a longer context leaves fewer layers on cards" if cards else NO_CARDS
         note += "" if compute else "; llama.cpp's compute buffer not counted"
-        say(f"largest context with no weights read from the disk: {unpaged} ({note})")
-        if not fits[0]:
-            say(f"largest context with weights read from the disk: {paged}")
+        first, *more = gguf.memory.context_limits(shape, context, rams[0], vram_bytes, compute=compute)
+        say(f"{first} ({note})", *more)
         say(*_advice(placed, speeds, outlook))
         if placed.works:
             name = known.paths[0].name if far else str(known.paths[0])
             if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
                 name = next(iter(known.places)).name if far else model
-            flash = ["-fa", "on"] if cards else []
-            words = ["llama-server", "-m", name, "-c", str(context), *placed.flags, *flash, "-np", "1"]
+            words = ["llama-server", "-m", name, "-c", str(context), *placed.command, "-np", "1"]
             say(f"\n{shlex.join(words)}")
         if len(machines) > 1:
             names = ["+".join([text, *cards]) for text in machines]
@@ -280,11 +273,10 @@ def _runtime_rows(known: Any, n_ctx: int, rams: list[int], cards: list[int]) -> 
         say(f"  its shards are glued together: {when}dfqs-nb repair makes one model of them")
     verdict = loader_verdict(known.paths[0])
     say(f"  {verdict.sentence}")
-    try:
-        return compute_buffers(known, n_ctx, rams, cards) if verdict.accepted else {}
-    except ModelError as error:
-        say(f"  its compute buffer is not known: {error.what}")
-        return {}
+    compute, reason = compute_buffers(known, n_ctx, rams, cards) if verdict.accepted else ({}, "")
+    if reason:
+        say(f"  its compute buffer is not known: {reason}")
+    return compute
 
 
 def _speeds(outlook: Any, given: dict[str, float]) -> dict[str, float]:

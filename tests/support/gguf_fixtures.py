@@ -293,6 +293,41 @@ def real_size_header(
     return _sparse(path, raw, specs, sparse_size)
 
 
+def llama_header(
+    path: str | Path, n_layers: int, width: int, inner: int, heads: int, n_experts: int = 0
+) -> Path:
+    """Write a sparse file of a Llama at Q6_K (8 KV heads, 131,072 tokens), dense or of so many experts, 2 used."""
+    path, heads_kv, quant, rows = Path(path), 8, "Q6_K", REAL_TOKENS
+    counts = {"block_count": n_layers, "context_length": 131072, "embedding_length": width}
+    counts |= {
+        "feed_forward_length": inner,
+        "attention.head_count": heads,
+        "attention.head_count_kv": heads_kv,
+    }
+    counts |= {"rope.dimension_count": width // heads}
+    counts |= {"expert_count": n_experts, "expert_used_count": 2} if n_experts else {}
+    fields = [field("general.architecture", "STRING", "llama"), *_tokenizer()]
+    fields += [field(f"llama.{name}", "UINT32", n) for name, n in counts.items()]
+    fields += [field("llama.attention.layer_norm_rms_epsilon", "FLOAT32", 1e-5)]
+    specs = [Spec("token_embd.weight", quant, (width, rows)), Spec("output_norm.weight", "F32", (width,))]
+    specs += [Spec("output.weight", quant, (width, rows))]
+    kv, which, many = (
+        width // heads * heads_kv,
+        "_exps" if n_experts else "",
+        (n_experts,) if n_experts else (),
+    )
+    shapes = {"attn_norm": (width,), "ffn_norm": (width,), "attn_q": (width, width), "attn_k": (width, kv)}
+    shapes |= {"attn_v": (width, kv), "attn_output": (width, width)}
+    shapes |= {"ffn_gate_inp": (width, n_experts)} if n_experts else {}
+    shapes |= {f"ffn_{part}{which}": (width, inner, *many) for part in ("gate", "up")}
+    shapes |= {f"ffn_down{which}": (inner, width, *many)}
+    for layer in range(n_layers):
+        for name, shape in shapes.items():
+            kind = "F32" if "norm" in name or "inp" in name else quant
+            specs.append(Spec(f"blk.{layer}.{name}.weight", kind, shape))
+    return _sparse(path, header_bytes(fields, specs), specs, None)
+
+
 def real_size_shards(
     prefix: str | Path, *, n_tensors: int = REAL_TENSORS, first_shard_bytes: int = REAL_SHARD_BYTES
 ) -> list[Path]:

@@ -35,6 +35,7 @@ from dfqs_nb.gguf.header import GGUFHeader, read_header
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.serve import recipes as deploy
 from dfqs_nb.serve.recipes import write_recipe
+from dfqs_nb.workbook import cli
 
 TARGETS = tuple(deploy.targets())
 SHARD = specimens.reference_shards().paths[1]
@@ -392,6 +393,101 @@ def test_context_follows_the_machines_memory(real_size, unstored, tmp_path, monk
     assert n_ctx[2] < n_ctx[1], "a small machine gets a shorter context"
 
 
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory, real_size) -> dict[str, Path]:
+    """Large models, sparse: a dense one of 70 billion weights, two mixtures, and the reference model."""
+    folder = tmp_path_factory.mktemp("sizes")
+    return {
+        "dense": gguf_fixtures.llama_header(folder / "dense.gguf", 80, 8192, 28672, 64),
+        "mixture": gguf_fixtures.llama_header(folder / "mixture.gguf", 32, 4096, 14336, 32, n_experts=8),
+        "flash": real_size,
+        "nano": SHARD,
+    }
+
+
+@pytest.fixture
+def fitted(sizes, tmp_path, monkeypatch):
+    """A recipe for a model on a machine with this memory and these cards in GiB."""
+
+    def write(
+        name: str, ram: int, cards: list[int], target: str = "llama-cpp-brew", **given
+    ) -> deploy.Recipe:
+        found = types.SimpleNamespace(sound=True, shards=lambda: open_shards(sizes[name]))
+        monkeypatch.setattr("dfqs_nb.merge.diagnose", lambda path: found)
+        monkeypatch.setattr(deploy, "available_memory", lambda: Memory(ram << 30, ram << 30, "test"))
+        monkeypatch.setattr(deploy, "gpu_memories", lambda: [card << 30 for card in cards])
+        return write_recipe(target, sizes[name], tmp_path / "recipe", overwrite=True, **given)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "name, ram, cards",
+    [
+        ("nano", 8, []),
+        ("nano", 8, [80]),
+        ("flash", 64, [24]),
+        ("flash", 24, [80]),
+        ("dense", 64, [24, 12]),
+        ("dense", 128, []),
+        ("mixture", 8, [4]),
+    ],
+)
+def test_a_recipe_and_a_plan_of_one_machine_agree(name, ram, cards, fitted, sizes, capsys):
+    recipe = fitted(name, ram, cards)
+    n_ctx, notes = recipe.settings["n_ctx"], " ".join(recipe.notes)
+    asked = ["plan", str(sizes[name]), "--ram", f"{ram}GiB", "--context", str(n_ctx)]
+    asked += ["--vram", ",".join(f"{card}GiB" for card in cards)] * bool(cards)
+    assert cli.main([*asked, "--ram-gbs", "10", "--gpu-gbs", "100", "--disk-gbs", "1"]) == 0
+    printed = capsys.readouterr().out
+    words = shlex.split(next(line for line in printed.splitlines() if line.startswith("llama-server ")))
+    assert words[words.index("-ngl") : words.index("-np")] == list(recipe.settings["flags"])
+    assert ("-fa" in words) == bool(cards)
+    largest = re.findall(r"^largest (context with .*: (?:[\d,]+ tokens|none))", printed, re.M)
+    assert largest and all(f"Largest {line}." in notes for line in largest), (largest, notes)
+    rows = [re.split(" {2,}", line) for line in printed.splitlines() if re.match(r"GPU|RAM", line)]
+    compute = rows[-1][4]
+    assert f"llama.cpp's compute buffer takes {compute} more in memory" in notes
+    assert all(f" of weights and {row[3]} of cache" in notes for row in rows[:-1]), (rows, notes)
+
+
+def test_layers_on_a_card_come_before_context_and_a_recipe_says_what_that_costs(fitted):
+    """As with `--fit`: at least 4,096 tokens, and more while no weights leave the card."""
+    recipe = fitted("dense", 64, [24])
+    n_ctx, layers = (recipe.settings[name] for name in ("n_ctx", "n_gpu_layers"))
+    assert 4096 <= n_ctx < deploy.MOST_N_CTX
+    for other, same in ((4096, True), (n_ctx + 256, False), (deploy.MOST_N_CTX, False)):
+        assert (fitted("dense", 64, [24], n_ctx=other).settings["n_gpu_layers"] == layers) == same
+    [traded] = [note for note in recipe.notes if "--fit" in note]
+    assert re.search(
+        r"With 32,768 tokens, 2\.\d GB less of the weights lie on a card: `dfqs-nb deploy ", traded
+    )
+    assert traded.endswith(f"-o {recipe.files[0].parent} --overwrite --n-ctx 32768`.")
+    asked = fitted("dense", 64, [24], n_ctx=32768)
+    assert any(
+        re.search(r"With 4,096 tokens, 2\.\d GB more .* --n-ctx 4096`\.$", note) for note in asked.notes
+    )
+    for roomy in (fitted("dense", 64, [80]), fitted("dense", 128, [])):
+        assert roomy.settings["n_ctx"] == deploy.MOST_N_CTX and "--n-ctx" not in " ".join(roomy.notes)
+
+
+def test_layers_that_were_asked_for_are_counted_on_a_card(fitted):
+    recipe = fitted("dense", 64, [], n_gpu_layers=20)
+    assert recipe.settings["flags"][:2] == ("-ngl", "20") and recipe.settings["n_gpu_layers"] == 20
+    assert any(re.match(r"On the graphics card: 1\d\.\d GB of weights", note) for note in recipe.notes)
+    assert "graphics card" not in " ".join(fitted("dense", 64, [24], n_gpu_layers=0).notes)
+
+
+def test_what_llama_cpp_does_not_plan_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy, "compute_buffers", lambda *_: ({}, "llama.cpp refuses it: for a test"))
+    assert any(
+        "The compute buffer is not counted: llama.cpp refuses it: for a test." in note
+        for note in write_recipe("jan", SHARD, tmp_path).notes
+    )
+    far = write_recipe("jan", "hf://someone/models/m.gguf", tmp_path / "far")
+    assert any("neither weights, cache nor compute buffer are counted" in note for note in far.notes)
+
+
 def test_gpu_layers_follow_the_gpus_memory(real_size, unstored, tmp_path, monkeypatch):
     """A program in nvidia-smi's place that answers in its format: two GPUs with 24 GiB free each."""
     program = tmp_path / "bin" / "nvidia-smi"
@@ -404,9 +500,11 @@ def test_gpu_layers_follow_the_gpus_memory(real_size, unstored, tmp_path, monkey
     assert 20 < recipe.settings["n_gpu_layers"] < 44, "not all of 43 layers and the output"
     command = yaml.safe_load(texts(recipe)["compose.yaml"])["services"]["llama-server"]["command"]
     flags = list(
-        memory.place(memory.Sizes(read_header(real_size)), recipe.settings["n_ctx"], 0, [24 << 30] * 2).flags
+        memory.place(
+            memory.Sizes(read_header(real_size)), recipe.settings["n_ctx"], 0, [24 << 30] * 2
+        ).command
     )
-    assert flags[:2] == ["-ngl", "99"] and flags[-2] == "-ot", (
+    assert flags[:2] == ["-ngl", "99"] and flags[-4] == "-ot", (
         "all dense parts, and some layers' experts in memory"
     )
     at = command.index("-ngl")
