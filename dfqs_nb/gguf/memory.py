@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -290,7 +288,6 @@ def place(
 
     caches, count = model.caches(n_ctx), model.n_layers + 1
     beside = [model.dense[i] + caches[i] for i in range(count)]
-    needs = [need + whole * model.experts[i] for i, need in enumerate(beside)]
     planned = sorted((compute or {}).items())
     buffer = int(np.interp(n_ctx, *np.array(planned).T)) if planned else None
 
@@ -301,50 +298,64 @@ def place(
         token = round(sum(model.token[i] for i in layers) + n_bytes * model.used)
         return Device(name, capacity, dense, n_bytes, cache, compute, left, token)
 
-    def spread(rooms: tuple[int, ...]) -> Placement:
-        cards = _on_cards(needs, rooms)
-        devices, in_ram, n_gpu = [], list[int](), sum(map(len, cards))
-        for number, layers in enumerate(cards):
-            left = rooms[number] - sum(beside[i] for i in layers)
-            kept = bisect_right(list(accumulate(model.experts[i] for i in reversed(layers))), left)
-            away, routed = layers[: len(layers) - kept], layers[len(layers) - kept :]
-            in_ram += [i for i in away if model.experts[i]]
-            devices.append(device(f"GPU {number}", vram_bytes[number], layers, routed, None))
-        here = list(range(count - n_gpu))
-        embedding = [count] if n_gpu or not model.tied else []  # else it is one tensor with the output
-        ram = device(RAM, ram_bytes, here + embedding, here + in_ram, buffer)
-        missing = max(0, -ram.left_bytes)
-        cold = min(missing, ram.expert_bytes)  # memory keeps the dense part, which every token reads, first
-        paged = min(missing - cold + model.used * cold, ram.dense_bytes + model.used * ram.expert_bytes)
-        return Placement((*devices, ram), n_gpu, tuple(in_ram), _flags(count, cards, in_ram), paged)
-
-    # A card stays empty where memory has more left so: no card takes room from the others.
-    choices = product(*([max(0, room - SPARE_BYTES), 0] for room in vram_bytes))
-    different = {tuple(filter(None, rooms)): rooms for rooms in choices}.values()
-    return max(map(spread, different), key=lambda placed: placed.ram.left_bytes)
+    rooms = [max(0, room - SPARE_BYTES) for room in vram_bytes]
+    cards = _on_cards(beside, model.experts[:count], rooms, whole)
+    devices, in_ram = [], list[int]()
+    for number, (first, routed, end) in enumerate(cards):
+        in_ram += [i for i in range(first, routed) if model.experts[i]]
+        own = list(range(first, end)), list(range(routed, end))
+        devices.append(device(f"GPU {number}", vram_bytes[number], *own, None))
+    start = cards[0][0] if cards else count
+    here = list(range(start))
+    embedding = [count] if start < count or not model.tied else []  # else it is one tensor with the output
+    ram = device(RAM, ram_bytes, here + embedding, here + in_ram, buffer)
+    missing = max(0, -ram.left_bytes)
+    cold = min(missing, ram.expert_bytes)  # memory keeps the dense part, which every token reads, first
+    paged = min(missing - cold + model.used * cold, ram.dense_bytes + model.used * ram.expert_bytes)
+    n_layers = [end - first for first, _, end in cards]
+    return Placement((*devices, ram), count - start, tuple(in_ram), _flags(count, n_layers, in_ram), paged)
 
 
-def _on_cards(needs: Sequence[int], rooms: Sequence[int]) -> list[list[int]]:
-    """The most last layers that fit, in consecutive groups, one a card, in proportion to their room."""
-    enough = (first for first in range(len(needs)) if 0 < sum(needs[first:]) <= sum(rooms))
-    for first in enough:
-        groups, done = [list[int]() for _ in rooms], 0.0
-        ends = [sum(needs[first:]) * end / sum(rooms) for end in accumulate(rooms)]
-        for i in range(first, len(needs)):
-            groups[bisect_left(ends, done + needs[i] / 2, hi=len(rooms) - 1)].append(i)
-            done += needs[i]
-        if all(sum(needs[i] for i in group) <= own for group, own in zip(groups, rooms, strict=True)):
-            return groups
-    return [[] for _ in rooms]
+def _on_cards(
+    beside: Sequence[int], experts: Sequence[int], rooms: Sequence[int], whole: bool
+) -> list[tuple[int, int, int]]:
+    """The last layers in consecutive groups: of each card its first layer, its first with experts, its end.
+
+    Of all that fit, those with the most layers, then most bytes of experts, then rooms filled alike. Found
+    from the last card on: the best that it and those after it do with the layers from each one to the end.
+    """
+    import numpy as np
+
+    count = len(beside)
+    sums, routed = (np.concatenate([[0], np.cumsum(sizes)]) for sizes in (beside, experts))
+    first, end = np.arange(count + 1)[:, None], np.arange(count + 1)
+    needs, best, uneven = sums - sums[:, None], np.where(end == count, 0, -1), np.zeros(count + 1)
+    choices = []
+    for room in reversed(rooms):
+        left = room - needs
+        kept = np.maximum(np.searchsorted(routed, routed - left.clip(0)), first)  # its first with experts
+        own = routed - routed[kept]
+        fits = (first <= end) & (left >= 0) & (best >= 0) & ((kept == first) | (not whole))
+        total = np.where(fits, own + best, -1)
+        best = total.max(axis=1)
+        square = (needs + own) ** 2.0 / max(room, 1) + uneven
+        chosen = np.where(fits & (total == best[:, None]), square, np.inf).argmin(axis=1)
+        uneven = square[end, chosen]
+        choices.append((kept[end, chosen], chosen))
+    start, groups = int(np.argmax(best >= 0)), []
+    for kept, chosen in reversed(choices):
+        groups.append((start, int(kept[start]), int(chosen[start])))
+        start = groups[-1][2]
+    return groups
 
 
-def _flags(count: int, cards: Sequence[Sequence[int]], in_ram: Sequence[int]) -> tuple[str, ...]:
-    """The arguments for some of ``count`` layers on each card, and the routed experts of some in memory."""
-    if not (n_gpu := sum(map(len, cards))):
+def _flags(count: int, cards: Sequence[int], in_ram: Sequence[int]) -> tuple[str, ...]:
+    """The arguments for so many of ``count`` layers on each card, and routed experts of some in memory."""
+    if not (n_gpu := sum(cards)):
         return ("-ngl", "0")
     flags = ["-ngl", str(max(99, n_gpu) if n_gpu == count else n_gpu)]
     if len(cards) > 1:
-        flags += ["-ts", ",".join(str(len(layers)) for layers in cards)]
+        flags += ["-ts", ",".join(map(str, cards))]
     if list(in_ram) == list(range(count - n_gpu, count - n_gpu + len(in_ram))):  # of the first layers there
         return (*flags, "--n-cpu-moe", str(in_ram[-1] + 1)) if in_ram else tuple(flags)
     return (*flags, "-ot", rf"blk\.({'|'.join(map(str, in_ram))}){EXPERTS}=CPU")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import random
 import re
+import time
 from functools import cache
 from pathlib import Path
 
@@ -66,9 +69,48 @@ def test_flags_read_as_people_write_them(flash):
 
     assert flags() == "-ngl 0"
     assert re.fullmatch(r"-ngl 99 --n-cpu-moe \d+", flags(24))
-    assert re.fullmatch(r"-ngl 99 -ts \d+,\d+ -ot blk\\\.\([\d|]+\)\\\.ffn_.*=CPU", flags(24, 24))
+    assert re.fullmatch(r"-ngl 99 -ts \d+,\d+ --n-cpu-moe \d+", flags(24, 24))
+    assert re.fullmatch(r"-ngl 99 -ts \d+,\d+ -ot blk\\\.\([\d|]+\)\\\.ffn_.*=CPU", flags(24, 12))
     assert flags(80) == "-ngl 99"
     assert re.fullmatch(r"-ngl \d+ --n-cpu-moe 43", flags(8)), "some layers on no card at all"
+
+
+def rated(beside, experts, rooms, whole, groups):
+    """What `_on_cards` prefers: the most layers, the most bytes of experts, rooms filled alike."""
+    uneven, n_bytes = 0.0, 0
+    for room, (first, routed, end) in zip(rooms, groups, strict=True):
+        own = sum(experts[routed:end])
+        used = sum(beside[first:end]) + own
+        if used > room or (whole and any(experts[first:routed])):
+            return None
+        n_bytes, uneven = n_bytes + own, uneven + used**2 / max(room, 1)
+    return len(beside) - groups[0][0], n_bytes, -uneven
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_cards_hold_what_the_best_of_all_divisions_holds(seed):
+    draw = random.Random(seed)
+    count, whole = draw.randint(1, 6), seed % 3 == 0
+    beside = [draw.randint(1, 9) for _ in range(count)]
+    experts = [draw.choice((0, draw.randint(1, 30))) for _ in range(count)]
+    rooms = [draw.randint(0, 60) for _ in range(draw.randint(1, 4))]
+    best = (0, 0, 0.0)
+    for ends in itertools.combinations_with_replacement(range(count + 1), len(rooms)):
+        for routed in itertools.product(*(range(a, b + 1) for a, b in itertools.pairwise((*ends, count)))):
+            groups = [*zip(ends, routed, (*ends[1:], count), strict=True)]
+            best = max(best, rated(beside, experts, rooms, whole, groups) or best)
+    found = memory._on_cards(beside, experts, rooms, whole)
+    assert found[-1][2] == count and all(a[2] == b[0] for a, b in itertools.pairwise(found))
+    assert rated(beside, experts, rooms, whole, found) == pytest.approx(best)
+
+
+def test_sixteen_unlike_cards_take_no_time(flash):
+    model, cards = memory.Sizes(flash), [(3 + i) * GB for i in range(16)]
+    began = time.perf_counter()
+    placed = memory.place(model, 32768, 64 * GB, cards)
+    assert time.perf_counter() - began < 1
+    planned = [device.dense_bytes + device.expert_bytes for device in placed.devices]
+    assert replay(flash, placed.flags, len(cards)) == planned
 
 
 def test_more_of_anything_is_never_slower_and_never_holds_less(flash):

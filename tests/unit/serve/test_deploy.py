@@ -504,7 +504,7 @@ def test_gpu_layers_follow_the_gpus_memory(real_size, unstored, tmp_path, monkey
             memory.Sizes(read_header(real_size)), recipe.settings["n_ctx"], 0, [24 << 30] * 2
         ).command
     )
-    assert flags[:2] == ["-ngl", "99"] and flags[-4] == "-ot", (
+    assert flags[:2] == ["-ngl", "99"] and flags[-4] == "--n-cpu-moe", (
         "all dense parts, and some layers' experts in memory"
     )
     at = command.index("-ngl")
