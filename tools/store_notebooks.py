@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,8 +121,12 @@ def stamped_facts(text: str) -> str:
 
     if (SAMPLE_FOLDER / "report.json").exists():
         verdict = str(report.verdict(report.read_report(SAMPLE_FOLDER)))
-        place = "Where it is: outputs/nano/report.html"
-        text = stamp_block(text, "verdict", f"```text\n{verdict}\n\n{place}\n```")
+        # the first sentence of each line: the picture above has the rest
+        lines = [re.split(r"(?<=[^A-Z])\. ", line)[0] for line in verdict.splitlines()]
+        lines += ["", "Where it is: outputs/nano/report.html"]
+        joined = [line.replace(" %", "\u00a0%") for line in lines]
+        wrapped = [textwrap.fill(line, 110, subsequent_indent="  ").replace("\u00a0", " ") for line in joined]
+        text = stamp_block(text, "verdict", "\n".join(["```text", *wrapped, "```"]))
     text = stamp_block(text, "costs", markdown_table(workbook.overview().reset_index()))
     rows = ["| for example | what it does |", "|---|---|"]
     for name, command in cli.program().commands.items():

@@ -400,10 +400,7 @@ def _table() -> dict[str, Any]:
 
 
 def overview() -> pd.DataFrame:
-    """One row a notebook: what it answers, and its minutes and memory for models of four sizes.
-
-    Figures without a mark were measured. ``~`` marks an estimate, "budget" a share of a run's default hour.
-    """
+    """One row a notebook: what it answers, and what it took for models of three sizes, as measured."""
     import pandas as pd
 
     content = tomllib.loads((data_dir() / "notebooks.toml").read_text(encoding="utf-8"))
@@ -411,15 +408,8 @@ def overview() -> pd.DataFrame:
     for name, row in content["notebooks"].items():
         rows[name[:2]] = {"answers": row["answers"]}
         for size, title in content["sizes"].items():
-            cost, share = "not measured", share_of(name)
-            if size in row:
-                cost = "{:.2g} min, {:.2g} GB".format(*row[size])
-            elif "needs" in row:
-                cost = f"needs {row['needs']}"
-            elif share and size in content["estimate"]:
-                minutes = BUDGET_MINUTES * share
-                cost = f"budget {minutes:.0f} min, ~{content['estimate'][size]:.0f} GB"
-            rows[name[:2]][title] = cost
+            cost = row.get(size, "not measured")
+            rows[name[:2]][title] = cost if isinstance(cost, str) else "{:.2g} min, {:.2g} GB".format(*cost)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("notebook")
 
 
