@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 
 
 def routing_agreement(agreement: pd.DataFrame, n_repeats: int, reference: Trace) -> Axes:
-    """Share of different expert sets in each tile; of `Experiment.agreement`, first the repetitions' rows."""
-    ax = new_axes(1.2 + 0.24 * len(agreement))
+    """Share of different expert sets in each tile; of `Experiment.agreement`, first the repetitions' rows.
+
+    Rows without a difference are left out, if there are others.
+    """
+    changed = (agreement < 1).any(axis=1).to_numpy()
+    again, n = int(changed[:n_repeats].sum()), len(agreement) - n_repeats
+    settings = f"{changed[n_repeats:].sum()} of {counted(n, 'changes')} of a setting change a choice"
+    agreement = agreement[changed] if changed.any() else agreement
+    ax = new_axes(1.4 + 0.24 * len(agreement))
     differ = 1 - agreement.to_numpy(float)
     most = float(differ.max())
     # the square root shows a share of 1 % beside one of 30 %
@@ -33,9 +40,6 @@ def routing_agreement(agreement: pd.DataFrame, n_repeats: int, reference: Trace)
     ax.set_xticks(range(agreement.shape[1]), [f"{layer}{' (hash)' * by_table}" for layer, by_table in pairs])
     ax.set_xlabel(f"layer (tiles: share of n = {reference.n_tokens:,} expert sets that differ)")
     ax.tick_params(length=0)
-    changed = differ.max(axis=1) > 0
-    again, n = int(changed[:n_repeats].sum()), len(agreement) - n_repeats
-    settings = f"{changed[n_repeats:].sum()} of {counted(n, 'settings')} change a choice"
     set_title(ax, f"{settings}; {again or 'no'} repetition{'s do' if again > 1 else ' does'}")
     return ax
 
@@ -43,7 +47,7 @@ def routing_agreement(agreement: pd.DataFrame, n_repeats: int, reference: Trace)
 def router_margins(margins: pd.Series, flips: pd.DataFrame) -> Axes:
     """The router's margins, with the choices that flipped below; of `Experiment.margins` and ``flips``.
 
-    Flips that come first in their run are dark. The title counts each of these choices once.
+    Independent flips are dark: no earlier flip can have caused them. The title counts each choice once.
     """
     ax = new_axes()
     values = margins[margins > 0]
@@ -53,8 +57,8 @@ def router_margins(margins: pd.Series, flips: pd.DataFrame) -> Axes:
     for row, (kind, group) in enumerate(flips.groupby("kind", sort=False), start=1):
         depth, label = -0.055 * row * heights.max(), f"{kind} ({group['first'].sum()} of {len(group)})"
         for is_first, at in group.groupby("first")["margin"]:
-            style = {"label": label} if is_first else {"alpha": 0.3}
-            ax.plot(at, [depth] * len(at), "|", color=PALETTE[5 - row % 6], markersize=8, **style)
+            style = {"label": label, "color": PALETTE[5 - row % 6]} if is_first else {"color": "0.8"}
+            ax.plot(at, [depth] * len(at), "|", markersize=8, **style)
     ax.axhline(0, color=INK, linewidth=0.6)
     ax.set_xscale("log")
     ax.set_xlabel("router margin: k-th score minus the next (scores have no unit)")
@@ -64,12 +68,12 @@ def router_margins(margins: pd.Series, flips: pd.DataFrame) -> Axes:
     typical = margins.median()
     title = f"No choice flipped; the median margin is {typical:.2g}"
     if len(flips):
-        name = "flips under a change of\n(dark: the first in their run)"
+        name = "flips under a change of\n(coloured: independent)"
         ax.legend(frameon=False, fontsize=8, title=name, title_fontsize=8, loc="upper left")
         first = flips[flips["first"]].drop_duplicates(["token", "layer"])
         times = typical / first["margin"].median()
         smaller = f"a {times:,.0f} times smaller median margin"
         smaller = smaller if times >= 1 else "no smaller margins than others"
-        title = f"Choices that flip first have {smaller} (n = {len(first)})"
+        title = f"Choices that flip independently have {smaller} (n = {len(first)})"
     set_title(ax, title)
     return ax

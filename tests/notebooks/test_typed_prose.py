@@ -37,7 +37,6 @@ ALONE = {
     "01": {
         BY_CONSTRUCTION: ["The merge streams", "The check reads only", "It reads each window", "The file gets its name", "If the merge is"],
         OPEN: ["- that the weights are", "What does `dfqs-nb inspect", "- [Don't merge with cat]"],
-        "the recap of asserts above": ["We recognised a raw"],
     },
     "02": {
         BY_CONSTRUCTION: ["`model_header` reads only"],
@@ -46,7 +45,7 @@ ALONE = {
     },
     "03": {
         OPEN: ["- that routing stays", "How much larger"],
-        "the recap of asserts above": ["The lines above say whether"],
+        "the recap of asserts above": ["The lines above say how"],
     },
     "04": {
         METHOD: ["It scores all experts", "Recording itself slightly"]
