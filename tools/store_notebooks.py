@@ -13,8 +13,8 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
