@@ -18,7 +18,7 @@ import pandas as pd
 from dfqs_nb.context.boundary import Boundary, Counts, search_lengths
 from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question
 from dfqs_nb.context.plan import CHECK_TOKENS, Meter, Plan, RuntimeFailure, crew, side_by_side
-from dfqs_nb.core.display import counted, tqdm
+from dfqs_nb.core.display import counted, duration, tqdm
 from dfqs_nb.core.files import parse_json
 from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.stage import Stage
@@ -234,6 +234,11 @@ def measure(
         return None if run.budget_hit else Counts.of(items[items["length"].isin(done)])
 
     total = plan.probe.needles * sum(map(plan.n_texts, plan.grid))
+    if plan.n_haystacks and len(run.items):
+        there = run.items["length"].value_counts() / plan.probe.needles
+        texts = {n: max(0, plan.n_texts(n) - there.get(n, 0)) for n in plan.grid}
+        rest = duration(sum(plan.text_seconds(n) * missing for n, missing in texts.items()))
+        print(f"{len(run.items):,} of {total:,} answers are there; the rest will take about {rest}")
     with crew(model) as copies, tqdm(total=total, unit="question", desc="long context") as bar:
         try:
             if plan.n_haystacks:
@@ -245,6 +250,9 @@ def measure(
         except DecodeError as error:
             at = min(now, model.settings.n_ctx) if error.cause == "n_ctx" else now
             run.failure = RuntimeFailure(at, error.cause, str(error))
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"{len(run.items):,} of {total:,} answers are there")
+            raise
         finally:
             model.clear()
     return run

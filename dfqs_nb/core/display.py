@@ -7,11 +7,12 @@ import io
 import os
 import re
 import shlex
+import sys
 import textwrap
 import threading
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
@@ -29,27 +30,53 @@ NONE = "–"  # a cell without a value
 
 
 class _LastLine(io.StringIO):
-    """Keeps what was written last in the file that ``DFQS_PROGRESS`` names."""
+    """Hands each line that a bar draws to ``draw``."""
+
+    def __init__(self, draw: Callable[[str], object]) -> None:
+        super().__init__()
+        self.draw = draw
 
     def write(self, text: str) -> int:
         if text.startswith("\r"):  # else it moves the cursor
             with suppress(OSError):  # a full disk ends no measurement
-                Path(os.environ["DFQS_PROGRESS"]).write_text(text.strip(), encoding="utf-8")
+                self.draw(text.strip())
         return len(text)
+
+
+def _in_cell() -> Callable[[str], object]:
+    """Draws lines in one place of a cell's output, which an empty line leaves empty."""
+    from IPython.display import DisplayHandle
+
+    handle, begun = DisplayHandle(), list[str]()
+
+    def draw(line: str) -> None:
+        content = {"text/plain": line} if line else {"text/html": "", "text/plain": ""}
+        if begun:
+            handle.update(content, raw=True)
+        elif line:
+            handle.display(content, raw=True)
+            begun.append(line)
+
+    return draw
 
 
 def tqdm(*arguments: Any, **options: Any) -> Any:
     """A progress bar that disappears when it is done; off where ``TQDM_DISABLE`` is set.
 
-    A bar that stays is an error in a notebook that is opened again, because its widget is gone. If
-    ``DFQS_PROGRESS`` names a file, the bar is written there, for the program that runs the notebook.
+    In a notebook it is a line of text: tqdm's widget stays red after an answer that ends early, and is an
+    error when the saved notebook is opened again. If ``DFQS_PROGRESS`` names a file, the bar is written
+    there, for the program that runs the notebook.
     """
-    import tqdm.auto
+    import tqdm.std
 
     options = {"leave": False, **options} | ({"disable": True} if os.environ.get("TQDM_DISABLE") else {})
-    if "DFQS_PROGRESS" not in os.environ:
-        return tqdm.auto.tqdm(*arguments, **options)
-    options |= {"disable": False, "file": _LastLine(), "bar_format": "{desc} {n_fmt}/{total_fmt}{postfix}"}
+    form, shell = "{desc} {n_fmt}/{total_fmt}{postfix}", sys.modules.get("IPython")
+    if place := os.environ.get("DFQS_PROGRESS"):
+        file = _LastLine(lambda line: Path(place).write_text(line, encoding="utf-8"))
+        options |= {"disable": False, "file": file, "bar_format": form}
+    elif shell and hasattr(shell.get_ipython(), "kernel") and not options.get("disable"):
+        form = "{desc} |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        options |= {"file": _LastLine(_in_cell()), "bar_format": form, "ascii": False}
     return tqdm.std.tqdm(*arguments, **options)
 
 

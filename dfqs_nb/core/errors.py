@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 from dfqs_nb.core.display import quoted
 
@@ -26,6 +28,18 @@ class DfqsError(Exception):
 
     def _render_traceback_(self) -> list[str]:  # Jupyter shows it in place of 40 lines of our code
         return [f"{type(self).__name__}: {self}", *getattr(self, "__notes__", [])]
+
+
+def shorten_interrupts(advice: str) -> None:
+    """Let Jupyter show an interrupt as one line: its notes, which say what is kept, and ``advice``."""
+
+    def show(shell: Any, kind: type, error: BaseException, traceback: Any, **_: Any) -> None:
+        line = "; ".join(["stopped", *getattr(error, "__notes__", []), advice])
+        vars(error)["_render_traceback_"] = lambda: [line]
+        shell.showtraceback((kind, error, traceback))
+
+    if (ipython := sys.modules.get("IPython")) and (shell := ipython.get_ipython()):
+        shell.set_custom_exc((KeyboardInterrupt,), show)
 
 
 class HeaderError(DfqsError):

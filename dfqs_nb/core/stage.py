@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqs_nb.core.display import counted, markdown
-from dfqs_nb.core.errors import StageError
+from dfqs_nb.core.errors import StageError, shorten_interrupts
 from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file, write_json, write_table
 from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.paths import run_dir, tilde
@@ -33,6 +33,9 @@ NOTEBOOKS = {
     "ladder": "08_climb_the_quantization_ladder.ipynb",
     "serving": "09_serve_and_deploy.ipynb",
 }
+# What a second run of a notebook does not do again, where its parameter `fresh` is false.
+KEPT = dict.fromkeys(("long_context", "scores", "serving"), "answers") | {"ladder": "rungs"}
+KEPT |= {"routing": "recorded runs"}
 COMMAND = ".command.json"  # in a run's folder: how it was started, for the commands that its report names
 # Models and manifests have hashes of their own; a notebook changes when somebody opens it.
 UNSEALED = (".gguf", ".manifest.json", ".ipynb")
@@ -57,6 +60,8 @@ class Stage:
         self._record = self.folder / f".{name}.files"
         record = self._record.read_text(encoding="utf-8") if self._record.exists() else ""
         self._files = dict.fromkeys(record.splitlines())
+        kept = f" to go on: whole {KEPT[name]} are kept; `fresh = True` begins anew" if name in KEPT else ""
+        shorten_interrupts(f"run all cells again{kept}")
 
     @property
     def seconds_left(self) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import tqdm.auto
+import tqdm.std
 
 from dfqs_nb.core import child, display
 from dfqs_nb.core.display import counted
@@ -194,7 +194,7 @@ class _Runs:
         ordered = sorted(self.planned, key=lambda each: processes.index(each.process))
         with child.Worker("dfqs_nb.routing.record_child") as worker:
             plan, process = self._plan(worker, len(processes)), processes[0]
-            tqdm.auto.tqdm.write(plan["sentence"])
+            tqdm.std.tqdm.write(plan["sentence"])
             for each in display.tqdm(ordered, desc="routing"):
                 if each.process != process:
                     worker.close()  # the next job starts another

@@ -158,9 +158,13 @@ class Answerer:
         todo = {key: self.request(item_set, items[key], options) for key in items if key not in answers}
         n_resumed, quiet = len(items) - len(todo), not options.progress
         with display.tqdm(total=len(items), initial=n_resumed, desc=item_set.name, disable=quiet) as bar:
-            for key, answer in self._answers(todo, options.until):
-                answers.add(key, **answer)
-                bar.update()
+            try:
+                for key, answer in self._answers(todo, options.until):
+                    answers.add(key, **answer)
+                    bar.update()
+            except KeyboardInterrupt as stop:
+                stop.add_note(f"{bar.n:,} of {bar.total:,} answers of {item_set.name} are there")
+                raise
         rows = [_row(item_set, items[key], answers[key], self.mode) for key in items if key in answers]
         if sandbox:
             codes = [row for row in rows if "code" in row]

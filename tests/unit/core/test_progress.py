@@ -112,3 +112,38 @@ def test_a_bar_that_cannot_be_reported_ends_no_work(tmp_path, monkeypatch):
     for place in ("/dev/full", str(tmp_path / "no folder/.progress")):
         monkeypatch.setenv("DFQS_PROGRESS", place)
         assert list(display.tqdm(range(3), "texts", mininterval=0)) == [0, 1, 2]
+
+
+CELLS = """
+from dfqs_nb.core.display import tqdm
+def answer():
+    for done in tqdm(range(9), "answer", mininterval=0):
+        yield done
+for token in answer():
+    if token == 3: break
+bar = list(tqdm(range(3), "whole", mininterval=0))
+---
+import os
+os.environ["DFQS_OUTPUTS"] = {outputs!r}
+from dfqs_nb import core
+stage = core.Stage("stopped", "long_context")
+stop = KeyboardInterrupt()
+stop.add_note("3 of 9 answers are there")
+raise stop
+"""
+
+
+def test_in_a_notebook_no_bar_stays_and_an_interrupt_is_one_line(tmp_path):
+    """tqdm's widget stayed red after an answer that ended early, and a saved notebook opened with errors."""
+    import nbclient
+    import nbformat
+
+    cells = CELLS.format(outputs=str(tmp_path)).split("---")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    client = nbclient.NotebookClient(book, kernel_name="python3", allow_errors=True)
+    client.execute(cwd=tmp_path, env=environment | {"PYTHONPATH": str(REPOSITORY)})
+    drawn, stopped = (cell["outputs"] for cell in book.cells)
+    assert drawn and all(output["data"] == {"text/plain": "", "text/html": ""} for output in drawn)
+    (line,) = stopped[-1]["traceback"]
+    assert line.startswith("stopped; 3 of 9 answers are there; run all cells again to go on")
