@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
@@ -21,7 +22,7 @@ from dfqs_nb.gguf import facts
 from dfqs_nb.gguf import header as reader
 from dfqs_nb.gguf.header import CUT_OFF, MAGIC, GGUFHeader, check_layout, headers_inside, opened
 from dfqs_nb.gguf.shards import ShardSet, check_set, find_shards, open_shards
-from dfqs_nb.merge.disk import missing_bytes
+from dfqs_nb.merge.disk import missing_bytes, part_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,7 @@ OPENING_BYTES = 4096
 COMPRESSED = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"BZh"  # gzip, zstd, xz, bzip2
 MAX_PARTS = 10_000  # headers followed inside one file
 AGAIN = "get it from its source again"
-RESUME = "resume the download, or the stopped merge; if holes are meant, fill them with `cp --sparse=never`"
+RESUME = "resume the download; if holes are meant, fill them with `cp --sparse=never`"
 DOWNLOADING = re.compile(r"\.(incomplete|crdownload|part|partial|download|opdownload|!qB|!ut)$")
 PART_NAME = re.compile(  # of a file cut by bytes: model.gguf.part1of2, model.gguf-split-a
     r"((?P<whole>.+\.gguf)[._-](part|split)[._-]?)(\d{1,5}|[a-z]{1,3})([._-]?of[._-]?\d{1,5})?", re.I
@@ -47,6 +48,7 @@ class Kind(StrEnum):
     COMPANION = "no language model"  # a LoRA adapter, a projector: use it beside one
     FOREIGN = "for another runtime"  # run it there, or quantize the original again
     UNFINISHED = "unfinished download"  # resume it
+    STOPPED_MERGE = "stopped merge"  # that consumes: go on with it
     DAMAGED = "damaged"  # download it again
     LFS_POINTER = "Git LFS pointer"  # `git lfs pull`
     DOCUMENT = "document"  # a server's answer: check the address, and what you may download
@@ -113,8 +115,8 @@ def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
         diagnosis = Diagnosis(path, *by_first_bytes(first, size), size)
     part = PART_NAME.fullmatch(path.name)
     seems_fine = diagnosis.kind in (Kind.SINGLE_FILE, Kind.SHARD, Kind.COMPANION, Kind.DAMAGED)
-    if (part or seems_fine) and not allow_holes and (reason := unfinished(path)):
-        return replace(diagnosis, kind=Kind.UNFINISHED, finding=reason, next_step=RESUME)
+    if (part or seems_fine) and not allow_holes and (found := unfinished(path)):
+        return replace(diagnosis, kind=found[0], finding=found[1], next_step=found[2])
     if part and diagnosis.kind in (Kind.UNFINISHED, Kind.OTHER_FORMAT):
         parts, whole = (quoted(path.with_name(name)) for name in (part[1], part["whole"]))
         join = f"`printf '%s\\0' {parts}* | sort -zV | xargs -0 cat > {whole}`"  # a shell sorts 10 before 2
@@ -129,14 +131,35 @@ def opening(path: Path) -> tuple[bytes, int]:
         return file.read(OPENING_BYTES), file.seek(0, 2)
 
 
-def unfinished(path: Path) -> str:
-    """What shows that not all bytes of a file have arrived: holes, its name, a control file; or ""."""
+def unfinished(path: Path) -> Finding | None:
+    """What shows that not all bytes of a file are there: holes, its name, a control file; else None."""
     if missing := missing_bytes(path):
-        return f"{missing:,} of its {path.stat().st_size:,} bytes were never stored and read as zeros"
-    if path.with_name(f"{path.name}.aria2").exists():
-        return f"the control file {plain(path.name)}.aria2 says that aria2 has not finished it"
-    suffix = DOWNLOADING.search(path.name)
-    return f"its name ends in {suffix[0]}, as that of a download that has not ended" if suffix else ""
+        what = f"{missing:,} of its {path.stat().st_size:,} bytes"
+        if output := _taken_by(path):
+            what = f"a merge that was stopped moved {what} to {plain(part_path(output).name)}"
+            step = f"merge {quoted(path)} -o {quoted(output)} --consume"
+            step = f"repair {quoted(path)} --in-place" if output == path else step
+            return Kind.STOPPED_MERGE, what, f"go on with it: dfqs-nb {step}"
+        what += " were never stored and read as zeros"
+    elif path.with_name(f"{path.name}.aria2").exists():
+        what = f"the control file {plain(path.name)}.aria2 says that aria2 has not finished it"
+    elif suffix := DOWNLOADING.search(path.name):
+        what = f"its name ends in {suffix[0]}, as that of a download that has not ended"
+    else:
+        return None
+    return Kind.UNFINISHED, what, RESUME
+
+
+def _taken_by(path: Path) -> Path | None:
+    """The output in this folder whose merge consumes this file, by its journal, which anybody can write."""
+    from dfqs_nb.merge.copy import read_journal
+
+    outputs = [path.with_name(journal.name[1:-8]) for journal in path.parent.glob(".?*.journal")]
+    for output in filter(lambda output: part_path(output).exists(), outputs):
+        with suppress(DfqsError, OSError, LookupError, TypeError):
+            if path.name in [source["name"] for source in read_journal(output)[0]["sources"]]:
+                return output
+    return None
 
 
 def by_first_bytes(first: bytes, size: int) -> Finding:

@@ -28,7 +28,7 @@ from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.merge import disk
 from dfqs_nb.merge.copy import NameTaken, Plan, Run, in_the_way, plan_merge, read_journal, windows
-from dfqs_nb.merge.kind import RESUME, Kind, diagnose, unfinished
+from dfqs_nb.merge.kind import Kind, diagnose, unfinished
 from dfqs_nb.merge.verify import MergeResult, hash_file, manifest_path, read_manifest, save_manifest
 
 CONSUME_EXTRA_BYTES = 64 << 20  # what a consuming merge may need beyond its sources, plus the header
@@ -106,8 +106,8 @@ def merge_once(
     facts.require_model(model.shards.as_one)
     if len(model.files) == 1 and model.kind is not Kind.RAW_CONCATENATION:
         path, header = model.files[0], model.shards.headers[0]
-        if reason := unfinished(path):
-            raise IntegrityError(reason, where=path, hint=RESUME)
+        if found := unfinished(path):
+            raise IntegrityError(found[1], where=path, hint=found[2])
         check_parsed(path, [path])
         if not fresh and (earlier := earlier_result(path)):
             return earlier
@@ -213,8 +213,8 @@ def check_output(
         if going_on and not consume:
             raise in_the_way(disk.journal_path(output))
         for path in () if going_on else plan.sources:  # a merge that goes on made their holes
-            if reason := unfinished(path):
-                raise IntegrityError(reason, where=path, hint=RESUME)
+            if found := unfinished(path):
+                raise IntegrityError(found[1], where=path, hint=found[2])
         if consume:
             _check_consumable(plan)
         if not os.access(output.parent, os.W_OK):

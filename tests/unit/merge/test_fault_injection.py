@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +28,7 @@ from killable import ACTIONS, SMALL_WINDOW_BYTES
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf.shards import open_shards, shard_path
-from dfqs_nb.merge import copy, disk, merge_model, open_source
+from dfqs_nb.merge import copy, diagnose, disk, merge_model, open_source
 from dfqs_nb.merge import merge as merging
 from dfqs_nb.merge.copy import Plan, plan_merge, read_journal
 from dfqs_nb.merge.disk import journal_path, part_path
@@ -314,10 +316,23 @@ def test_unfinished_consuming_merge_is_safe_from_other_calls(tmp_path, whole):
         with pytest.raises(IntegrityError, match="is in the way"):
             call()
         case.check_nothing_lost(whole)
-    with pytest.raises(IntegrityError, match="were never stored"):
+    with pytest.raises(IntegrityError, match="a merge that was stopped moved "):
         merge_model(case.sources[0], tmp_path / "f" / "second.gguf")
     assert other.exists()
     case.check_end(case.run())
+
+
+@needs_holes
+def test_a_source_of_a_stopped_merge_is_told_with_the_command_that_goes_on(tmp_path):
+    case = half_done("consume", tmp_path / "f")
+    found = diagnose(case.sources[0])
+    assert found.kind == "stopped merge" and re.fullmatch(
+        r"a merge that was stopped moved [\d,]+ of its 3,849,728 bytes to \.out\.gguf\.part", found.finding
+    )
+    words = shlex.split(found.next_step.partition(": ")[2])
+    assert words[-4:] == [str(case.sources[0]), "-o", str(case.output), "--consume"]
+    journal_path(case.output).write_text("{}\n")  # which says nothing of a source
+    assert diagnose(case.sources[0]).kind == "unfinished download"
 
 
 @consuming_actions
