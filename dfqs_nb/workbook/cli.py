@@ -17,7 +17,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,19 @@ def open_model(model: str, n_ctx: int, threads: int = 0) -> Any:
     return llama.open_model(shards, llama.OpenSettings.of(shards, n_ctx=n_ctx, n_threads=threads))
 
 
+@contextmanager
+def _room_for(output: Path) -> Iterator[Path]:
+    """Before the work: make the folder of what the block writes, and try it. Left empty, it goes again."""
+    (folder := output.parent).mkdir(parents=True, exist_ok=True)
+    try:
+        if not os.access(folder, os.W_OK):
+            raise OutputError("cannot be written", where=output, hint="take a folder that you may write")
+        yield output
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+
+
 def identity(model: Any) -> str:
     """SHA-256 of an open model: from its manifest, where that is ours and holds, else read anew."""
     from dfqs_nb.merge.merge import earlier_result
@@ -219,7 +233,7 @@ def score(
             opened = stack.enter_context(open_model(model, n_ctx, threads))
             model_id, folder = identity(opened), run_dir(run or default_run_name(model))
             score_set = scores.score_set
-        place, runs = folder / "scores", []
+        place, runs = stack.enter_context(_room_for(folder / "scores")), []
         end = time.monotonic() + (60 * budget_minutes or math.inf)
         for number, item_set in enumerate(sets):
             share = (end - time.monotonic()) / (len(sets) - number)
@@ -254,10 +268,7 @@ def record(
     questions = ItemSet.load(prompts).part(limit)
     if output.exists() and not overwrite:
         raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(output.parent, os.W_OK):  # before minutes of work
-        raise OutputError("cannot be written", where=output, hint="take a folder that you may write")
-    with open_model(model, n_ctx, threads) as opened:
+    with _room_for(output), open_model(model, n_ctx, threads) as opened:
         fidelity.write_record(opened, questions, output, n_tokens=tokens, sha256=identity(opened))
     say(f"wrote {tilde(output)}; now compare: dfqs-nb fidelity MODEL {shlex.quote(str(output))}")
 
@@ -277,15 +288,14 @@ def fidelity(
     from dfqs_nb.ladder import fidelity as compared
 
     loaded = compared.Record.load(record)
-    if output:  # before minutes of work
-        output.parent.mkdir(parents=True, exist_ok=True)
-    with open_model(model, n_ctx, threads) as opened:
-        result = compared.compare_record(opened, loaded)
-    n_prompts = result["id"].nunique()
-    say(f"against {loaded.head.source}: {n_prompts} prompts, {len(result):,} tokens; 95 % intervals")
-    say_table(compared.summary(result), "z.4f")
-    if output:
-        say(f"wrote {tilde(write_table(output, result, index=False))}")
+    with _room_for(output) if output else nullcontext():
+        with open_model(model, n_ctx, threads) as opened:
+            result = compared.compare_record(opened, loaded)
+        n_prompts = result["id"].nunique()
+        say(f"against {loaded.head.source}: {n_prompts} prompts, {len(result):,} tokens; 95 % intervals")
+        say_table(compared.summary(result), "z.4f")
+        if output:
+            say(f"wrote {tilde(write_table(output, result, index=False))}")
 
 
 @app.command(rich_help_panel=MEASURE)

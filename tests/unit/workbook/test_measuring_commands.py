@@ -12,6 +12,7 @@ import pytest
 from dfqs_nb import llama, scores
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.merge import merge_model
+from dfqs_nb.workbook import cli
 from dfqs_nb.workbook.cli import identity, main
 
 MODEL = str(data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf")
@@ -81,6 +82,28 @@ def test_a_budget_ends_the_asking_and_each_set_has_its_share(tmp_path, capsys):
 def test_a_model_that_is_not_there_leaves_no_folder(tmp_path, capsys):
     assert main(["score", "nosuch.gguf", "--set", "nano-reasoning"]) == 1
     assert "nosuch.gguf" in capsys.readouterr().err and not any(tmp_path.iterdir())
+    out = str(tmp_path / "new" / "record.jsonl")
+    assert main(["record", "nosuch.gguf", "-o", out, "--prompts", "nano-reasoning"]) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_score_that_is_refused_leaves_no_folder(tmp_path, capsys):
+    """Asked before any question: the context is too short for the set."""
+    asked = ["score", MODEL, "--set", "nano-reasoning", "--n-ctx", "16", "--run", "refused"]
+    assert main(asked) == 1
+    assert "tokens of context" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_the_model_is_opened(tmp_path, monkeypatch, capsys):
+    record = tmp_path / "record.jsonl"
+    asked = ["--prompts", "nano-reasoning", "--limit", "1", "--tokens", "1", "--n-ctx", "256"]
+    assert main(["record", MODEL, "-o", str(record), *asked]) == 0
+    monkeypatch.setattr(cli.os, "access", lambda _, mode: mode != os.W_OK)  # root may write everywhere
+    monkeypatch.setattr(cli, "open_model", lambda *_: pytest.fail("the model was opened"))
+    assert main(["fidelity", MODEL, str(record), "-o", str(tmp_path / "read-only" / "table.csv")]) == 1
+    assert "table.csv: cannot be written; take a folder that you may write" in capsys.readouterr().err
+    assert not (tmp_path / "read-only").exists()
 
 
 @pytest.mark.parametrize(
