@@ -223,11 +223,6 @@ class Placement:
         return self.devices[-1]
 
     @property
-    def command(self) -> tuple[str, ...]:
-        """The flags, with the flash attention on which `SPARE_BYTES` of a card count."""
-        return (*self.flags, "-fa", "on") if self.devices[1:] else self.flags
-
-    @property
     def works(self) -> bool:
         """Whether memory holds the cache and the compute buffer, which cannot be paged."""
         return self.ram.cache_bytes + (self.ram.compute_bytes or 0) <= self.ram.capacity_bytes
@@ -291,7 +286,9 @@ def place(
     planned = sorted((compute or {}).items())
     buffer = int(np.interp(n_ctx, *np.array(planned).T)) if planned else None
 
-    def device(name: str, capacity: int, layers: list[int], routed: list[int], compute: int | None) -> Device:
+    def device(
+        name: str, capacity: int, layers: Sequence[int], routed: Sequence[int], compute: int | None = None
+    ) -> Device:
         dense, cache = (sum(sizes[i] for i in layers) for sizes in (model.dense, caches))
         n_bytes = sum(model.experts[i] for i in routed)
         left = capacity - dense - n_bytes - cache - (compute or 0)
@@ -300,20 +297,17 @@ def place(
 
     rooms = [max(0, room - SPARE_BYTES) for room in vram_bytes]
     cards = _on_cards(beside, model.experts[:count], rooms, whole)
-    devices, in_ram = [], list[int]()
-    for number, (first, routed, end) in enumerate(cards):
-        in_ram += [i for i in range(first, routed) if model.experts[i]]
-        own = list(range(first, end)), list(range(routed, end))
-        devices.append(device(f"GPU {number}", vram_bytes[number], *own, None))
+    in_ram = [i for first, routed, _ in cards for i in range(first, routed) if model.experts[i]]
+    own = [(range(first, end), range(routed, end)) for first, routed, end in cards]
+    devices = [device(f"GPU {n}", vram_bytes[n], *layers) for n, layers in enumerate(own)]
     start = cards[0][0] if cards else count
-    here = list(range(start))
     embedding = [count] if start < count or not model.tied else []  # else it is one tensor with the output
-    ram = device(RAM, ram_bytes, here + embedding, here + in_ram, buffer)
+    ram = device(RAM, ram_bytes, [*range(start), *embedding], [*range(start), *in_ram], buffer)
     missing = max(0, -ram.left_bytes)
     cold = min(missing, ram.expert_bytes)  # memory keeps the dense part, which every token reads, first
     paged = min(missing - cold + model.used * cold, ram.dense_bytes + model.used * ram.expert_bytes)
-    n_layers = [end - first for first, _, end in cards]
-    return Placement((*devices, ram), count - start, tuple(in_ram), _flags(count, n_layers, in_ram), paged)
+    flags = _flags(count, [len(layers) for layers, _ in own], in_ram)
+    return Placement((*devices, ram), count - start, tuple(in_ram), flags, paged)
 
 
 def _on_cards(
@@ -350,11 +344,13 @@ def _on_cards(
 
 
 def _flags(count: int, cards: Sequence[int], in_ram: Sequence[int]) -> tuple[str, ...]:
-    """The arguments for so many of ``count`` layers on each card, and routed experts of some in memory."""
-    if not (n_gpu := sum(cards)):
-        return ("-ngl", "0")
-    flags = ["-ngl", str(max(99, n_gpu) if n_gpu == count else n_gpu)]
-    if len(cards) > 1:
+    """The arguments for so many of ``count`` layers on each card, and routed experts of some in memory.
+
+    With flash attention, on which `SPARE_BYTES` of a card count.
+    """
+    n_gpu = sum(cards)
+    flags = ["-ngl", str(max(99, n_gpu) if n_gpu == count else n_gpu), *(["-fa", "on"] if cards else [])]
+    if n_gpu and len(cards) > 1:
         flags += ["-ts", ",".join(map(str, cards))]
     if list(in_ram) == list(range(count - n_gpu, count - n_gpu + len(in_ram))):  # of the first layers there
         return (*flags, "--n-cpu-moe", str(in_ram[-1] + 1)) if in_ram else tuple(flags)
@@ -362,32 +358,30 @@ def _flags(count: int, cards: Sequence[int], in_ram: Sequence[int]) -> tuple[str
 
 
 def largest_context(
-    model: Sizes, ram_bytes: int, cards: Sequence[int] = (), paged: bool = False, **options: Any
+    model: Sizes, ram: int, cards: Sequence[int] = (), paged: bool = False, also: int = 256, **options: Any
 ) -> int:
     """The most tokens for which `place` keeps all weights in memory and on cards; 0: none.
 
     ``paged``: weights may be read from the disk; cache and buffer may not. ``options``: of `place`. Contexts
-    are tried in steps of 256, or of a 512th of the model's own.
+    are tried in steps of 256, or of a 512th of the model's own, and ``also``.
     """
     most = model.n_context or 1 << 20
-    for n_ctx in (most, *reversed(range(256, most, padded(most // 512, 256)))):
-        placed = place(model, n_ctx, ram_bytes, cards, **options)
+    tried: set[int] = {most, also, *range(256, most, padded(most // 512, 256))}
+    for n_ctx in sorted(tried, reverse=True):
+        placed = place(model, n_ctx, ram, cards, **options)
         if placed.works if paged else placed.ram.left_bytes >= 0:
             return n_ctx
     return 0
 
 
-def context_limits(
-    model: Sizes, n_ctx: int, ram_bytes: int, cards: Sequence[int] = (), **options: Any
-) -> list[str]:
-    """The largest context in words; where ``n_ctx`` pages weights, also the largest that does."""
-    placed, lines = place(model, n_ctx, ram_bytes, cards, **options), list[str]()
-    for how, fits in (("no weights", placed.ram.left_bytes >= 0), ("weights", placed.works)):
-        found = largest_context(model, ram_bytes, cards, how == "weights", **options)
-        most = max(found, n_ctx * fits)  # which may lie between the steps that are tried
+def context_limits(model: Sizes, n_ctx: int, ram: int, cards: Sequence[int], **options: Any) -> list[str]:
+    """The largest context in words; if ``n_ctx`` is longer, also the largest that reads from the disk."""
+    lines: list[str] = []
+    for how, paged in (("no weights", False), ("weights", True)):
+        most = largest_context(model, ram, cards, paged, n_ctx, **options)
         tokens = f"{most:,} tokens" if most else "none"
         lines.append(f"largest context with {how} read from the disk: {tokens}")
-        if fits:
+        if most >= n_ctx:
             break
     return lines
 

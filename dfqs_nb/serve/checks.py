@@ -74,13 +74,7 @@ NAMES = {
 
 
 def plan_checks(
-    model: Model,
-    sets: Sequence[ItemSet],
-    *,
-    items: int,
-    clients: Sequence[int],
-    tokens: int,
-    seconds: float,
+    model: Model, sets: Sequence[ItemSet], *, items: int, clients: Sequence[int], tokens: int, seconds: float
 ) -> tuple[list[ItemSet], Fitted]:
     """Time a few tokens, and cut what is planned in the order of `CUTS` to what these seconds hold.
 
@@ -107,11 +101,8 @@ def plan_checks(
         return answers + N_SERVERS * (checks + 2 * answers + speeds)
 
     whole = {"items": items or max(len(item_set.items) for item_set in sets), "sets": len(sets)}
-    whole |= {
-        "clients": len(clients),
-        "rounds": ROUNDS,
-        "tokens": max(item_set.max_tokens for item_set in sets),
-    }
+    whole |= {"clients": len(clients), "rounds": ROUNDS}
+    whole |= {"tokens": max(item_set.max_tokens for item_set in sets)}
     whole |= {"filled": min(model.settings.n_ctx, LONGEST_TRIED)}
     plan = fit(whole, CUTS, cost, seconds, NAMES)
     return cut(plan.values), plan

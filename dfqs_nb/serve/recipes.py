@@ -13,7 +13,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -23,14 +23,13 @@ import pandas as pd
 from markupsafe import Markup
 
 from dfqs_nb.core.display import did_you_mean, size
-from dfqs_nb.core.errors import DfqsError, SpaceError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_text
 from dfqs_nb.core.machine import available_memory, gpu_memories, usable_cores
 from dfqs_nb.core.paths import data_dir, public_address, tilde
 from dfqs_nb.gguf import memory
 from dfqs_nb.gguf import models as registry
 from dfqs_nb.gguf.facts import require_model
-from dfqs_nb.gguf.memory import check_fits
 from dfqs_nb.gguf.shards import ShardSet
 from dfqs_nb.llama.check import compute_buffers
 from dfqs_nb.llama.settings import threads_for
@@ -141,7 +140,7 @@ class Recipe:
 
     target: str
     model: str  # its path where it runs
-    settings: dict[str, Any]  # ``n_ctx``, ``n_threads``, ``n_gpu_layers`` (whole layers)
+    settings: dict[str, Any]  # ``n_ctx``, ``n_threads``, ``n_gpu_layers`` (whole layers), and why
     files: tuple[Path, ...]  # RECIPE.md last
     commands: tuple[str, ...]  # they fetch and prepare the model, install and run, in the recipe's folder
     checks: tuple[str, ...]  # they ask the running server
@@ -173,8 +172,8 @@ def write_recipe(
     key_variable = key_variable or (DEFAULT_KEY_VARIABLE if chosen.needs_key else "")
     if key_variable and not (key_variable.isidentifier() and key_variable.isascii()):
         raise DfqsError("that is no name of an environment variable", hint="give its name, not the key")
-    settings, words = _settings(chosen, source, **sizes)
-    values = settings | words | _values(chosen, source, settings, folder, key_variable, port or chosen.server)
+    settings = _settings(chosen, source, **sizes)
+    values = settings | _values(chosen, source, settings, folder, key_variable, port or chosen.server)
     again = ["dfqs-nb", "deploy", target, str(model), "-o", str(folder), "--overwrite"]
     values["again"], texts = shlex.join(again), dict[str, str]()
     for name, template in chosen.files.items():
@@ -266,47 +265,38 @@ def _source(model: str | Path) -> _Source:
 
 def _settings(
     target: Any, source: _Source, n_ctx: int | None = None, n_gpu_layers: int | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> dict[str, Any]:
     """What was asked for, else what suits machine and model; and what the notes say of its memory.
 
     ``flags`` place it for llama.cpp's programs. ``gpu_ratio``: the share of the layers on the GPU.
     """
-    shards, layers = source.shards, n_gpu_layers or 0
-    least, most = max(target.least_n_ctx, 1), 2**31 - 256
-    if shards:
-        most = shards.as_one.count("context_length") or most
+    shards, layers, least = source.shards, n_gpu_layers or 0, max(target.least_n_ctx, 1)
+    most = (shards and shards.as_one.count("context_length")) or 2**31 - 256
     if not least <= (n_ctx or least) <= most:
         what = f"a context of {n_ctx or least:,} tokens is not between {least:,} and {most:,}"
         raise DfqsError(what, hint="leave it out, or take another target")
     if layers < 0:
         raise DfqsError(f"{layers} GPU layers", hint="give 0 or more, or leave --gpu-layers out")
-    if shards:
-        return _fitted(shards, n_ctx, n_gpu_layers, least, target.whole_layers)
-    settings = {"n_ctx": n_ctx or max(least, UNKNOWN_N_CTX), "n_threads": usable_cores()}
-    flags = ("-ngl", str(layers))
-    return settings | {"n_gpu_layers": layers, "gpu_ratio": float(layers > 0), "flags": flags}, {
-        "needs": None
-    }
-
-
-def _fitted(
-    shards: ShardSet, n_ctx: int | None, n_gpu_layers: int | None, least: int, whole: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and words for a model that is here, placed as `dfqs-nb plan` places it.
-
-    Layers on cards come before context, as in llama.cpp's ``--fit`` (common/fit.cpp): from 4,096 tokens on,
-    the context grows while no weights leave the cards.
-    """
-    header, free, cards = shards.as_one, available_memory(), gpu_memories() if n_gpu_layers != 0 else []
-    model, here = memory.Sizes(header), free.available_bytes
+    if not shards:
+        guess = {"n_ctx": n_ctx or max(least, UNKNOWN_N_CTX), "n_threads": usable_cores(), "needs": None}
+        return guess | {
+            "n_gpu_layers": layers,
+            "gpu_ratio": float(layers > 0),
+            "flags": ("-ngl", str(layers)),
+        }
+    # Layers on cards come before context, as in llama.cpp's --fit (common/fit.cpp): from 4,096 tokens on, the
+    # context grows while no weights leave the cards.
+    model, here = memory.Sizes(shards.as_one), available_memory().available_bytes
+    cards = gpu_memories() if n_gpu_layers != 0 else []
     compute, _ = compute_buffers(shards, n_ctx or FIT_N_CTX, [here], cards)
-    largest = partial(memory.largest_context, model, here, cards, whole=whole, compute=compute)
+    options: dict[str, Any] = {"whole": target.whole_layers, "compute": compute}
+    largest = partial(memory.largest_context, model, here, cards, **options)
     fits = max(256, largest() or largest(paged=True))
     few, most = (max(least, min(n, fits, model.n_context or n)) for n in (FIT_N_CTX, MOST_N_CTX))
 
     @cache
     def on_cards(n_ctx: int) -> int:
-        placed = memory.place(model, n_ctx, here, cards, whole=whole)
+        placed = memory.place(model, n_ctx, here, cards, **options)
         return sum(card.dense_bytes + card.expert_bytes for card in placed.devices[:-1])
 
     tried = (most, *reversed(range(few, most, 256)))
@@ -315,22 +305,15 @@ def _fitted(
     moved = 0 if n_gpu_layers else on_cards(other) - on_cards(n_ctx)
     if n_gpu_layers:  # on a card that holds just these
         sizes = zip(model.dense[:-1], model.experts[:-1], model.caches(n_ctx)[:-1], strict=True)
-        cards, whole = [memory.SPARE_BYTES + sum(map(sum, [*sizes][-n_gpu_layers:]))], True
-    compute, reason = compute_buffers(shards, n_ctx, [here], cards)
-    options: dict[str, Any] = {"compute": compute, "whole": whole}
-    placed, needs = memory.place(model, n_ctx, here, cards, **options), memory.estimate(header, n_ctx)
-    ram, layers = placed.ram, n_gpu_layers or placed.n_gpu_layers - len(placed.in_ram)
-    own: dict[str, Any] = {"weights_bytes": ram.dense_bytes + ram.expert_bytes}
-    own |= {"kv": replace(needs.kv, layers=[ram.cache_bytes]), "compute_bytes": ram.compute_bytes}
-    try:
-        slow = check_fits(replace(needs, **own), free)
-    except SpaceError as error:
-        slow = f"Not on this machine: {error.what}"
-    settings: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads_for(header), "n_gpu_layers": layers}
-    settings |= {"gpu_ratio": round(min(1.0, layers / (model.n_layers + 1)), 2), "flags": placed.command}
-    words = {"needs": needs, "placed": placed, "reason": reason, "other": other, "moved": moved}
+        cards, options["whole"] = [memory.SPARE_BYTES + sum(map(sum, [*sizes][-n_gpu_layers:]))], True
+    options["compute"], reason = compute_buffers(shards, n_ctx, [here], cards)
+    placed = memory.place(model, n_ctx, here, cards, **options)
+    layers = n_gpu_layers or placed.n_gpu_layers - len(placed.in_ram)
+    own: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads_for(model.header), "n_gpu_layers": layers}
+    own |= {"gpu_ratio": round(min(1.0, layers / (model.n_layers + 1)), 2), "flags": placed.flags}
+    own |= {"needs": memory.estimate(model.header, n_ctx), "placed": placed, "reason": reason}
     limits = memory.context_limits(model, n_ctx, here, cards, **options)
-    return settings, words | {"limits": limits, "slow": slow and f"{slow[0].upper()}{slow[1:]}."}
+    return own | {"limits": limits, "other": other, "moved": moved}
 
 
 def _place(target: Any, source: _Source, folder: Path, name: str) -> tuple[str, Sequence[str], list[str]]:

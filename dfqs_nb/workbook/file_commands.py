@@ -241,7 +241,9 @@ def plan(
             room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
             given = (1e9 * disk_gbs, "as given") if disk_gbs else ()
             outlook = forecast(known.headers, room - shape.dense[-1], *given)  # the embedding lies there, too
-        speeds = _speeds(outlook, {RAM: ram_gbs, GPU: gpu_gbs, DISK: disk_gbs})
+        known_speeds = {RAM: 1e9 * ram_gbs or core.memory_bandwidth(), GPU: 1e9 * gpu_gbs}
+        known_speeds[DISK] = 1e9 * disk_gbs or (outlook and outlook.speed) or 0.0
+        speeds = {name: speed for name, speed in known_speeds.items() if speed}
         sizes = [["unknown" if n is None else size(n) for n in device[2:]] for device in placed.devices]
         names = pd.Index([device.name for device in placed.devices], name="device")
         say(f"\n{pd.DataFrame(sizes, names, SIZES).to_string()}\n")
@@ -256,7 +258,7 @@ def plan(
             name = known.paths[0].name if far else str(known.paths[0])
             if known.glued:  # `repair --in-place` keeps the name, which the laid-out copies do not have
                 name = next(iter(known.places)).name if far else model
-            words = ["llama-server", "-m", name, "-c", str(context), *placed.command, "-np", "1"]
+            words = ["llama-server", "-m", name, "-c", str(context), *placed.flags, "-np", "1"]
             say(f"\n{shlex.join(words)}")
         if len(machines) > 1:
             names = ["+".join([text, *cards]) for text in machines]
@@ -277,15 +279,6 @@ def _runtime_rows(known: Any, n_ctx: int, rams: list[int], cards: list[int]) -> 
     if reason:
         say(f"  its compute buffer is not known: {reason}")
     return compute
-
-
-def _speeds(outlook: Any, given: dict[str, float]) -> dict[str, float]:
-    """Bytes a second by device, as given or measured here; what is neither is left out."""
-    speeds = {name: 1e9 * value for name, value in given.items() if value}
-    speeds.setdefault(RAM, core.memory_bandwidth())
-    if outlook and outlook.speed:
-        speeds.setdefault(DISK, outlook.speed)
-    return speeds
 
 
 def _advice(placed: Any, speeds: dict[str, float], outlook: Any) -> list[str]:

@@ -68,11 +68,12 @@ def test_flags_read_as_people_write_them(flash):
         return " ".join(memory.place(model, 32768, 64 * GB, [card * GB for card in cards]).flags)
 
     assert flags() == "-ngl 0"
-    assert re.fullmatch(r"-ngl 99 --n-cpu-moe \d+", flags(24))
-    assert re.fullmatch(r"-ngl 99 -ts \d+,\d+ --n-cpu-moe \d+", flags(24, 24))
-    assert re.fullmatch(r"-ngl 99 -ts \d+,\d+ -ot blk\\\.\([\d|]+\)\\\.ffn_.*=CPU", flags(24, 12))
-    assert flags(80) == "-ngl 99"
-    assert re.fullmatch(r"-ngl \d+ --n-cpu-moe 43", flags(8)), "some layers on no card at all"
+    assert re.fullmatch(r"-ngl 99 -fa on --n-cpu-moe \d+", flags(24))
+    assert re.fullmatch(r"-ngl 99 -fa on -ts \d+,\d+ --n-cpu-moe \d+", flags(24, 24))
+    assert re.fullmatch(r"-ngl 99 -fa on -ts \d+,\d+ -ot blk\\\.\([\d|]+\)\\\.ffn_.*=CPU", flags(24, 12))
+    assert flags(80) == "-ngl 99 -fa on"
+    assert re.fullmatch(r"-ngl \d+ -fa on --n-cpu-moe 43", flags(8)), "some layers on no card at all"
+    assert flags(1) == "-ngl 0 -fa on", "the card has no room"
 
 
 def rated(beside, experts, rooms, whole, groups):
