@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from dfqs_nb.core.display import tqdm
 
@@ -40,17 +43,48 @@ def whole_path(path: str | Path) -> Iterator[Path]:
     The bytes are on the disk before the rename, so after a crash there is the old file or the new one.
     """
     path = Path(path)
-    stem = os.fsdecode(os.fsencode(path.name)[:80])  # in bytes: a name of 255 bytes has no room for more
-    part = path.with_name(f".{stem}.{os.urandom(4).hex()}.part")
-    part.touch(exist_ok=False)  # with the rights of any new file
+    while True:
+        own = path.with_name(f"{_temporary(path)}{os.urandom(4).hex()}.tmp")
+        held = own.open("xb")  # with the rights of any new file
+        if lock(held) is not False and own.exists():
+            break
+        held.close()  # another process took it for a stale one, before it was locked
+    with held:
+        try:
+            yield own
+            with own.open("rb+") as file:
+                os.fsync(file.fileno())
+            own.replace(path)
+            fsync_dir(path.parent)
+        finally:
+            own.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> str:
+    """How the names of the temporary files of this path, and of no other, begin.
+
+    They end in ``.tmp``: a ``.part`` can hold bytes that nothing else has, and only `merge` may name one.
+    """
+    name = os.fsencode(path.name)  # its hash is for names that are too long to be taken whole
+    return f".{name[:80].decode(errors='ignore')}.{hashlib.sha256(name).hexdigest()[:8]}"
+
+
+def remove_stale(path: str | Path) -> None:
+    """Remove what killed processes left of `whole_path`, of exactly this path; the living hold a lock."""
+    path = Path(path)
+    for stale in path.parent.glob(f"{glob.escape(_temporary(path))}????????.tmp"):
+        with suppress(OSError), stale.open("rb+") as file:
+            if lock(file):  # where there are no locks it stays: nobody knows who writes it
+                stale.unlink()
+
+
+def lock(file: IO[Any], how: int = fcntl.LOCK_EX) -> bool | None:
+    """Lock a file until it is closed: whether nobody else had it; None where there are no locks."""
     try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-        fsync_dir(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError as error:  # Lustre, CIFS or NFS can be without locks
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
 
 
 def fsync_dir(folder: str | Path) -> None:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import whole_path
+from dfqs_nb.core.files import remove_stale, whole_path
 from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.gguf.facts import class_of
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
@@ -239,6 +239,7 @@ def collect(
             if (kept := read_imatrix(path)).datasets == (dataset,):
                 return kept
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(path)
     collector, n_threads = Collector(), n_threads or threads_for(shards.as_one)
     with default_params(cb_eval=collector.callback):
         model = open_model(shards, OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads))

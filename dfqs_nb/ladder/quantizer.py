@@ -8,7 +8,6 @@ itself tells beforehand which tensors it will write.
 from __future__ import annotations
 
 import ctypes
-import glob
 import hashlib
 import os
 import re
@@ -259,8 +258,7 @@ def quantize(
     """
     output, shards = Path(output), open_shards(source)
     check_output(output, shards, overwrite)
-    for torn in output.parent.glob(f".{glob.escape(output.name)}.*.part"):  # left by a kill
-        torn.unlink()
+    files.remove_stale(output)
     planned = plan(shards, recipe, imatrix, run)
     needed = planned.nbytes + shards.headers[0].data_offset + HEADER_BYTES
     free = shutil.disk_usage(output.parent).free  # an output that is replaced stays until then

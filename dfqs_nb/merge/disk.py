@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
+from dfqs_nb.core.files import lock
 
 KEEP_SIZE, PUNCH_HOLE = 0x01, 0x02
 AT_FDCWD, NO_REPLACE = -100, 1
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre, CIFS or NFS without lock support
 LIBC = ctypes.CDLL(None, use_errno=True)  # two of its functions Python does not offer; macOS lacks them
 Identity = dict[str, int | str]  # of a file: its name, nbytes and mtime_ns
 
@@ -151,7 +151,7 @@ def open_locked(path: Path, *, alone: bool) -> IO[bytes]:
     `OutputError`: another process reads or consumes it; or, ``alone``, its file system has no locks.
     """
     file = _opened(path, os.O_RDWR | os.O_NOFOLLOW) if alone else _opened(path, os.O_RDONLY, "rb")
-    free = _locked(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    free = lock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
     if free or (free is None and not alone):
         return file
     file.close()
@@ -163,7 +163,7 @@ def open_locked(path: Path, *, alone: bool) -> IO[bytes]:
 def lock_part(file: IO[bytes], output: Path) -> None:
     """Lock the part file of ``output`` until it is closed; `OutputError`: another process writes it."""
     path = Path(file.name)
-    if _locked(file, fcntl.LOCK_EX) is False or not is_at(file.fileno(), path):
+    if lock(file) is False or not is_at(file.fileno(), path):
         hint = "wait for it, or choose another name"
         raise OutputError("another process is writing it", where=output, hint=hint)
 
@@ -171,19 +171,6 @@ def lock_part(file: IO[bytes], output: Path) -> None:
 def is_at(handle: int, path: Path) -> bool:
     """Whether an open file still has this name."""
     return path.exists() and os.path.samestat(path.lstat(), os.fstat(handle))
-
-
-def _locked(file: IO[bytes], how: int) -> bool | None:
-    """Lock a file until it is closed: whether nobody else had it; None where there are no locks."""
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return None
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise
-    return True
 
 
 def rename_new(path: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import IntegrityError, OutputError, RegistryError, ShardError, SpaceError
-from dfqs_nb.core.files import is_file, there_is
+from dfqs_nb.core.files import is_file, remove_stale, there_is
 from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import check_layout, padded, read_header
@@ -149,6 +149,7 @@ def _carry_out(
 ) -> MergeResult:
     """Check, copy, check again, keep the hashes, and only then give the file its name; or resume that."""
     check_output(output, plan, overwrite=replace, consume=consume, in_place=in_place)
+    remove_stale(manifest_path(output))
     began, part, ours, saved = time.perf_counter(), disk.part_path(output), list[Path](), False
     left = "run the same command again to resume" if consume else "the partial output was removed"
     with disk.readable_errors(output, plan.nbytes, left), ThreadPoolExecutor(1) as beside:

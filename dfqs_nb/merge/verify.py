@@ -6,7 +6,6 @@ tensor as ``llama-gguf-hash --xxh64`` prints it. A merge leaves one; `verify_mod
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import time
@@ -18,7 +17,7 @@ import xxhash
 
 from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError
-from dfqs_nb.core.files import read_json, sha256_of_file, write_json
+from dfqs_nb.core.files import read_json, remove_stale, sha256_of_file, write_json
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
 from dfqs_nb.gguf.shards import Files, open_shards
@@ -88,6 +87,8 @@ def verify_model(
     if write_manifest and path.exists() and not os.access(path.parent, os.W_OK):
         hint = "move the file to a folder that you may write, or verify it without a manifest"
         raise OutputError("no manifest can be written here", where=path.parent, hint=hint)
+    if write_manifest:
+        remove_stale(manifest_path(path))
     diagnosis, before, manifest = diagnose(path), identities([path]), read_manifest(path)
     headers = diagnosis.headers or (read_header(path),)
     if diagnosis.kind is not Kind.RAW_CONCATENATION:
@@ -181,13 +182,10 @@ def read_manifest(path: Path) -> MergeResult | None:
 
 def save_manifest(result: MergeResult, file: Path) -> None:
     """Write the manifest of a result, whole or not at all; ``file`` is where its bytes are now."""
-    stat, place = file.stat(), manifest_path(result.path)
-    stem = glob.escape(os.fsdecode(os.fsencode(place.name)[:80]))  # as `whole_file` names its temporary file
-    for stale in place.parent.glob(f".{stem}.*.part"):
-        stale.unlink()  # of a run that was killed here
+    stat = file.stat()
     content = {"file": result.path.name, "nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     content |= {"inode": stat.st_ino, "sha256": result.sha256, "seconds": result.seconds}
-    write_json(place, {**content, "sources": result.sources, "tensors": result.tensors})
+    write_json(manifest_path(result.path), {**content, "sources": result.sources, "tensors": result.tensors})
 
 
 def hash_file(path: Path, headers: Sequence[GGUFHeader]) -> tuple[str, dict[str, str], tuple[str, ...]]:

@@ -449,7 +449,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         hint = isinstance(error, OSError) and HINTS.get(error.errno or 0, "")
         if isinstance(error, OSError) and (place := error.filename2 or error.filename or hint and "the disk"):
-            place = re.sub(r"(?<=/)\.([^/]+)\.([0-9a-f]{8}\.part|journal)$", r"\1", str(place))  # as named
+            place = re.sub(r"(?<=/)\.([^/]+)\.([0-9a-f]{16}\.tmp|journal)$", r"\1", str(place))  # as named
             return _fail(f"{tilde(place)}: cannot be read or written ({error.strerror}){hint}")
         what = f"unexpected {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         log = Path(tempfile.gettempdir(), LOG)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from dfqs_nb.core import files
 from dfqs_nb.core.display import markdown
 from dfqs_nb.core.errors import StageError
-from dfqs_nb.core.files import read_json, write_table
+from dfqs_nb.core.files import read_json, remove_stale, whole_path, write_table, write_text
 from dfqs_nb.core.stage import Stage, read_stage
 
 
@@ -44,6 +47,50 @@ def test_headings_and_the_index_of_a_csv_are_no_formulas_and_nothing_steers_a_te
     frame.index = pd.MultiIndex.from_tuples([("=a", 1), ("b", 2)], names=["n", "m"])
     rows = pd.read_csv(write_table(tmp_path / "t.csv", frame))
     assert rows.columns[-1] == "'=1+1" and rows.iloc[0, 0] == "'=a" and rows.iloc[:, 1].tolist() == [1, 2]
+
+
+def names_like(name):
+    """What else may lie beside a file of this name: a merge's working files, and those of other names."""
+    cut = os.fsdecode(os.fsencode(name)[:80])
+    yield from (f".{name}.part", f".{name}.journal", f".{name}.tmp", f".{cut}.part", f".{cut}.journal")
+    yield from (f".{cut}.0123456789abcdef.tmp", f".{cut}.01234567.part", f"{name}.manifest.json")
+    yield from (f".{name[:-1]}.part", f".{name}x.0123456789abcdef.tmp")
+
+
+@pytest.mark.parametrize("letter", ["M", "ä", "[", "*", "?"])
+@pytest.mark.parametrize("size", [5, *range(70, 96), 241])
+def test_only_what_a_kill_left_of_this_very_path_is_removed(letter, size, tmp_path):
+    for place in range(1, size) if letter == "M" and size < 99 else [size // 2]:
+        stem = (letter * place)[: place // len(letter.encode())]
+        name = f"{stem}.{letter * ((size - place) // len(letter.encode()))}"
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        others = {other for other in names_like(name) if len(os.fsencode(other)) < 255}
+        for other in others:
+            (folder / other).write_text("precious")
+        with closing(whole_path(folder / name).gen) as killed:
+            stale = next(killed)
+            stale.write_text("torn")
+            remove_stale(folder / name)
+            assert stale.exists(), "a living process is at work on it"
+        stale.write_text("torn")  # as a kill leaves it: nobody holds it
+        remove_stale(folder / name)
+        assert {path.name for path in folder.iterdir()} == others
+        assert write_text(folder / name, "whole").read_text() == "whole"
+
+
+def test_a_temporary_file_that_was_taken_for_a_stale_one_is_made_again(tmp_path, monkeypatch):
+    real, taken = files.lock, []
+
+    def lock(file, *how):
+        if not taken:
+            taken.append(file.name)
+            Path(file.name).unlink()
+        return real(file, *how)
+
+    monkeypatch.setattr(files, "lock", lock)
+    assert write_text(tmp_path / "x", "whole").read_text() == "whole"
+    assert taken and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from gguf_fixtures import linked, split_like_llama
 
+from dfqs_nb.core import files
 from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.facts import class_of
@@ -211,7 +212,7 @@ def test_an_existing_output_stays_unless_told_otherwise(tmp_path, q8):
     with pytest.raises(OutputError, match="exists already"):
         quantize(F16, "Q8_0", output, **QUIET)
     assert output.read_text() == "precious"
-    torn = tmp_path / ".out.gguf.1a2b3c4d.part"
+    torn = tmp_path / f"{files._temporary(output)}1a2b3c4d.tmp"
     torn.touch()
     quantize(F16, "Q8_0", output, overwrite=True, **QUIET)
     assert output.read_bytes() == q8.read_bytes()
@@ -222,6 +223,24 @@ def test_an_existing_output_stays_unless_told_otherwise(tmp_path, q8):
         quantize(F16, "Q8_0", F16, overwrite=True, **QUIET)
     with pytest.raises(OutputError, match="folder does not exist"):
         quantize(F16, "Q8_0", tmp_path / "no" / "out.gguf", **QUIET)
+
+
+@pytest.mark.parametrize("name", ["model", *("M" * n + ".5-Q8_0" for n in range(70, 89)), "ä" * 40 + ".5"])
+def test_the_part_of_a_merge_to_another_name_stays(name, tmp_path):
+    precious = {f".{name}.part", f".{name}.journal", f".{name}.gguf.part", f".{name}.gguf.journal"}
+    for other in precious:
+        (tmp_path / other).write_text("what the shards no longer have")
+    (tmp_path / f"{files._temporary(tmp_path / name)}1a2b3c4d.tmp").write_text("left by a kill")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(job, **options):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize(F16, "Q8_0", tmp_path / name, run=stop, **QUIET)
+    assert {path.name for path in tmp_path.iterdir()} == precious
 
 
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch, q8):

@@ -115,14 +115,14 @@ class Case:
             assert [path.read_bytes() for path in self.sources] == [path.read_bytes() for path in SHARDS]
 
 
-def new_case(action: str, folder: Path) -> Case:
+def new_case(action: str, folder: Path, name: str = "out.gguf") -> Case:
     folder.mkdir(exist_ok=True)
+    output = folder / name
     if action == "repair":
-        output = folder / "glued.gguf"
         output.write_bytes(b"".join(path.read_bytes() for path in SHARDS))
         return Case(action, (output,), output, open_source(output).plan)
     sources = tuple(Path(shutil.copy(path, folder)) for path in SHARDS)
-    return Case(action, sources, folder / "out.gguf", plan_merge(open_shards(sources[0])))
+    return Case(action, sources, output, plan_merge(open_shards(sources[0])))
 
 
 @pytest.fixture
@@ -185,6 +185,30 @@ def test_killed_within_the_last_calls(action, tmp_path, whole):
     for back in (1, 5, 9, 13):
         case = new_case(action, tmp_path / str(back))
         case.start(at=measure(action)[0] - back).communicate()
+        case.check_nothing_lost(whole)
+        case.check_end(RECORDED["merged"] if case.done else case.run())
+
+
+def name_with_a_dot_behind(place: int) -> str:
+    """Of 70 to 95 bytes: a pattern for temporary files that cuts long names could match a part file."""
+    return f"{'ä' * (place // 2)}{'M' * (place % 2)}.gguf" if place % 3 else f"{'M' * place}.gguf"
+
+
+@all_actions
+@pytest.mark.parametrize("place", range(65, 91))
+def test_a_long_name_costs_no_byte(action, place, tmp_path, whole):
+    case = new_case(action, tmp_path / "f", name_with_a_dot_behind(place))
+    assert len(os.fsencode(case.output.name)) == place + 5
+    case.check_end(case.run())
+
+
+@all_actions
+@pytest.mark.parametrize("place", [66, 79, 80, 81])
+def test_a_killed_run_with_a_long_name_goes_on(action, place, tmp_path, whole):
+    ticks = measure(action)[0]
+    for number, at in enumerate((ticks // 3, ticks - 17, ticks - 11, ticks - 7, ticks - 3)):
+        case = new_case(action, tmp_path / str(number), name_with_a_dot_behind(place))
+        case.start(at=at).communicate()
         case.check_nothing_lost(whole)
         case.check_end(RECORDED["merged"] if case.done else case.run())
 

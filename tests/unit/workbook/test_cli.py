@@ -235,7 +235,7 @@ def test_a_full_disk_is_named_with_what_to_do(monkeypatch, capsys):
 
 def test_a_file_that_cannot_be_written_is_named_as_the_user_did_and_with_what_to_do(monkeypatch, capsys):
     def read_only(name):
-        raise OSError(errno.EROFS, "Read-only file system", "/ro/.leaderboard.csv.34d75457.part")
+        raise OSError(errno.EROFS, "Read-only file system", "/ro/.leaderboard.csv.34d7545734d75457.tmp")
 
     monkeypatch.setattr(cli, "run_folder", read_only)
     assert cli.main(["report"]) == 1
