@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     from dfqs_nb.ladder import figures, tables
     from dfqs_nb.ladder.imatrix import collect, read_imatrix
     from dfqs_nb.ladder.quantizer import plan, quantize
-    from dfqs_nb.ladder.run import RUNGS, Settings, climb, within_budget
+    from dfqs_nb.ladder.run import RUNGS, Settings, climb, source_of, within_budget
 
 __all__ = ["RUNGS", "Settings", "climb", "collect", "figures", "plan", "quantize", "read_imatrix", "tables"]
-__all__ += ["within_budget"]
+__all__ += ["source_of", "within_budget"]
 
 __getattr__ = lazy(
     __name__,
-    **dict.fromkeys(("RUNGS", "Settings", "climb", "within_budget"), "run"),
+    **dict.fromkeys(("RUNGS", "Settings", "climb", "source_of", "within_budget"), "run"),
     **dict.fromkeys(("collect", "read_imatrix"), "imatrix"),
     **dict.fromkeys(("plan", "quantize"), "quantizer"),
     **{name: name for name in ("figures", "tables")},

@@ -20,14 +20,15 @@ import numpy as np
 import pandas as pd
 
 from dfqs_nb.core import child
-from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.display import quoted, tqdm
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file
 from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.machine import available_memory, usable_cores
-from dfqs_nb.core.stage import Fitted, fit
-from dfqs_nb.gguf.facts import bits_per_weight, types_by_bytes
+from dfqs_nb.core.stage import Fitted, fit, read_stage
+from dfqs_nb.gguf.facts import bits_per_weight, layer_of, types_by_bytes
 from dfqs_nb.gguf.header import GGUFHeader
+from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.ladder import divergence, quantizer
 from dfqs_nb.ladder.imatrix import ImportanceMatrix
@@ -38,6 +39,7 @@ from dfqs_nb.llama.timing import probe
 from dfqs_nb.routing import Trace, differences, load_trace, open_recorded
 from dfqs_nb.scores import ItemSet, Options, SetRun, find_sandbox, score_set
 
+REFERENCE, UNQUANTIZED = "dfqs-nano-f16", {"F16", "BF16", "F32", "I32"}
 RUNGS = ("Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "IQ2_XXS", "IQ1_M", "IQ1_S-XL")
 FORMAT = 7  # of what is kept: raised when an older one must not be used
 PREDICTIONS, TRACE = "reference.npy", "reference.npz"  # of the source, with which all others are compared
@@ -93,6 +95,34 @@ class Ladder:
     settings: Settings
     conditions: dict[str, Any] = field(repr=False)
     notes: tuple[str, ...] = ()  # which rungs are missing, or were made again, and why
+
+
+def source_of(folder: str | Path) -> str:
+    """What a ladder in a run's folder is made from: the reference model at F16, or the model of the run.
+
+    `DfqsError`: the model of the run is quantized, and is not the reference.
+    """
+    path = (
+        Path(read_stage(folder, "merge")["model"]["path"]) if (Path(folder) / "merge.json").exists() else None
+    )
+    if path is None or same_model(open_shards(path).as_one, open_shards(resolve(REFERENCE)[0]).as_one):
+        return REFERENCE
+    tensors = open_shards(path).tensors
+    if {tensor.type for tensor in tensors} <= UNQUANTIZED:
+        return str(path)
+    # a small model's embedding can outweigh its layers
+    layers = [tensor for tensor in tensors if layer_of(tensor.name) is not None]
+    kind = next(iter(types_by_bytes(layers or tensors)))
+    what = f"{path.name} is quantized already (mostly {kind}), and a ladder starts from F16 weights"
+    command = f"dfqs-nb run 08 --run {quoted(Path(folder).name)} -p ladder_source=FILE"
+    hint = f"to climb one, put the same model at F16 for FILE: `{command}`"
+    raise DfqsError(what, hint=hint)
+
+
+def same_model(a: GGUFHeader, b: GGUFHeader) -> bool:
+    """Whether two models have one name, and the same tensors and shapes, as a model and its original have."""
+    ours, theirs = ((it.text("general.name"), {t.name: t.shape for t in it.tensors}) for it in (a, b))
+    return ours == theirs
 
 
 def question_sets(settings: Settings) -> list[ItemSet]:

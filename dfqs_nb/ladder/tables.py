@@ -12,8 +12,9 @@ import pandas as pd
 from dfqs_nb.core.display import per_cent
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes
+from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder.divergence import estimate, summary
-from dfqs_nb.ladder.run import Ladder, Rung
+from dfqs_nb.ladder.run import Ladder, Rung, same_model
 from dfqs_nb.scores import compare_runs
 from dfqs_nb.stats import LEVEL, holm, mean_interval, sign_flip
 
@@ -153,5 +154,8 @@ def hand_on(stage: Stage, ladder: Ladder, tested: pd.DataFrame) -> list[str]:
         lines.append(f"{step} ({ends}): {'; '.join(parts)}")
     lines += ladder.notes
     facts: dict[str, Any] = {"conditions": ladder.conditions, "tier": ladder.settings.tier}
+    source, facts["source"] = ladder.rungs[0].header, {"name": ladder.rungs[0].header.path.name}
+    if (stage.folder / "merge.json").exists():
+        facts["source"]["is_original"] = same_model(source, open_shards(stage.model["path"]).as_one)
     stage.finish(**facts, rungs=rungs, hierarchy=tested.to_dict("records"), summary=lines)
     return lines

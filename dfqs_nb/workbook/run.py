@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from dfqs_nb import ladder
 from dfqs_nb.core.display import counted, did_you_mean, duration, markdown, plain, quoted
 from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.files import read_json, there_is, write_json, write_text
@@ -23,8 +24,6 @@ from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir, run_dir, tilde
 from dfqs_nb.core.stage import COMMAND, Stage, read_stage
 from dfqs_nb.core.stage import NOTEBOOKS as STAGES
 from dfqs_nb.gguf import models as registry
-from dfqs_nb.gguf.facts import layer_of, types_by_bytes
-from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.workbook.live import Live, use
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ PATTERN = "[0-9][0-9]_*.ipynb"
 KERNEL = "python3"
 NANO, STANDARD = "nano", "standard"
 BUDGET_MINUTES = 60.0
-UNQUANTIZED = {"F16", "BF16", "F32", "I32"}
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 
 
@@ -201,8 +199,8 @@ def run_workbook(
             chosen, target = {name: now[name] for name in now if name in names}, folder / path.name
             live = Live(target, chosen.get("budget_minutes", 0.0), watch)
             try:
-                if "ladder_source" in names and tier != NANO and not chosen.get("ladder_source"):
-                    chosen["ladder_source"] = ladder_source(folder)
+                if "ladder_source" in names and not chosen.get("ladder_source"):
+                    chosen["ladder_source"] = ladder.source_of(folder)
             except StageError:
                 raise
             except DfqsError as error:
@@ -363,21 +361,6 @@ def settings_of(tier: str) -> dict[str, Any]:
     if tier not in (NANO, STANDARD):
         raise DfqsError(f"there is no tier {tier!r}", hint="use --tier nano or --tier standard")
     return dict(_table().get(tier, {}))
-
-
-def ladder_source(folder: Path) -> str:
-    """The weights for the ladder: the model of the run in this folder; `DfqsError` if it is quantized."""
-    path = Path(read_stage(folder, "merge")["model"]["path"])
-    tensors = open_shards(path).tensors
-    if {tensor.type for tensor in tensors} <= UNQUANTIZED:
-        return str(path)
-    # a small model's embedding can outweigh its layers
-    layers = [tensor for tensor in tensors if layer_of(tensor.name) is not None]
-    kind = next(iter(types_by_bytes(layers or tensors)))
-    what = f"{path.name} is quantized already (mostly {kind}), and a ladder starts from F16 weights"
-    command = f"dfqs-nb run 08 --run {quoted(folder.name)} -p ladder_source=FILE"
-    hint = f"to climb one, put the same model at F16 for FILE: `{command}`"
-    raise DfqsError(what, hint=hint)
 
 
 def budget_of(notebook: str, left_minutes: float, to_come: Iterable[str]) -> float:

@@ -7,8 +7,10 @@ import json
 import pytest
 from gguf_fixtures import Spec, field, gguf_bytes
 
+from dfqs_nb import ladder
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
+from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.facts import types_by_bytes
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.workbook import run as workbook
@@ -47,14 +49,36 @@ def test_every_setting_of_a_tier_is_a_parameter_of_its_type():
         assert type(value).__name__ == declared[name]["inferred_type_name"], name
 
 
-def test_a_quantized_model_is_named_by_the_type_of_its_layers(tmp_path, monkeypatch):
+def _run_of(model, folder):
+    stage = Stage(folder, "merge")
+    stage.path("merged").write_text("")
+    stage.finish(conditions={}, summary=[], model={"path": str(model)})
+
+
+def test_a_ladder_is_of_the_runs_own_model_or_of_the_reference_in_a_run_of_it(tmp_path):
+    """In JupyterLab, every model got the reference model's ladder in its report."""
+    reference = data_dir() / "reference"
+    assert ladder.source_of(tmp_path / "no run") == "dfqs-nano-f16"
+    _run_of(reference / "DFQS-Nano-Q8_0-00001-of-00002.gguf", tmp_path / "nano")
+    assert ladder.source_of(tmp_path / "nano") == "dfqs-nano-f16"
+    own = tmp_path / "own.gguf"
+    own.write_bytes(
+        gguf_bytes(
+            [field("general.architecture", "STRING", "llama")], [Spec("output.weight", "F16", (256, 64))]
+        )
+    )
+    _run_of(own, tmp_path / "own")
+    assert ladder.source_of(tmp_path / "own") == str(own)
+
+
+def test_a_quantized_model_is_named_by_the_type_of_its_layers(tmp_path):
     """The embedding of this one holds over three times the bytes of its layer."""
     tensors = [Spec("token_embd.weight", "Q8_0", (256, 64)), Spec("blk.0.ffn_up.weight", "Q4_K", (256, 32))]
     path = tmp_path / "small.gguf"
     path.write_bytes(gguf_bytes([field("general.architecture", "STRING", "llama")], tensors))
-    monkeypatch.setattr(workbook, "read_stage", lambda folder, name: {"model": {"path": str(path)}})
+    _run_of(path, tmp_path / "my run")
     with pytest.raises(DfqsError, match=r"small.gguf is quantized already \(mostly Q4_K\)") as caught:
-        workbook.ladder_source(tmp_path / "my run")
+        ladder.source_of(tmp_path / "my run")
     assert "`dfqs-nb run 08 --run 'my run' -p ladder_source=FILE`" in str(caught.value)
     assert next(iter(types_by_bytes(read_header(path).tensors))) == "Q8_0"
 
