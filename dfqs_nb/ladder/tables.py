@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dfqs_nb.core.display import per_cent
+from dfqs_nb.core.display import NONE, per_cent, size
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.facts import bits_per_weight, class_of, class_sizes
 from dfqs_nb.gguf.shards import open_shards
@@ -27,6 +27,8 @@ LEVELS: dict[str, tuple[str, ...]] = {
 }
 SAME = "no evidence of a difference"
 METRICS = {"kld": "KL divergence", "same_top": "same top token", "routing": "same experts"}
+SHOWN = ["size", "bits a weight", "KL divergence, nats (95 % interval)", "99 % of tokens under"]
+SHOWN += ["same experts (95 % interval)"]
 COMPARED = "step a b bits_a bits_b metric n value_a value_b difference low high p".split()
 
 
@@ -135,25 +137,33 @@ def hand_on(stage: Stage, ladder: Ladder, tested: pd.DataFrame) -> list[str]:
         f"({top['bits_per_weight']:.2f} bits a weight) to {low['rung']} "
         f"({low['bits_per_weight']:.2f}{f', routed experts {bits:.2f}' if bits == bits else ''})"
     ]
-    for row in (rungs[1], low) if len(rungs) > 2 else rungs[1:]:
-        known = row["kld_low"] == row["kld_low"]
+    counts = f"n = {low['n_tokens']:,} tokens in {low['n_chunks']} chunks"
+    shown, told = list[dict[str, str]](), dict[str, str]()
+    for row in sorted(rungs[1:], key=itemgetter("bytes"), reverse=True):
+        known, share = row["kld_low"] == row["kld_low"], per_cent
         interval = f"{row['kld_low']:.2g} to {row['kld_high']:.2g}" if known else "unknown"
-        within = f" ({per_cent(row['routing_low'])} to {per_cent(row['routing_high'])})" if known else ""
-        counts = f"n = {row['n_tokens']:,} tokens in {row['n_chunks']} chunks"
-        alike = f", same experts in {per_cent(row['routing'])}{within}" if row["routing"] >= 0 else ""
-        lines.append(
+        within = f" ({share(row['routing_low'])} to {share(row['routing_high'])})" if known else ""
+        same = f"{share(row['routing'])}{within}" if row["routing"] >= 0 else ""  # NaN: a dense model
+        cells = [size(row["bytes"]), f"{row['bits_per_weight']:.2f}", f"{row['kld']:.2g} ({interval})"]
+        cells += [f"{row['kld_tail']:.2g}", same or NONE]
+        shown.append({"rung": row["rung"], **dict(zip(SHOWN, cells, strict=True))})
+        told[row["rung"]] = (
             f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {interval}, 99 % of tokens "
-            f"under {row['kld_tail']:.2g}, {counts}){alike}"
+            f"under {row['kld_tail']:.2g}, {counts}){same and f', same experts in {same}'}"
         )
+    lines += [told[name] for name in dict.fromkeys(row["rung"] for row in (*rungs[1:2], low)) if name in told]
+    notes = [f"{lines[0]}; {counts}"]
     for (step, a, b), part in tested.groupby(["step", "a", "b"], sort=False):
         parts = []
         for verdict, rows in part.groupby("verdict", sort=False):
             metrics = ", ".join(f"{row.metric} (n = {row.n})" for row in rows.itertuples())
             parts.append(f"{verdict}: {metrics}")
         ends = f"{a} at {part['bits_a'].iloc[0]:.2f} bits to {b} at {part['bits_b'].iloc[0]:.2f}"
-        lines.append(f"{step} ({ends}): {'; '.join(parts)}")
-    lines += ladder.notes
+        notes.append(f"{step} ({ends}): {'; '.join(parts)}")
+    notes += ladder.notes
+    lines += notes[1:]
     facts: dict[str, Any] = {"conditions": ladder.conditions, "tier": ladder.settings.tier}
+    facts |= {"shown": shown, "notes": notes}
     source, facts["source"] = ladder.rungs[0].header, {"name": ladder.rungs[0].header.path.name}
     if (stage.folder / "merge.json").exists():
         facts["source"]["is_original"] = same_model(source, open_shards(stage.model["path"]).as_one)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dfqs_nb.core.display import counted, duration, plain
+from dfqs_nb.core.display import NONE, counted, duration, plain
 from dfqs_nb.core.files import is_file, sha256_of_file, write_json, write_text
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import NOTEBOOKS, Stage, read_stage
@@ -179,7 +179,6 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "context_curve": details[CURVE].get("points"),
         "score_families": any(details[name]["value"] is not None for name in SCORES),
     }
-    conditions = pd.json_normalize(report["conditions"]).to_dict("records")  # pandas 2: no row for {}
     return {
         "report": report,
         "absent": {*BESIDE, "budgets"} - set(beside) | (set() if report["claims"] else {"claims"}),
@@ -193,14 +192,32 @@ def view(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "link": link,
         "paging": _pairs(paging if is_paged else {}, "a token of decode, predicted and measured"),
         "beside": beside,
+        "source": beside.get("ladder", {}).get("source"),
         "model": _pairs({name.replace("_", " "): it for name, it in model.items()}, "of the model"),
-        "conditions": _pairs(conditions[0] if conditions else {}, "condition"),
+        "conditions": _conditions(report["conditions"]),
         "machine": _pairs({**ran, **other}, "where it ran"),
     }
 
 
 def _pairs(facts: Mapping[str, Any], name: str) -> pd.DataFrame:
     return pd.DataFrame(facts.items(), columns=[name, "value"], dtype=object)
+
+
+def _conditions(conditions: Mapping[str, Any]) -> pd.DataFrame:
+    """A row for each value of a condition, with the sets of questions that it is of."""
+    scores = conditions.get("scores", {})
+    common = {name: it for name, it in scores.items() if not isinstance(it, Mapping)}
+    parts = {name: common | it for name, it in scores.items() if isinstance(it, Mapping)}
+    sets = list(parts)
+    parts = (parts or {"scores": common}) | {name: it for name, it in conditions.items() if name != "scores"}
+    found: dict[str, dict[str, tuple[Any, list[str]]]] = {}
+    for part, own in parts.items():
+        for name, value in pd.json_normalize(own).to_dict("index").get(0, {}).items():
+            found.setdefault(name, {}).setdefault(str(value), (value, []))[1].append(part)
+    rows = [(name, value, of) for name, values in found.items() for value, of in values.values()]
+    names = {tuple(parts): "all", tuple(sets): "all of scores"}
+    rows = [(name, value, names.get(tuple(of), ", ".join(of))) for name, value, of in rows]
+    return pd.DataFrame(rows, columns=["condition", "value", "of"], dtype=object)
 
 
 def retrieval(curve: Mapping[str, Any]) -> pd.DataFrame:
@@ -216,8 +233,11 @@ def retrieval(curve: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(shown, columns=columns)
 
 
-def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
-    """What else there is: summaries of ladder and serving; each stage's budget, and what it left out."""
+def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """What else there is: ladder and serving; each stage's budget, and what it left out.
+
+    ``table``: a frame; ``lines`` below it; ``source``: of a ladder.
+    """
     stages, budgets = reading.stages_in(folder), []
     for name, stage in stages.items():
         if budget := stage.get("budget"):
@@ -229,8 +249,13 @@ def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
             budgets.append(f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {taken}{missing}")
     if any(stage.get("left_out") for stage in stages.values()):
         budgets.append(f"A larger budget measures more: {rerun([], report['command'], more=True)}")
-    lines = {name: stages[name].get("summary", []) for name in BESIDE if name in stages}
-    return {name: own for name, own in {**lines, "budgets": budgets}.items() if own}
+    found: dict[str, dict[str, Any]] = {"budgets": {"lines": budgets}} if budgets else {}
+    for name in (it for it in BESIDE if it in stages):
+        stage = stages[name]
+        table = pd.DataFrame(stage.get("shown", []), dtype=object).fillna(NONE)
+        lines = stage["notes"] if len(table) and "notes" in stage else stage.get("summary", [])
+        found[name] = {"table": table, "lines": lines, "source": stage.get("source")}
+    return found
 
 
 def _figure(folder: Path, name: str) -> str:

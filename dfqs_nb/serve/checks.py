@@ -459,28 +459,34 @@ def hand_on(
     """
     tables["comparisons"] = comparison_table(items)
     by_server = tables["checks"].groupby("server", sort=False)["verdict"]
+    shown = {name: {"server": str(name), "checks": tally(verdicts)} for name, verdicts in by_server}
     lines = [f"{name}: {len(verdicts)} checks: {tally(verdicts)}" for name, verdicts in by_server]
     for row in tables["comparisons"].itertuples():
         why = "" if row.causes == "none" else f" ({row.causes})"
-        same = f"{row.same_text} of {row.items} answers of {row.set}"
         bound = f"95 % upper bound of others: {per_cent(row.differ_at_most, 0)}"
+        same = f"{row.same_text} of {row.items} answers of {row.set}"
         lines.append(f"{row.server}: {same} are those of this process{why}; {bound}")
-    gone = "not measured to the end"
-    lines += [f"{name}: {gone}: {why}" for name, why in stopped.items()]
+        cell = f"{row.same_text} of {row.items}{why}; {bound}"
+        shown[row.server][f"same answers as without a server, {row.set}"] = cell
+    notes = [f"{name}: not measured to the end: {why}" for name, why in stopped.items()]
+    lines += notes
     for name, rows in tables["speeds"].groupby("server", sort=False):
         ends = [rows.iloc[at] for at in sorted({0, len(rows) - 1})]
         for row in ends:
-            speed, clients = f"{row['tokens_per_sec']:,.0f} tokens/s", counted(row["clients"], "clients")
-            spread = f"{row['min']:,.0f} to {row['max']:,.0f} in {counted(row['rounds'], 'rounds')}"
-            lines.append(
-                f"{name}: {speed} for {clients} ({spread} of {counted(row['requests'], 'requests')})"
-            )
+            speed, clients = f"{row['tokens_per_sec']:,.0f}", counted(row["clients"], "clients")
+            spread = f"{row['min']:,.0f} to {row['max']:,.0f}"
+            often = f"{counted(row['rounds'], 'rounds')} of {counted(row['requests'], 'requests')}"
+            lines.append(f"{name}: {speed} tokens/s for {clients} ({spread} in {often})")
+            shown[name][f"tokens/s, {clients}"] = f"{speed} ({spread}; {often})"
         few, many = ends[0], ends[-1]
         if len(ends) > 1 and few["min"] <= many["max"] and many["min"] <= few["max"]:
-            lines.append(f"{name}: these ranges overlap, so nothing is shown about more clients")
+            notes.append(f"{name}: these ranges overlap, so nothing is shown about more clients")
+            lines.append(notes[-1])
     stage.finish(
         conditions={name: endpoint.conditions() for name, endpoint in connected.items()},
         summary=lines,
+        shown=[*shown.values()],
+        notes=notes,
         model=stage.model,
         recipes=list(recipes),
         loaded={name: server.loaded for name, server in running.items()},

@@ -823,6 +823,12 @@ def test_what_ladder_and_serving_found_is_shown(copied):
     stage.finish(conditions={}, summary=["Q4 loses <b>nothing</b>"])
     report.write_report(copied, report.read_report(copied))
     assert "Q4 loses &lt;b&gt;nothing&lt;/b&gt;" in (copied / "report.html").read_text()
+    source = {"name": "other*F16.gguf", "is_original": False}
+    stage.finish(conditions={}, summary=["long"], shown=[{"rung": "<Q4>"}], notes=["one step"], source=source)
+    report.write_report(copied, report.read_report(copied))
+    page, text = ((copied / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "&lt;Q4&gt;" in page and "one step" in page and "long</li>" not in page
+    assert r"other\*F16.gguf, which has not the name" in text
     assert report.check_run(copied)
 
 
