@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING
 
-import numpy as np
 from matplotlib.transforms import ScaledTranslation
 
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis, whiskers
@@ -13,6 +11,8 @@ from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis, 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+CHOICES = "-choices"  # ends the name of a set that is asked as multiple choice
 
 
 def score_families(table: pd.DataFrame) -> Axes | str:
@@ -22,18 +22,25 @@ def score_families(table: pd.DataFrame) -> Axes | str:
     """
     if table.empty:
         return "No figure of families: no question was answered in the time."
-    ax = new_axes(1.2 + 0.2 * len(table))
     sets = list(dict.fromkeys(table["set"]))
+    # a set that is also asked as multiple choice: both in one row
+    of = {name: name.removesuffix(CHOICES) for name in sets if name.removesuffix(CHOICES) in sets}
+    table = table.assign(of=table["set"].replace(of))
+    families = table.groupby(["of", "family", "length"], sort=False)
+    ax = new_axes(1.2 + 0.24 * families.ngroups)
     for colour, name in zip(PALETTE, sets, strict=False):
-        rows = np.flatnonzero(table["set"] == name)
-        part = table.iloc[rows]
+        chosen = table["set"] == name
+        part, apart = table[chosen], 0.18 * (list(of.values()).count(of.get(name, name)) > 1)
+        rows = families.ngroup()[chosen] + (-apart if name.endswith(CHOICES) else apart)
         n, right = " to ".join(map(str, sorted({part["n"].min(), part["n"].max()}))), part["accuracy"]
-        ax.errorbar(right, rows, xerr=whiskers(part, "accuracy"), fmt="none", color=colour, capsize=3)
-        ax.plot(right, rows, "o", color=colour, label=f"{name} (n = {n} a family)")
-    guess = table["guess_rate"].reset_index(drop=True).loc[lambda rate: rate > 0]
-    ax.plot(guess, guess.index, "|", color=INK, markersize=13, markeredgewidth=1.5, label="guessing")
-    several = table.groupby(["set", "family"])["length"].transform("nunique") > 1
-    names = table["family"] + (", " + table["length"]).where(several, "")
+        ax.errorbar(right, rows, xerr=whiskers(part, "accuracy"), fmt="none", color=colour, capsize=2)
+        ax.plot(right, rows, "o", color=colour, markersize=5, label=f"{name} (n = {n} a family)")
+        guess = part["guess_rate"].where(part["guess_rate"] > 0)
+        ax.plot(guess, rows, "|", color=INK, markersize=8, markeredgewidth=1.5)
+    ax.plot([], [], "|", color=INK, markersize=8, markeredgewidth=1.5, label="guessing")
+    named = families.first().reset_index()
+    several = named.groupby(["of", "family"])["length"].transform("nunique") > 1
+    names = named["family"] + (", " + named["length"]).where(several, "")
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(-0.02, 1.02)
@@ -41,10 +48,10 @@ def score_families(table: pd.DataFrame) -> Axes | str:
     # below the label of the x axis, by as many inches in a high figure as in a low one
     below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.0), bbox_transform=below)
-    # a set that is also asked as multiple choice counts once, and what nobody can guess not at all
-    once = table[(table["guess_rate"] > 0) & ~table["set"].isin([f"{name}-choices" for name in sets])]
-    if len(once):
-        above = int((once["low"] > once["guess_rate"]).sum())
-        of = " and ".join(once["set"].unique())
-        set_title(ax, textwrap.fill(f"{of}: {above} of {len(once)} families beat guessing", 80))
+    beaten, can_be_guessed = [], table[table["guess_rate"] > 0]  # what nobody can guess is not counted
+    for name, part in can_be_guessed.groupby("set", sort=False):
+        above = int((part["low"] > part["guess_rate"]).sum())
+        beaten.append(f"{name}: {above} of {len(part)} families beat guessing")
+    if beaten:
+        set_title(ax, "\n".join(beaten))
     return ax
