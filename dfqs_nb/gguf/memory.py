@@ -70,8 +70,8 @@ def kv_cache_bytes(
         return KvCacheBytes(_deepseek4(header, cells, min(n_ctx, n_ubatch), type_k, swa_full))
     layers = _attention(header, cells, type_k, type_v)
     if header.arch("ssm.state_size") or header.arch("wkv.head_size"):
-        note = "recurrent layers counted as attention; their state is not counted"
-        return KvCacheBytes(layers, "rough", note)
+        counted = "" if 0 in layers else "recurrent layers counted as attention; "
+        return KvCacheBytes(layers, "rough", f"{counted}the state of recurrent layers is not counted")
     if header.arch("attention.sliding_window"):
         note = "sliding-window layers counted as if they kept the whole context"
         return KvCacheBytes(layers, "upper bound", note)

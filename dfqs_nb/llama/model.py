@@ -328,10 +328,10 @@ class ReuseCheck:
     @property
     def sentence(self) -> str:
         """The verdict for people, with what was compared."""
-        so = "asked from its saved state" if self.allowed else "evaluated afresh, each with its text"
-        how = f"{self.n_close} of {self.n_tokens} tokens have the same logits to within {TOLERANCE:g}"
-        after = f"after a text of {self.n_text:,} tokens, and after its saved state"
-        return f"{after}, {how} (largest difference {self.largest_difference:.2g}). So questions are {so}"
+        so = "each text is read once" if self.allowed else "each question is asked with its whole text"
+        text = f"check of the saved state: after the first {self.n_text:,} tokens of the first text, "
+        how = f"{self.n_close} of {self.n_tokens} tokens of a question get the same logits to within "
+        return f"{text}{how}{TOLERANCE:g} (largest difference {self.largest_difference:.2g}). So {so}"
 
 
 def check_reuse(model: Model, text: Sequence[int], question: Sequence[int]) -> ReuseCheck:
