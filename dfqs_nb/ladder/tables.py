@@ -32,6 +32,15 @@ SHOWN += ["same experts (95 % interval)"]
 COMPARED = "step a b bits_a bits_b metric n value_a value_b difference low high p".split()
 
 
+def two_digits(value: float) -> str:
+    """A number with two significant digits and no exponent.
+
+    >>> two_digits(0.000099), two_digits(3.187), two_digits(float("nan"))
+    ('0.000099', '3.2', 'unknown')
+    """
+    return "unknown" if value != value else np.format_float_positional(value, 2, fractional=False, trim="-")
+
+
 def by_chunk(rung: Rung) -> pd.DataFrame:
     """How similar a rung is to the source: a row a chunk, a column for each of `METRICS`.
 
@@ -141,15 +150,16 @@ def hand_on(stage: Stage, ladder: Ladder, tested: pd.DataFrame) -> list[str]:
     shown, told = list[dict[str, str]](), dict[str, str]()
     for row in sorted(rungs[1:], key=itemgetter("bytes"), reverse=True):
         known, share = row["kld_low"] == row["kld_low"], per_cent
-        interval = f"{row['kld_low']:.2g} to {row['kld_high']:.2g}" if known else "unknown"
+        kld, low, high, tail = (two_digits(row[it]) for it in ("kld", "kld_low", "kld_high", "kld_tail"))
+        interval = f"{low} to {high}" if known else "unknown"
         within = f" ({share(row['routing_low'])} to {share(row['routing_high'])})" if known else ""
         same = f"{share(row['routing'])}{within}" if row["routing"] >= 0 else ""  # NaN: a dense model
-        cells = [size(row["bytes"]), f"{row['bits_per_weight']:.2f}", f"{row['kld']:.2g} ({interval})"]
-        cells += [f"{row['kld_tail']:.2g}", same or NONE]
+        cells = [size(row["bytes"]), f"{row['bits_per_weight']:.2f}", f"{kld} ({interval})"]
+        cells += [tail, same or NONE]
         shown.append({"rung": row["rung"], **dict(zip(SHOWN, cells, strict=True))})
         told[row["rung"]] = (
-            f"{row['rung']}: KL divergence {row['kld']:.2g} nats (95 % interval {interval}, 99 % of tokens "
-            f"under {row['kld_tail']:.2g}, {counts}){same and f', same experts in {same}'}"
+            f"{row['rung']}: KL divergence {kld} nats (95 % interval {interval}, 99 % of tokens "
+            f"under {tail}, {counts}){same and f', same experts in {same}'}"
         )
     lines += [told[name] for name in dict.fromkeys(row["rung"] for row in (*rungs[1:2], low)) if name in told]
     notes = [f"{lines[0]}; {counts}"]

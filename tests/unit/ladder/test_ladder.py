@@ -168,7 +168,7 @@ def tested(climbed):
     return tables.hierarchy(climbed)
 
 
-def test_the_hierarchy_takes_the_rungs_that_there_are(tested):
+def test_the_hierarchy_takes_the_rungs_that_there_are(climbed, tested):
     assert set(zip(tested["step"], tested["a"], tested["b"], strict=True)) == {
         ("FP16/FP8 -> Q4-Q6", "Q8_0", "Q4_K_M")
     }
@@ -177,6 +177,10 @@ def test_the_hierarchy_takes_the_rungs_that_there_are(tested):
     first = tested.iloc[0]
     assert first["metric"] == "KL divergence" and first["difference"] > 0
     assert np.isnan(first["low"]) and first["n"] == 3 and first["verdict"] == SAME
+    of = {rung.name: rung.bits_per_weight for rung in climbed.rungs}
+    for (step, *ends), _ in tested.groupby(["step", "bits_a", "bits_b"]):
+        upper, lower = ([of[it] for it in tables.LEVELS[level] if it in of] for level in step.split(" -> "))
+        assert ends == [min(upper), max(lower)], "other rungs were compared"
     assert tested["p_holm"].tolist() == pytest.approx(holm(tested["p"].tolist()))
 
 
