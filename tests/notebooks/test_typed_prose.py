@@ -52,7 +52,7 @@ ALONE = {
         + ["- **Settings**", "All runs that only need", "With `budget_minutes`, lengths"]
     },
     "05": {
-        METHOD: ["The context must hold", "Every text hides the", "The lengths of one text", "The curve may take"]
+        METHOD: ["The context must hold", "Every text hides the", "One text of each length", "The curve may take"]
         + ["A longer plan is cut", "1. texts a length", "2. both again"],
     },
     "06": {
@@ -61,7 +61,7 @@ ALONE = {
     },
     "07": {METHOD: ["A verdict is given only"], "a command to type": ["For another machine"]},
     "09": {
-        BY_CONSTRUCTION: ["It is the reference for", "Keys are never"],
+        BY_CONSTRUCTION: ["It is the reference for"],
         OPEN: ["This did **not show** how a large", "That server keeps its cache", "What does the check"],
     },
     "words.txt": {
