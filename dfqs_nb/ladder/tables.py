@@ -149,19 +149,18 @@ def hand_on(stage: Stage, ladder: Ladder, tested: pd.DataFrame) -> list[str]:
     counts = f"n = {low['n_tokens']:,} tokens in {low['n_chunks']} chunks"
     shown, told = list[dict[str, str]](), dict[str, str]()
     for row in sorted(rungs[1:], key=itemgetter("bytes"), reverse=True):
-        known, share = row["kld_low"] == row["kld_low"], per_cent
-        kld, low, high, tail = (two_digits(row[it]) for it in ("kld", "kld_low", "kld_high", "kld_tail"))
-        interval = f"{low} to {high}" if known else "unknown"
-        within = f" ({share(row['routing_low'])} to {share(row['routing_high'])})" if known else ""
-        same = f"{share(row['routing'])}{within}" if row["routing"] >= 0 else ""  # NaN: a dense model
-        cells = [size(row["bytes"]), f"{row['bits_per_weight']:.2f}", f"{kld} ({interval})"]
-        cells += [tail, same or NONE]
+        kld, *ends, tail = (two_digits(row[it]) for it in ("kld", "kld_low", "kld_high", "kld_tail"))
+        known = row["kld_low"] == row["kld_low"]
+        interval = " to ".join(ends) if known else "unknown"
+        within = f" ({per_cent(row['routing_low'])} to {per_cent(row['routing_high'])})" if known else ""
+        same = f"{per_cent(row['routing'])}{within}" if row["routing"] >= 0 else ""  # NaN: a dense model
+        cells = size(row["bytes"]), f"{row['bits_per_weight']:.2f}", f"{kld} ({interval})", tail, same or NONE
         shown.append({"rung": row["rung"], **dict(zip(SHOWN, cells, strict=True))})
         told[row["rung"]] = (
             f"{row['rung']}: KL divergence {kld} nats (95 % interval {interval}, 99 % of tokens "
             f"under {tail}, {counts}){same and f', same experts in {same}'}"
         )
-    lines += [told[name] for name in dict.fromkeys(row["rung"] for row in (*rungs[1:2], low)) if name in told]
+    lines += [told[name] for name in dict.fromkeys(row["rung"] for row in (*rungs[1:2], *rungs[1:][-1:]))]
     notes = [f"{lines[0]}; {counts}"]
     for (step, a, b), part in tested.groupby(["step", "a", "b"], sort=False):
         parts = []
