@@ -286,10 +286,13 @@ def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
 
 
 def say(*lines: object) -> None:
-    """Print long lines so that they break between words, not within a name, "n = 32" or "95 %"."""
+    """Print long lines so that they break between words, not within a name, a command, "n = 32" or "95 %"."""
     for line in lines:
         text, indent = re.sub(" (?=[=%])|(?<==) ", "\xa0", str(line)), "  " * str(line).startswith("- ")
-        filled = textwrap.fill(text, TEXT_WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+        text = CODE.sub(lambda it: it[0].replace(" ", "\xa0"), text)
+        filled = textwrap.fill(
+            text, TEXT_WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+        )
         print(filled.replace("\xa0", " "))
 
 

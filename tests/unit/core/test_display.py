@@ -57,3 +57,9 @@ def test_an_error_says_where_what_and_what_to_do():
 def test_nested_conditions_are_compared_field_by_field():
     a, b = ({"n_ctx": 1, "sampling": {"seed": seed}} for seed in (1, 2))
     assert differing_fields(a, b) == {"sampling.seed": (1, 2)}
+
+
+def test_a_command_is_not_broken_in_two(capsys):
+    """It could not be copied out of a notebook."""
+    display.say(f"{'word ' * 16}so repeat it with `dfqs-nb run 03 --run nano`")
+    assert capsys.readouterr().out.splitlines()[1] == "`dfqs-nb run 03 --run nano`"
