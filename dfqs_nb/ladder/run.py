@@ -102,9 +102,7 @@ def source_of(folder: str | Path) -> str:
 
     `DfqsError`: the model of the run is quantized, and is not the reference.
     """
-    path = (
-        Path(read_stage(folder, "merge")["model"]["path"]) if (Path(folder) / "merge.json").exists() else None
-    )
+    path = Path(read_stage(folder, "merge")["model"]["path"]) if Path(folder, "merge.json").exists() else None
     if path is None or same_model(open_shards(path).as_one, open_shards(resolve(REFERENCE)[0]).as_one):
         return REFERENCE
     tensors = open_shards(path).tensors
