@@ -48,6 +48,11 @@ def changed(stage: str, *path: str | int, to) -> dict:
     return stages
 
 
+def without(facts: dict, name: str) -> dict:
+    """The facts but one."""
+    return {key: value for key, value in facts.items() if key != name}
+
+
 def point(length: int) -> dict:
     """A length of a curve."""
     return {"length": length, "n": 15, "accuracy": 0.9, "low": 0.7, "high": 1.0}
@@ -310,6 +315,10 @@ def test_a_setting_that_a_stage_does_not_state_is_not_tested_and_named(header):
         ),
         (changed("scores", "scores", 0, "value", to="0.5"), r"scores\[0\].value: .*number.*"),
         (changed("routing", "verdict", to={"passed": True}), "verdict: 'routed' is a required property"),
+        (
+            changed("routing", "verdict", to=without(recorded("routing")["verdict"], "load_sentence")),
+            "verdict: 'load_sentence' is a dependency of 'load_passed'",
+        ),
         (changed("generate", "answers", to=[{}]), r"answers\[0\]: 'tokens' is a required property"),
         (changed("routing", "claims", to=[{"status": "x"}]), r"claims\[0\]: 'claim' is a required property"),
     ],
