@@ -20,7 +20,7 @@ from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question
 from dfqs_nb.context.plan import CHECK_TOKENS, Meter, Plan, RuntimeFailure, crew, side_by_side
 from dfqs_nb.core.display import counted, duration, tqdm
 from dfqs_nb.core.files import parse_json
-from dfqs_nb.core.journal import Journal, holds
+from dfqs_nb.core.journal import ROW_HASH, Journal, holds
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.model import DecodeError, Model, ReuseCheck, SavedState, check_reuse
 
@@ -180,6 +180,7 @@ def read_answers(folder: str | Path) -> list[pd.DataFrame]:
         row = parse_json(line)
         if not isinstance(row, dict) or not _is_whole(row):
             raise ValueError(f"not an answer: {line[:80].decode('utf-8', 'replace')}")
+        row.pop(ROW_HASH, None)
         runs.setdefault(str(row.pop("conditions", "")), []).append({"id": "", **row})
     frames = [item_frame(rows) for rows in reversed(runs.values())]
     return [frame for frame in frames if len(frame)]

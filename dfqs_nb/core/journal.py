@@ -14,6 +14,7 @@ from dfqs_nb.core.files import canonical_sha256, parse_json, write_json
 
 # They change how long work takes but no number; free memory decides them anew at every start.
 TIME_ONLY = {"paging"}
+ROW_HASH = "row_sha256"  # of all else in a row, shortened
 
 
 def conditions_hash(conditions: Mapping[str, Any]) -> str:
@@ -40,12 +41,16 @@ def holds(row: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
     return all(isinstance(row.get(name), kind) for name, kind in fields.items())
 
 
+def _hash_of(row: Mapping[str, Any]) -> str:
+    return canonical_sha256(row)[:16]
+
+
 class Journal(dict[str, dict[str, Any]]):
     """Rows of a JSONL file that were made under the same conditions, by their id, in the order of writing.
 
-    `add` returns after its row is on the disk. A last line that a kill cut short is removed. Rows of other
-    conditions, and damaged rows, are ignored: their items are measured again. ``fields``: what each row must
-    have (see `holds`); ``whole``: whether a row is more than that.
+    `add` returns after its row, with its hash, is on the disk. A last line that a kill cut short is removed.
+    Rows of other conditions, and rows that are not as they were written, are ignored: their items are
+    measured again. ``fields``: what each row must have (see `holds`); ``whole``: whether a row is more.
     """
 
     def __init__(
@@ -64,9 +69,10 @@ class Journal(dict[str, dict[str, Any]]):
         if (end := raw.rfind(b"\n") + 1) < len(raw):
             os.truncate(self.path, end)
         for line in raw[:end].split(b"\n"):
-            with suppress(ValueError):  # a damaged line: its item is measured again
+            with suppress(ValueError, RecursionError):  # a damaged line: its item is measured again
                 row = parse_json(line)
-                if isinstance(row, dict) and row.pop("conditions", None) == self.key:
+                is_as_written = isinstance(row, dict) and row.pop(ROW_HASH, None) == _hash_of(row)
+                if is_as_written and row.pop("conditions", None) == self.key:
                     item = row.pop("id", None)
                     if isinstance(item, str) and holds(row, fields) and whole(row):
                         self[item] = row
@@ -77,13 +83,15 @@ class Journal(dict[str, dict[str, Any]]):
 
     def add(self, item: str, **row: Any) -> dict[str, Any]:
         """Append a row and return it as it will be read."""
-        line = json.dumps({"conditions": self.key, "id": item, **row})  # ASCII: no text can break the file
+        row = json.loads(json.dumps(row))
+        whole = {"conditions": self.key, "id": item, **row}
+        line = json.dumps(whole | {ROW_HASH: _hash_of(whole)})  # ASCII: no text can break the file
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self[item] = json.loads(json.dumps(row))
-        return self[item]
+        self[item] = row
+        return row
 
 
 def remembered(

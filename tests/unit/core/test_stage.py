@@ -124,6 +124,13 @@ def test_a_row_of_a_journal_that_is_not_as_it_was_written_is_passed_over(tmp_pat
     assert again.rows() == [{"id": "a", "tokens": 3}]
     again.add("b", tokens=4)
     assert Journal(path, {"n": 1}, fields=fields).rows()[1:] == [{"id": "b", "tokens": 4}]
+    raw = path.read_bytes()
+    for old, new in (
+        (b'"tokens": 4', b'"tokens": 5'),
+        (b'"id": "b", "tokens": 4', b'"id": "c", "tokens": 4'),
+    ):
+        path.write_bytes(raw.replace(old, new))
+        assert Journal(path, {"n": 1}, fields=fields).rows() == [{"id": "a", "tokens": 3}]
 
 
 def test_a_parameter_below_one_is_refused_by_its_name(tmp_path):
