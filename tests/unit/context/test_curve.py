@@ -210,13 +210,14 @@ def test_reused_and_fresh_give_the_same_answers(nano, tmp_path):
 
 
 CHILD = """
-import sys
+import contextlib, sys
 from dfqs_nb import context
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
 with open_model(sys.argv[1], OpenSettings(n_ctx=640, n_threads=1), trial=False) as model:
     plan = context.make_plan(model, sys.argv[3], 512 if "nano" in sys.argv[3] else 256, n_haystacks=2)
-    run = context.measure(model, plan, sys.argv[2])
+    with contextlib.redirect_stdout(sys.stderr):  # a resumed run says that it goes on
+        run = context.measure(model, plan, sys.argv[2])
     print(run.items.to_csv(index=False))
     print(run.counts().curve().to_csv(index=False), run.boundary(), run.evaluated_tokens)
 """
