@@ -235,11 +235,15 @@ def measure(
         return None if run.budget_hit else Counts.of(items[items["length"].isin(done)])
 
     total = plan.probe.needles * sum(map(plan.n_texts, plan.grid))
-    if plan.n_haystacks and len(run.items):
-        there = run.items["length"].value_counts() / plan.probe.needles
-        texts = {n: max(0, plan.n_texts(n) - there.get(n, 0)) for n in plan.grid}
+
+    def there() -> pd.Series:
+        """Answers by planned length."""
+        return run.items["length"].value_counts().reindex(plan.grid, fill_value=0)
+
+    if 0 < there().sum() < total:
+        texts = {n: plan.n_texts(n) - there()[n] / plan.probe.needles for n in plan.grid}
         rest = duration(sum(plan.text_seconds(n) * missing for n, missing in texts.items()))
-        print(f"{len(run.items):,} of {total:,} answers are there; the rest will take about {rest}")
+        print(f"{there().sum():,} of {total:,} answers are there; the rest will take about {rest}")
     with crew(model) as copies, tqdm(total=total, unit="question", desc="long context") as bar:
         try:
             if plan.n_haystacks:
@@ -252,7 +256,7 @@ def measure(
             at = min(now, model.settings.n_ctx) if error.cause == "n_ctx" else now
             run.failure = RuntimeFailure(at, error.cause, str(error))
         except KeyboardInterrupt as stop:
-            stop.add_note(f"{len(run.items):,} of {total:,} answers are there")
+            stop.add_note(f"{there().sum():,} of {total:,} answers are there")
             raise
         finally:
             model.clear()

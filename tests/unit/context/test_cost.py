@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from test_memory import NANO, smollm2
 
+from dfqs_nb.context import curve
 from dfqs_nb.context import plan as plans
 from dfqs_nb.context.plan import (
     LEAST_CONTEXT,
@@ -132,6 +133,28 @@ def test_no_text_is_begun_after_an_interrupt(n_workers):
     with pytest.raises(KeyboardInterrupt):
         side_by_side(range(n_workers), work, range(100))
     assert len(begun) < 50
+
+
+def test_a_stopped_curve_says_what_is_there_and_so_does_the_next_run(tmp_path, monkeypatch, capsys):
+    """The next run gave the time of all answers, as if none were there."""
+    ask, left = curve.Run.ask, iter(range(3))
+
+    def stopped(*arguments) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        ask(*arguments)
+
+    with open_model(NANO, OpenSettings(n_ctx=600, n_threads=1), trial=False) as model:
+        plan = plans.make_plan(model, "long-context-nano-keys", longest=512, n_haystacks=2)
+        monkeypatch.setattr(curve.Run, "ask", stopped)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            curve.measure(model, plan, tmp_path)
+        assert caught.value.__notes__ == ["18 of 36 answers are there"]
+        monkeypatch.setattr(curve.Run, "ask", ask)
+        for said in ("18 of 36 answers are there; the rest will take about ", ""):
+            assert len(curve.measure(model, plan, tmp_path).items) == 36
+            out = capsys.readouterr().out
+            assert said in out and bool(said) == bool(out)
 
 
 FILL = """
