@@ -328,7 +328,7 @@ class ReuseCheck:
     @property
     def sentence(self) -> str:
         """The verdict for people, with what was compared."""
-        so = "each text is read once" if self.allowed else "each question is asked with its whole text"
+        so = "each text is read once" if self.allowed else "each question is asked afresh with its text"
         text = f"check of the saved state: after the first {self.n_text:,} tokens of the first text, "
         how = f"{self.n_close} of {self.n_tokens} tokens of a question get the same logits to within "
         return f"{text}{how}{TOLERANCE:g} (largest difference {self.largest_difference:.2g}). So {so}"
