@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,10 @@ def run_experiment(
     return Experiment(settings, runs.traces, rows, left_out, runs.n_made)
 
 
+def _crashes(each: Condition) -> bool:
+    return each.settings.use_extra_bufts and has_amx()
+
+
 @dataclass
 class _Runs:
     """The traces recorded now or earlier, and how each condition ended."""
@@ -193,37 +198,37 @@ class _Runs:
         processes = list(dict.fromkeys(each.process for each in self.planned))
         ordered = sorted(self.planned, key=lambda each: processes.index(each.process))
         with child.Worker("dfqs_nb.routing.record_child") as worker:
-            plan, process = self._plan(worker, len(processes)), processes[0]
-            tqdm.std.tqdm.write(plan["sentence"])
+            (scale, kept), process = self._plan(worker), processes[0]
             for each in display.tqdm(ordered, desc="routing"):
                 if each.process != process:
                     worker.close()  # the next job starts another
-                process, fits = each.process, each.name in plan["kept"]
-                self.status[each.name] = self._run(worker, each.scaled(plan["scale"])) if fits else LEFT_OUT
+                process = each.process
+                self.status[each.name] = self._run(worker, each.scaled(scale), each.name in kept)
 
-    def _plan(self, worker: child.Worker, n_processes: int) -> dict[str, Any]:
-        """Everything without a budget, or where all was recorded; an earlier plan; else what fits."""
-        names = [each.name for each in self.planned]
-        kept = not self.fresh and all(self._file(each).exists() for each in self.planned)
-        if kept or not self.budget_seconds:
-            sentence = f"{len(names)} runs in {n_processes} processes, each of which loads the model once."
-            return {"scale": 1.0, "kept": names, "sentence": sentence}
+    def _plan(self, worker: child.Worker) -> tuple[float, list[str]]:
+        """Tell the scale of lengths, and the runs that fit into the budget or are there already."""
+        names, tell = [each.name for each in self.planned], tqdm.std.tqdm.write
+        if not self.budget_seconds or all(self._is_there(each) or _crashes(each) for each in self.planned):
+            n = len({each.process for each in self.planned})
+            tell(f"{len(names)} runs in {n} processes, each of which loads the model once.")
+            return 1.0, names
+        probe = partial(self._child, worker, self.planned[0], "")
+        about = {"reference": self._file(self.planned[0]).name}
+        costs = remembered(self.folder / "costs.json", about, probe, fresh=self.fresh)
+        scale, kept = fit(self.planned, costs, self.budget_seconds, self._is_there)
+        length = "full length" if scale == 1 else f"{scale:g} of each length"
+        speed = f"a token {costs['prefill']:.2g} s in prefill and {costs['decode']:.2g} s in decode"
+        tell(
+            f"Budget {self.budget_seconds / 60:g} min: {len(kept)} of {len(names)} runs, at {length}. "
+            f"Loading takes {costs['load']:.1f} s, {speed}."
+        )
+        return scale, kept
 
-        def make() -> dict[str, Any]:
-            costs = self._child(worker, self.planned[0], "")
-            scale, kept = fit(self.planned, costs, self.budget_seconds)
-            length = "full length" if scale == 1 else f"{scale:g} of each length"
-            sentence = (
-                f"Budget {self.budget_seconds / 60:g} min: {len(kept)} of {len(names)} runs, at {length}. "
-                f"Loading takes {costs['load']:.1f} s, a token {costs['prefill']:.2g} s in prefill and "
-                f"{costs['decode']:.2g} s in decode."
-            )
-            return {"scale": scale, "kept": kept, "sentence": sentence}
+    def _is_there(self, each: Condition) -> bool:
+        """Whether an earlier run left the trace."""
+        return not self.fresh and self._file(each).exists()
 
-        asked = {"files": [self._file(each).name for each in self.planned], "seconds": self.budget_seconds}
-        return remembered(self.folder / "plan.json", asked, make, fresh=self.fresh)
-
-    def _run(self, worker: child.Worker, each: Condition) -> str:
+    def _run(self, worker: child.Worker, each: Condition, fits: bool) -> str:
         """Record a condition, unless an earlier run left its trace; how it ended."""
         base = each.against
         if base and base not in self.traces:
@@ -234,12 +239,13 @@ class _Runs:
             with contextlib.suppress(RoutingError):  # there is none, or it is damaged
                 trace = load_trace(file)
         if trace is None:
-            if each.settings.use_extra_bufts and has_amx():
+            if _crashes(each):
                 return "not tried: extra buffers crash on CPUs with AMX (ggml-org/llama.cpp#20824)"
             # other processes have the runs that a verdict needs most: something is left for them
             share, used = 0.8 if each.process == "main" else 1.0, time.monotonic() - self._started
-            if self.traces and self.budget_seconds and used > share * self.budget_seconds:
-                return LEFT_OUT  # the machine is slower than it was when its speed was measured
+            late = self.budget_seconds and used > share * self.budget_seconds  # slower than when it was timed
+            if not fits or (late and self.traces):
+                return LEFT_OUT
             try:
                 self._child(worker, each, str(file))
             except DfqsError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -186,21 +186,31 @@ def seconds(planned: Iterable[Condition], costs: Mapping[str, float]) -> float:
 
 
 def fit(
-    planned: Sequence[Condition], costs: Mapping[str, float], budget_seconds: float
+    planned: Sequence[Condition],
+    costs: Mapping[str, float],
+    budget_seconds: float,
+    is_there: Callable[[Condition], bool] = lambda each: False,
 ) -> tuple[float, list[str]]:
     """How much of every length, and which conditions, fit into the budget.
 
-    The lengths are halved, at most three times, until what comes before the profile fits. Then conditions are
-    taken in the order of the plan, if they fit and what they are compared with was taken. A reference that
-    nothing is compared with is left out again, but the first is always taken.
+    ``is_there``: whether a condition is recorded already, which costs nothing. The lengths are halved, at
+    most three times and not below a recorded reference, until what comes before the profile fits. Then
+    conditions are taken in the order of the plan, if they fit and what they are compared with was taken. A
+    reference that nothing is compared with is left out again, but the first is always taken.
     """
+
+    def cost(chosen: Iterable[Condition]) -> float:
+        return seconds((each for each in chosen if not is_there(each)), costs)
+
     judging = list(takewhile(lambda each: each.kind != "profile", planned))
     for scale in SCALES:
-        if seconds((each.scaled(scale) for each in judging), costs) <= budget_seconds:
+        fits = cost(each.scaled(scale) for each in judging) <= budget_seconds
+        if fits or is_there(planned[0].scaled(scale)):
             break
     kept = {planned[0].name: planned[0].scaled(scale)}
     for each in (each.scaled(scale) for each in planned[1:]):
-        if each.against in {"", *kept} and seconds([*kept.values(), each], costs) <= budget_seconds:
+        fits = is_there(each) or cost([*kept.values(), each]) <= budget_seconds
+        if fits and each.against in {"", *kept}:
             kept[each.name] = each
     idle = {name for name, each in kept.items() if each.kind in ("reference", "alone")}
     idle -= {planned[0].name, *(each.against for each in kept.values())}

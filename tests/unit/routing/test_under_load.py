@@ -21,6 +21,7 @@ from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.routing import experiment as routing_experiment
 from dfqs_nb.routing import record_child
 from dfqs_nb.routing.experiment import run_experiment
 from dfqs_nb.routing.plan import Condition, conditions, fit, loads, read_texts, seconds
@@ -255,15 +256,41 @@ def test_a_budget_shrinks_the_experiment_and_says_how(tmp_path, capsys, monkeypa
 
 
 def test_a_run_that_gets_a_budget_does_not_mix_lengths(tmp_path, monkeypatch):
-    """An earlier run without a bound left whole traces of some conditions: all are shortened alike."""
+    """An earlier run without a bound left whole traces of some conditions: they are used, at that length."""
     only(monkeypatch, *CHOSEN[:1])
     whole = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2)
-    assert {trace.conditions["scale"] for trace in whole.traces.values()} == {1.0}
     monkeypatch.undo()
     only(monkeypatch, *CHOSEN)
     experiment = run_experiment(NANO, tmp_path, n_tokens=60, n_output=2, budget_minutes=1e-4)
-    assert {trace.conditions["scale"] for trace in experiment.traces.values()} == {0.125}
-    assert experiment.reference.n_tokens == 8 and experiment.n_made == len(experiment.traces)
+    assert {trace.conditions["scale"] for trace in experiment.traces.values()} == {1.0}
+    assert set(whole.traces) <= set(experiment.traces)
+
+
+def test_a_budget_takes_no_recorded_run_away(tmp_path, monkeypatch):
+    """Whatever it is, the speed is measured once, and what a budget does not hold is used where it lies."""
+    only(monkeypatch, *CHOSEN, "repacked weights (extra buffers)")
+    monkeypatch.setattr(routing_experiment, "has_amx", lambda: True)
+    probes, child = list[str](), routing_experiment._Runs._child
+
+    def counted(self, worker, each, file):
+        probes.extend([] if file else [each.name])
+        return child(self, worker, each, file)
+
+    monkeypatch.setattr(routing_experiment._Runs, "_child", counted)
+    options = {"n_tokens": 60, "n_output": 2}
+    whole = run_experiment(NANO, tmp_path, **options)
+    small = run_experiment(NANO, tmp_path, **options, budget_minutes=1e-4)
+    assert (small.n_made, set(small.traces), small.left_out) == (0, set(whole.traces), []) and not probes
+    status = small.rows.set_index("condition")["status"]
+    assert status["repacked weights (extra buffers)"].startswith("not tried: extra buffers crash")
+    (lost,) = tmp_path.glob("n_batch-7.*.npz")
+    lost.unlink()
+    for minutes in (1e-4, 1.1e-4, 3e-4):
+        small = run_experiment(NANO, tmp_path, **options, budget_minutes=minutes)
+        assert (small.n_made, small.left_out) == (0, ["n_batch 7"])
+    assert probes == ["prefill"]
+    again = run_experiment(NANO, tmp_path, **options, budget_minutes=10)
+    assert (again.n_made, again.left_out, set(again.traces)) == (1, [], set(whole.traces))
 
 
 # ---- the verdict ----
