@@ -51,7 +51,7 @@ class Options:
     allow_unsandboxed: bool = False
     fresh: bool = False
     progress: bool = True
-    until: float = inf  # `time.monotonic` at which asking ends, within an answer, too; 0: none is asked
+    until: float = inf  # `time.monotonic` at which asking ends, within an answer, too
 
     def __post_init__(self) -> None:
         if self.thinking not in THINKING:
@@ -177,12 +177,12 @@ class Answerer:
         return SetRun.of(item_set.kind, item_set.name, rows, **facts)
 
     def _answers(self, todo: Mapping[str, Request], until: float) -> Iterator[tuple[str, Row]]:
-        """Answers as they come, by the id of their item; the first is begun unless ``until`` is 0."""
+        """Answers as they come, by the id of their item; none is begun after ``until``."""
         began = time.monotonic()
         for n, (key, request) in enumerate(todo.items()):
             now = time.monotonic()
-            if (n or not until) and now + (now - began) / max(1, n) > until:
-                return  # it would hardly end in time
+            if now >= until or (n and now + (now - began) / n > until):  # it would hardly end in time
+                return
             row = self.answer(request)
             if not isinstance(row, dict):  # a completion
                 text = row.text.encode("utf-8", "replace").decode()  # a file takes no half surrogate pair
@@ -280,20 +280,17 @@ class QuestionPlan:
     missing: Sequence[str]  # the sets whose items do not fit, and what they need
 
     def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
-        """Ask each set in its share of the time; the results, and what was left out.
+        """Ask each set in its share of the time (see `by_shares`); the results, and what was left out.
 
-        Multiple choice takes what it needs where the model has no chat template. Questions come spread evenly
-        over the families. The answer at which the time ends is cut there. Earlier answers always count.
+        Questions come spread evenly over the families. The answer at which the time ends is cut there.
+        Earlier answers always count.
         """
-        end, runs, missing = time.monotonic() + self.budget_seconds, [], [*self.missing]
-        for number, each in enumerate(self.sets):
-            now, left, is_asked = time.monotonic(), self.n_sets - number, number < self.n_sets
-            if each.kind == "choice" and not self.model.has_template:
-                left = 1  # a base model has the least chance in the written sets
-            options = replace(self.options, until=now + (end - now) / left if is_asked else 0.0)
+        runs, missing, base = list[SetRun](), [*self.missing], not self.model.has_template
+        shares = by_shares(self.sets, self.options, self.budget_seconds, self.n_sets, is_base=base)
+        for number, (each, options) in enumerate(shares):
             run = score_set(self.model, each, folder, options, model_id=model_id)
             n, most = len(run.answered), len(each.items)
-            if not (is_asked or n):
+            if number >= self.n_sets and not n:
                 missing.append(f"the set {each.name}")
                 continue
             runs.append(run)
@@ -301,6 +298,20 @@ class QuestionPlan:
                 cut = "; 1 was cut off" if n < len(run.items) else ""
                 missing.append(f"only {n} of {most} questions of {each.name} answered{cut}")
         return Results(runs), missing
+
+
+def by_shares(
+    sets: Sequence[ItemSet], options: Options, seconds: float, n_asked: int, *, is_base: bool = False
+) -> Iterator[tuple[ItemSet, Options]]:
+    """Each set, with the options that end it after its share of the time; what one leaves, the next ones get.
+
+    No question is asked of sets after the first ``n_asked``. Multiple choice takes what it needs of a base
+    model, which has the least chance in the written sets.
+    """
+    end = time.monotonic() + seconds
+    for number, each in enumerate(sets):
+        now, left = time.monotonic(), 1 if is_base and each.kind == "choice" else n_asked - number
+        yield each, replace(options, until=now + (end - now) / left if number < n_asked else 0.0)
 
 
 def plan_questions(

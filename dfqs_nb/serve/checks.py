@@ -266,7 +266,7 @@ def score_set(
     bare = model if model is not None and not model.has_template else None
     mode = Answerer.of(bare, item_set).mode if bare else item_set.mode
     chat = mode == "chat" and not bare
-    ask = endpoint.chat if chat else endpoint.complete
+    ask = partial(endpoint.chat if chat else endpoint.complete, until=options.until)
     items = item_set.part(options.limit).items
     prompts = [item.asked(item_set.instruction) if chat else item.prompt for item in items]
 

@@ -11,11 +11,13 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import inf
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -153,7 +155,7 @@ class Reply(NamedTuple):
     """A completion over a server."""
 
     text: str
-    finish_reason: str  # eos (the model ended it), stop (a stop text came) or length (no room for more)
+    finish_reason: str  # eos (the model ended it), stop (a stop text came), length or time
     n_prompt: int  # tokens, counted by the server; 0: not told
     n_tokens: int  # of the answer, counted by the server; 0: not told
     logprobs: Sequence[tuple[str, float]] = ()  # of its tokens, if they were asked for
@@ -207,24 +209,34 @@ class Endpoint:
         max_tokens: int,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
+        until: float = inf,
         **options: Any,
     ) -> Reply:
         """One answer to ``messages`` or a ``prompt``, retried after 429, 5xx or a lost or broken answer.
 
-        ``options`` are further fields of the request. Raises an `EndpointError`.
+        ``until``: see `Options` of the scores stage. ``options``: further fields of the request. Raises an
+        `EndpointError`.
         """
         request = {"model": self.model, **prompt, "max_tokens": max_tokens}
         request |= {"temperature": sampling.temperature, "seed": sampling.seed}
         request |= {"top_p": sampling.top_p} if sampling.temperature > 0 else {}
         request |= {"stop": list(stop)} if stop else {}
         request |= {**self.options, **options}
-        return self.persist(partial(self._reply, request), self.retries)
+        return self.persist(partial(self._reply, request, until), self.retries)
 
-    def _reply(self, request: Mapping[str, Any]) -> Reply:
-        """One request, asked once."""
+    def _reply(self, request: Mapping[str, Any], until: float) -> Reply:
+        """One request, asked once; without an answer where the time ends first."""
         chat, get = "messages" in request, partial(pick, strict=True)
         url = f"{self.url}/{'chat/' if chat else ''}completions"
-        page = self.page(url, request, self.timeout_seconds)
+        left = until - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            page = self.page(url, request, min(self.timeout_seconds, left))
+        except (TimeoutError, httpx2.ReadTimeout):
+            if time.monotonic() < until:
+                raise
+            return Reply("", "time", 0, 0)  # the asker has no more time: no fault of the server
         choice = next(iter(get(page, "choices", list) or []), None)
         holder, usage = get(choice, "message", dict) if chat else choice, get(page, "usage", dict)
         reason = get(choice, "finish_reason", str)

@@ -14,13 +14,11 @@ import re
 import shlex
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -234,10 +232,8 @@ def score(
             model_id, folder = identity(opened), run_dir(run or default_run_name(model))
             score_set = scores.score_set
         place, runs = stack.enter_context(_room_for(folder / "scores")), []
-        end = time.monotonic() + (60 * budget_minutes or math.inf)
-        for number, item_set in enumerate(sets):
-            share = (end - time.monotonic()) / (len(sets) - number)
-            timed = replace(options, until=time.monotonic() + share)
+        base, seconds = not getattr(opened, "has_template", True), 60 * budget_minutes or math.inf
+        for item_set, timed in scores.run.by_shares(sets, options, seconds, len(sets), is_base=base):
             runs.append(score_set(opened, item_set, place, timed, model_id=model_id))
             say(runs[-1].score.sentence)
             for row in runs[-1].answered.query("not correct").head(1).itertuples():

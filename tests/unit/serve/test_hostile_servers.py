@@ -117,6 +117,18 @@ def test_an_answer_that_drips_ends_in_time(server, where):
     assert endpoint.chat("x").text == TEXT, "the next request has a connection"
 
 
+def test_a_budget_waits_for_no_answer_and_the_question_counts_as_not_asked(server, tmp_path):
+    """`score --budget-minutes` on a slow server: an answer may take an hour, and the budget is over long before."""
+    endpoint, few = client.connect(server.url), Options(limit=3, progress=False)
+    server.faults, began = ["slow 20"], time.monotonic()
+    run = checks.score_set(endpoint, QUESTIONS, tmp_path, dataclasses.replace(few, until=began + 0.5))
+    assert time.monotonic() - began < 5 and len(server.asked) == 1
+    assert run.items["grade"].tolist() == ["cut"] and run.score.value is None
+    server.faults = []
+    again = checks.score_set(client.connect(server.url), QUESTIONS, tmp_path, few)
+    assert (again.n_resumed, len(again.answered)) == (0, 3)
+
+
 def test_an_interrupt_waits_for_no_request_and_no_other_is_sent(server):
     endpoint = client.connect(server.url)
     server.faults = ["slow 2"] * 9
