@@ -34,6 +34,7 @@ PATTERN = "[0-9][0-9]_*.ipynb"
 KERNEL = "python3"
 NANO, STANDARD = "nano", "standard"
 BUDGET_MINUTES = 60.0
+PLACES = {"output_dir", "texts", "prompt_folder", "matrix_file"}  # parameters that are paths by their name
 QUIET = "--log-level=CRITICAL"  # of the kernel: nothing about its own sockets, or its own shutdown
 
 
@@ -171,7 +172,7 @@ def run_workbook(
     paths = list(notebooks) if notebooks is not None else find_notebooks()
     declared = {path: declared_parameters(path) for path in dict.fromkeys([*find_notebooks(), *paths])}
     check_parameters(parameters or {}, chain(*declared.values()))
-    given = {name: _absolute(value) for name, value in (parameters or {}).items()}
+    given = {name: _absolute(name, value) for name, value in (parameters or {}).items()}
     budget_minutes = given.pop("budget_minutes", budget_minutes)
     if not budget_minutes >= 1:
         raise DfqsError(f"the budget is {budget_minutes:g} minutes", hint="give a run 1 minute or more")
@@ -238,14 +239,16 @@ def _summed_up(folder: Path, done: list[NotebookRun]) -> WorkbookRun:
     return result
 
 
-def _absolute(value: Any) -> Any:
-    """Relative paths of what exists made absolute: a notebook runs in another folder than the user.
+def _absolute(name: str, value: Any) -> Any:
+    """Relative paths made absolute: a notebook runs in another folder than the user.
 
-    A value may be a path, or words of which some are. Links stay as they are: in a hub cache a shard's name
-    is the link's, not its target's.
+    Of a parameter that is no path by its name (`PLACES`), what exists: its value may be a path, or words of
+    which some are. Links stay as they are: in a hub cache a shard's name is the link's, not its target's.
     """
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         return value
+    if name in PLACES:
+        return str(Path(value).expanduser().absolute())
     words = [value] if there_is(value) else value.split(" ")
     paths = {word for word in words if there_is(word) and ("/" in word or Path(word).suffix)}
     return " ".join(str(Path(word).absolute()) if word in paths else word for word in words)

@@ -168,6 +168,21 @@ def test_a_relative_model_file_reaches_the_notebook_as_absolute(outputs, tmp_pat
     assert f"got Q8_0  {tmp_path / 'my.toml'}" in texts(outputs / "mine" / "01_show.ipynb")
 
 
+def test_folders_are_looked_for_where_the_user_typed_them(outputs, tmp_path, monkeypatch):
+    """Also without a slash or a dot, which tell a path from a registry's name elsewhere."""
+    (tmp_path / "merged").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = ("texts", "output_dir", "prompt_folder", "matrix_file")
+    declared = "\n".join(f'{name}: str = ""  # a place' for name in names)
+    show = write_notebook(
+        tmp_path / "nb" / "01_show.ipynb", f"print({', '.join(names)})", parameters=declared
+    )
+    given = {"texts": "mytexts", "output_dir": "merged", "prompt_folder": "", "matrix_file": "~/m"}
+    workbook.run_workbook("mine", given, [show])
+    said = f"{tmp_path / 'mytexts'} {tmp_path / 'merged'}  {Path('~/m').expanduser()}"
+    assert said in texts(outputs / "mine" / "01_show.ipynb")
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
 def test_a_run_name_cannot_leave_the_outputs(outputs, pair, name):
     with pytest.raises(OutputError):
