@@ -12,7 +12,6 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dfqs_nb.context.boundary import Boundary, Counts, search_lengths
@@ -22,7 +21,8 @@ from dfqs_nb.core.display import counted, duration, tqdm
 from dfqs_nb.core.files import parse_json
 from dfqs_nb.core.journal import ROW_HASH, Journal, holds
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.llama.model import DecodeError, Model, ReuseCheck, SavedState, check_reuse
+from dfqs_nb.llama.generate import greedy
+from dfqs_nb.llama.model import DecodeError, Model, Prefix, ReuseCheck, check_reuse
 
 JOURNAL, REUSE = "long_context_items.jsonl", "restored"  # and the row of the check of reuse in it
 ITEM = {  # what an answer in it holds; ``another_key``: it is right for another key of the text
@@ -34,43 +34,6 @@ ITEM = {  # what an answer in it holds; ``another_key``: it is right for another
 CHECK = {"largest_difference": float, "n_evaluated": int}
 
 
-class Asker:
-    """Asks the open model. ``reuse``: evaluate a text once, and ask from its saved state."""
-
-    def __init__(self, model: Model, reuse: bool) -> None:
-        self.model, self.reuse = model, reuse
-        self._body: tuple[int, ...] = ()
-        self._state: SavedState | None = None
-
-    def hold(self, body: tuple[int, ...]) -> int:
-        """Take a text, and evaluate it if its state will be reused; the number of tokens evaluated."""
-        self._body, self._state = body, None  # one copy at a time
-        if not self.reuse:
-            return 0
-        self.model.clear()
-        self.model.decode(body)
-        self._state = self.model.save()
-        return len(body)
-
-    def ask(self, question: Question) -> tuple[str, int]:
-        """The greedy answer, and the number of tokens evaluated."""
-        tokens = list(question.prompt)
-        if self._state:
-            self.model.restore(self._state)
-        else:
-            self.model.clear()
-            tokens = [*self._body, *tokens]
-        logits, raw, n_evaluated = self.model.evaluate(tokens), b"", len(tokens)
-        for n_left in reversed(range(question.max_tokens)):
-            token = int(np.argmax(logits))
-            if self.model.ends(token):
-                break
-            raw += self.model.token_bytes(token)
-            if n_left:
-                logits, n_evaluated = self.model.evaluate([token]), n_evaluated + 1
-        return raw.decode("utf-8", "replace").strip(), n_evaluated
-
-
 @dataclass
 class Run:
     """A measurement under way or done."""
@@ -80,6 +43,12 @@ class Run:
     failure: RuntimeFailure | None = None
     budget_hit: bool = False
     reuse: ReuseCheck | None = None  # whether a saved state serves all questions of a text; None: not checked
+    at: int = 0  # the length under way
+
+    @property
+    def reuses(self) -> bool:
+        """Whether all questions of a text are asked from its saved state."""
+        return bool(self.reuse and self.reuse.allowed)
 
     @property
     def items(self) -> pd.DataFrame:
@@ -104,14 +73,17 @@ class Run:
         boundary = counts.boundary()
         return boundary if failure is None else boundary.capped(failure.length, failure.cause)
 
-    def ask(self, asker: Asker, case: Case, questions: Sequence[Question], planned: bool, bar: Any) -> None:
+    def ask(self, model: Model, case: Case, questions: Sequence[Question], planned: bool, bar: Any) -> None:
         """Ask some questions of a text, and keep the answers."""
-        text = f"{case.length}/{case.haystack}"
-        n_held = asker.hold(case.body) if questions else 0
-        if n_held and f"{text}/held" not in self.journal:
-            self.journal.add(f"{text}/held", n_evaluated=n_held)
+        text, body = f"{case.length}/{case.haystack}", Prefix(model, case.body, self.reuses)
         for question in questions:
-            answer, n_evaluated = asker.ask(question)
+            n_held = body.restore() * self.reuses
+            if n_held and f"{text}/held" not in self.journal:
+                self.journal.add(f"{text}/held", n_evaluated=n_held)
+            tokens = greedy(model, model.evaluate(question.prompt), question.max_tokens)
+            raw = b"".join(model.token_bytes(token) for token in tokens if not model.ends(token))
+            answer = raw.decode("utf-8", "replace").strip()
+            n_evaluated = model.n_past - len(case.body) * self.reuses
             row: dict[str, Any] = {"haystack": case.haystack, "length": case.length, "planned": planned}
             row |= {"task": question.task, "question": question.name, "depth": round(question.depth, 4)}
             row |= {"expected": question.expected, "answer": answer, "correct": question.is_right(answer)}
@@ -138,7 +110,7 @@ class Run:
         late = [f"{length:,}" for length in plan.grid if length not in set(counts.lengths.tolist())]
         if self.budget_hit and plan.n_haystacks and late:
             stage.leave_out([f"lengths: {', '.join(late)} tokens"])
-        reused = {"reuse": bool(self.reuse and self.reuse.allowed)}
+        reused = {"reuse": self.reuses}
         stage.finish(
             conditions={**conditions, **plan.conditions(), **reused},
             summary=lines,
@@ -212,24 +184,23 @@ def measure(
     conditions = {**model.conditions(), "model_sha256": model_sha256, **plan.conditions()}
     journal = Journal(Path(folder) / JOURNAL, conditions, fresh=fresh, whole=_is_whole)
     run, meter = Run(plan, journal, predicted, not plan.n_haystacks), Meter(plan.budget_seconds)
-    askers, allowed, now, done = list[Asker](), False, plan.grid[0], set[int]()
+    run.at, done = plan.grid[0], set[int]()
 
     def measured(length: int, planned: bool) -> Counts | None:
         """Ask about all texts of a length; the counts of all lengths so far, or None to end the search."""
-        nonlocal now
-        now, cost = length, replace(plan, reuse=allowed).text_seconds(length)
+        run.at, cost = length, replace(plan, reuse=run.reuses).text_seconds(length)
 
-        def ask(asker: Asker, number: int) -> bool:
+        def ask(copy: Model, number: int) -> bool:
             case = haystacks.case(number, length)
             missing = [q for q in case.questions if f"{length}/{number}/{q.name}" not in journal]
             if missing and not meter.holds(cost):
                 return False
             with meter.spend(cost * len(missing) / len(case.questions)):
                 bar.update(len(case.questions) - len(missing))
-                run.ask(asker, case, missing, planned, bar)
+                run.ask(copy, case, missing, planned, bar)
             return True
 
-        run.budget_hit = not all(side_by_side(askers, ask, range(plan.n_texts(length))))
+        run.budget_hit = not all(side_by_side(copies, ask, range(plan.n_texts(length))))
         done.add(length)
         items = run.items
         return None if run.budget_hit else Counts.of(items[items["length"].isin(done)])
@@ -248,12 +219,10 @@ def measure(
         try:
             if plan.n_haystacks:
                 if plan.reuse:
-                    run.reuse = _check_reuse(model, journal, haystacks.case(0, now))
-                allowed = bool(run.reuse and run.reuse.allowed)
-                askers += [Asker(copy, allowed) for copy in copies]
+                    run.reuse = _check_reuse(model, journal, haystacks.case(0, run.at))
                 search_lengths(measured, plan.grid, plan.rounds)
         except DecodeError as error:
-            at = min(now, model.settings.n_ctx) if error.cause == "n_ctx" else now
+            at = min(run.at, model.settings.n_ctx) if error.cause == "n_ctx" else run.at
             run.failure = RuntimeFailure(at, error.cause, str(error))
         except KeyboardInterrupt as stop:
             stop.add_note(f"{there().sum():,} of {total:,} answers are there")

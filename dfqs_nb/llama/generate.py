@@ -5,15 +5,15 @@ from __future__ import annotations
 import codecs
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import ModelError
-from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Model
+from dfqs_nb.llama.model import PLAIN_CHAT, PLAIN_STOP, Floats, Model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,20 +85,32 @@ def generate(
     return Completion(text + decoder.decode(b"", final=True), tuple(tokens), reason, len(prompt))
 
 
-def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling) -> Iterator[int]:
-    """Chosen tokens: prefill from a cleared context, then one evaluation for each but the first."""
+def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling) -> Iterable[int]:
+    """Chosen tokens: prefill from a cleared context, then as `greedy`."""
     model.clear()
-    logits, sampler = model.evaluate(prompt), None
+    logits, choose = model.evaluate(prompt), np.argmax
     if how.temperature > 0:
         model.llama.set_seed(how.seed)
         limits = {name: getattr(how, name) for name in ("top_k", "top_p", "min_p")}
         sampler = model.llama._init_sampler(temp=how.temperature, repeat_penalty=1.0, **limits)
+        choose = lambda _: sampler.sample(model.llama._ctx, -1)  # noqa: E731
     most = min(max_tokens, model.settings.n_ctx - len(prompt))
-    for done in tqdm(range(1, most + 1), desc="answer", unit="token", delay=BAR_SECONDS):
-        token = int(sampler.sample(model.llama._ctx, -1) if sampler else np.argmax(logits))
-        yield token
-        if done < most:
-            logits = model.evaluate([token])
+    tokens = greedy(model, logits, most, choose)
+    return tqdm(tokens, total=most, desc="answer", unit="token", delay=BAR_SECONDS)
+
+
+def greedy(
+    model: Model, logits: Floats, n: int, choose: Callable[[Floats], Any] = np.argmax
+) -> Iterator[int]:
+    """Up to ``n`` tokens behind a context with these logits, the likeliest each, up to one that ends it.
+
+    Each is evaluated when the next one is asked for. ``choose``: a token from logits.
+    """
+    for left in reversed(range(n)):
+        yield (token := int(choose(logits)))
+        if not left or model.ends(token):
+            return
+        logits = model.evaluate([token])
 
 
 def chat_text(model: Model, prompt: str, **variables: bool) -> str:

@@ -307,6 +307,29 @@ class ChatTemplate:
         self._worker.close()
 
 
+class Prefix:
+    """Tokens that several texts begin with; ``reuse``: they are evaluated once, and their state is restored.
+
+    ``is_here``: the context holds them now.
+    """
+
+    def __init__(self, model: Model, tokens: Sequence[int], reuse: bool, *, is_here: bool = False) -> None:
+        self.model, self.tokens, self.reuse = model, tokens, reuse
+        self._state = model.save() if reuse and is_here else None
+
+    def restore(self) -> int:
+        """Let the context hold these tokens and no others; the number that was evaluated for it."""
+        n_evaluated = 0
+        if self._state is None:
+            self.model.clear()
+            if n_evaluated := len(self.tokens):
+                self.model.decode(self.tokens)
+                self._state = self.model.save() if self.reuse else None
+        if self._state:
+            self.model.restore(self._state)
+        return n_evaluated
+
+
 @dataclass(frozen=True)
 class ReuseCheck:
     """Logits of a question asked from a saved state, against those of the same calls without one."""

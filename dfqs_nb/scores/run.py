@@ -23,7 +23,7 @@ from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
 from dfqs_nb.core.display import duration
 from dfqs_nb.llama.generate import GREEDY, Sampling, answer_start, chat_text, generate, opens_thinking
-from dfqs_nb.llama.model import PLAIN_STOP, Model, SavedState, check_reuse
+from dfqs_nb.llama.model import PLAIN_STOP, Model, Prefix, check_reuse
 from dfqs_nb.llama.timing import Pace, probe
 from dfqs_nb.scores.grading import CUT, Results, SetRun, grade
 from dfqs_nb.scores.item_sets import Item, ItemSet
@@ -361,20 +361,14 @@ def chooser(model: Model, requests: Sequence[Request]) -> Callable[[Request], di
     """
 
     @cache
-    def start() -> SavedState | None:
-        shared = commonprefix([encode(model, request)[0] for request in requests])
-        if not shared:
-            return None
-        model.clear()
-        model.decode(shared)
-        return model.save()
-
-    @cache
-    def reuse() -> bool:
+    def start() -> Prefix:
         context, choices = encode(model, requests[0])
-        return check_reuse(model, context, max(choices, key=len)).allowed
+        reuse = check_reuse(model, context, max(choices, key=len)).allowed
+        # without the last token, which is evaluated for its logits
+        shared = commonprefix([encode(model, request)[0][:-1] for request in requests])
+        return Prefix(model, shared if reuse else [], reuse)
 
-    return lambda request: _scored(model, start() if reuse() else None, request, reuse())
+    return lambda request: _scored(start(), request)
 
 
 def encode(model: Model, request: Request) -> tuple[list[int], list[list[int]]]:
@@ -392,25 +386,17 @@ def encode(model: Model, request: Request) -> tuple[list[int], list[list[int]]]:
     return context, [tokens[len(context) :] or tokens[-1:] for tokens in together]
 
 
-def _scored(model: Model, start: SavedState | None, request: Request, reuse: bool) -> dict[str, Any]:
-    """See `chooser`; ``start``: a state that holds the beginning of the context."""
-    context, choices = encode(model, request)
-    whole = context
-    if start and len(context) > start.n_tokens:
-        model.restore(start)
-        context = context[start.n_tokens :]
-    else:  # where the whole context is shared, its last token is evaluated again, for its logits
-        model.clear()
-    first = log_softmax(model.evaluate(context).astype(float))[None]
-    values, greedy, state = list[float](), list[bool](), model.save() if reuse else None
+def _scored(start: Prefix, request: Request) -> dict[str, Any]:
+    """See `chooser`; ``start``: what the context begins with."""
+    model, (context, choices) = start.model, encode(start.model, request)
+    start.restore()
+    first = log_softmax(model.evaluate(context[len(start.tokens) :]).astype(float))[None]
+    whole = Prefix(model, context, start.reuse, is_here=True)
+    values, greedy = list[float](), list[bool]()
     for tokens in choices:
         rows = first
         if len(tokens) > 1:
-            if state:
-                model.restore(state)
-            else:
-                model.clear()
-                model.decode(whole)
+            whole.restore()
             logits = np.concatenate([chunk.copy() for chunk in model.logits(tokens[:-1])])
             rows = np.concatenate([first, log_softmax(logits.astype(float), axis=-1)])
         values.append(float(rows[np.arange(len(tokens)), tokens].sum()))
