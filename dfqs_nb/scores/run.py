@@ -66,6 +66,19 @@ class Options:
         """How tokens are chosen."""
         return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
+    def shares(
+        self, sets: Sequence[ItemSet], seconds: float, n_asked: int | None = None, *, is_base: bool = False
+    ) -> Iterator[tuple[ItemSet, Options]]:
+        """Each set, with options that end it after its share of the time; what one leaves, the next ones get.
+
+        No question is asked of sets after the first ``n_asked``. Multiple choice takes what it needs of a
+        base model, which has the least chance in the written sets.
+        """
+        end, n_asked = time.monotonic() + seconds, len(sets) if n_asked is None else n_asked
+        for number, each in enumerate(sets):
+            now, left = time.monotonic(), 1 if is_base and each.kind == "choice" else n_asked - number
+            yield each, replace(self, until=now + (end - now) / left if number < n_asked else 0.0)
+
 
 DEFAULTS = Options()
 
@@ -280,13 +293,13 @@ class QuestionPlan:
     missing: Sequence[str]  # the sets whose items do not fit, and what they need
 
     def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
-        """Ask each set in its share of the time (see `by_shares`); the results, and what was left out.
+        """Ask each set in its share of the time (see `Options.shares`); the results, and what was left out.
 
         Questions come spread evenly over the families. The answer at which the time ends is cut there.
         Earlier answers always count.
         """
         runs, missing, base = list[SetRun](), [*self.missing], not self.model.has_template
-        shares = by_shares(self.sets, self.options, self.budget_seconds, self.n_sets, is_base=base)
+        shares = self.options.shares(self.sets, self.budget_seconds, self.n_sets, is_base=base)
         for number, (each, options) in enumerate(shares):
             run = score_set(self.model, each, folder, options, model_id=model_id)
             n, most = len(run.answered), len(each.items)
@@ -298,20 +311,6 @@ class QuestionPlan:
                 cut = "; 1 was cut off" if n < len(run.items) else ""
                 missing.append(f"only {n} of {most} questions of {each.name} answered{cut}")
         return Results(runs), missing
-
-
-def by_shares(
-    sets: Sequence[ItemSet], options: Options, seconds: float, n_asked: int, *, is_base: bool = False
-) -> Iterator[tuple[ItemSet, Options]]:
-    """Each set, with the options that end it after its share of the time; what one leaves, the next ones get.
-
-    No question is asked of sets after the first ``n_asked``. Multiple choice takes what it needs of a base
-    model, which has the least chance in the written sets.
-    """
-    end = time.monotonic() + seconds
-    for number, each in enumerate(sets):
-        now, left = time.monotonic(), 1 if is_base and each.kind == "choice" else n_asked - number
-        yield each, replace(options, until=now + (end - now) / left if number < n_asked else 0.0)
 
 
 def plan_questions(

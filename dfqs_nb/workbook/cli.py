@@ -233,7 +233,7 @@ def score(
             score_set = scores.score_set
         place, runs = stack.enter_context(_room_for(folder / "scores")), []
         base, seconds = not getattr(opened, "has_template", True), 60 * budget_minutes or math.inf
-        for item_set, timed in scores.run.by_shares(sets, options, seconds, len(sets), is_base=base):
+        for item_set, timed in options.shares(sets, seconds, is_base=base):
             runs.append(score_set(opened, item_set, place, timed, model_id=model_id))
             say(runs[-1].score.sentence)
             for row in runs[-1].answered.query("not correct").head(1).itertuples():

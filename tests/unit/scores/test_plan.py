@@ -163,7 +163,7 @@ def test_after_the_end_no_question_is_asked(model, tmp_path):
         return Completion("12", (1,), "eos", 3)
 
     answerer = Answerer(answer, "chat", {}, "m")
-    for each, options in runs.by_shares([NANO, SETS[0], SETS[2]], Options(progress=False), 0.4, 3):
+    for each, options in Options(progress=False).shares([NANO, SETS[0], SETS[2]], 0.4):
         answerer.score(each, tmp_path / "slow", options)
     assert len(asked) == 1, "the answer to the first set took the time of all"
 
