@@ -169,10 +169,6 @@ def run_experiment(
     return Experiment(settings, runs.traces, rows, left_out, runs.n_made)
 
 
-def _crashes(each: Condition) -> bool:
-    return each.settings.use_extra_bufts and has_amx()
-
-
 @dataclass
 class _Runs:
     """The traces recorded now or earlier, and how each condition ended."""
@@ -208,7 +204,7 @@ class _Runs:
     def _plan(self, worker: child.Worker) -> tuple[float, list[str]]:
         """Tell the scale of lengths, and the runs that fit into the budget or are there already."""
         names, tell = [each.name for each in self.planned], tqdm.std.tqdm.write
-        if not self.budget_seconds or all(self._is_there(each) or _crashes(each) for each in self.planned):
+        if not self.budget_seconds or all(map(self._is_there, self.planned)):
             n = len({each.process for each in self.planned})
             tell(f"{len(names)} runs in {n} processes, each of which loads the model once.")
             return 1.0, names
@@ -239,7 +235,7 @@ class _Runs:
             with contextlib.suppress(RoutingError):  # there is none, or it is damaged
                 trace = load_trace(file)
         if trace is None:
-            if _crashes(each):
+            if each.settings.use_extra_bufts and has_amx():
                 return "not tried: extra buffers crash on CPUs with AMX (ggml-org/llama.cpp#20824)"
             # other processes have the runs that a verdict needs most: something is left for them
             share, used = 0.8 if each.process == "main" else 1.0, time.monotonic() - self._started

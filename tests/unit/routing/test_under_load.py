@@ -280,7 +280,7 @@ def test_a_budget_takes_no_recorded_run_away(tmp_path, monkeypatch):
     options = {"n_tokens": 60, "n_output": 2}
     whole = run_experiment(NANO, tmp_path, **options)
     small = run_experiment(NANO, tmp_path, **options, budget_minutes=1e-4)
-    assert (small.n_made, set(small.traces), small.left_out) == (0, set(whole.traces), []) and not probes
+    assert (small.n_made, set(small.traces), small.left_out) == (0, set(whole.traces), [])
     status = small.rows.set_index("condition")["status"]
     assert status["repacked weights (extra buffers)"].startswith("not tried: extra buffers crash")
     (lost,) = tmp_path.glob("n_batch-7.*.npz")
