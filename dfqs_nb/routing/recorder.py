@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dfqs_nb.llama.build import default_params, refusal, set_context
+from dfqs_nb.llama.generate import greedy
 from dfqs_nb.llama.graph import Router, Tensor, Watch, ggml_function, read
 from dfqs_nb.llama.log import LOG
 from dfqs_nb.llama.model import Model, open_model
@@ -244,19 +245,16 @@ def record(
     saved, cleared and restored between the calls. Then it goes on greedily for up to ``n_output`` tokens.
     ``conditions`` are kept in the trace. Errors: those of `RecordedModel.feed`.
     """
-    model, token, output = recorded.model, -1, list[int]()
+    model = recorded.model
     recorded.clear()
     for call in calls(len(tokens), n_prefill, model.settings.n_batch):
         if restored and call.start:
             model.restore(model.save())  # which clears the context
         rows = recorded.feed(tokens[call.start : call.stop])
-        token = int(rows[-1].argmax())
         if logits:
             recorded.recorder.keep_logits(rows)
-    room = min(n_output, model.settings.n_ctx - model.n_past)
-    while len(output) < room and not model.ends(token):
-        output.append(token)
-        token = int(next(model.logits([token]))[0].argmax())  # not recorded
+    answer = greedy(model, rows[-1], min(n_output, model.settings.n_ctx - model.n_past))  # not recorded
+    output = [token for token in answer if not model.ends(token)]
     trace = recorded.trace(tokens, n_prefill=n_prefill, n_output=n_output, **conditions)
     return replace(trace, output=np.array(output, np.int32))
 
