@@ -22,7 +22,7 @@ from dfqs_nb.core.files import parse_json
 from dfqs_nb.core.journal import ROW_HASH, Journal, holds
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.generate import greedy
-from dfqs_nb.llama.model import DecodeError, Model, Prefix, ReuseCheck, check_reuse
+from dfqs_nb.llama.model import DecodeError, Model, ReuseCheck, check_reuse
 
 JOURNAL, REUSE = "long_context_items.jsonl", "restored"  # and the row of the check of reuse in it
 ITEM = {  # what an answer in it holds; ``another_key``: it is right for another key of the text
@@ -75,11 +75,13 @@ class Run:
 
     def ask(self, model: Model, case: Case, questions: Sequence[Question], planned: bool, bar: Any) -> None:
         """Ask some questions of a text, and keep the answers."""
-        text, body = f"{case.length}/{case.haystack}", Prefix(model, case.body, self.reuses)
+        if not questions:
+            return
+        text, body = f"{case.length}/{case.haystack}", model.hold(case.body, reuse=self.reuses)
+        if self.reuses and f"{text}/held" not in self.journal:
+            self.journal.add(f"{text}/held", n_evaluated=len(case.body))
         for question in questions:
-            n_held = body.restore() * self.reuses
-            if n_held and f"{text}/held" not in self.journal:
-                self.journal.add(f"{text}/held", n_evaluated=n_held)
+            model.restore(body)
             tokens = greedy(model, model.evaluate(question.prompt), question.max_tokens)
             raw = b"".join(model.token_bytes(token) for token in tokens if not model.ends(token))
             answer = raw.decode("utf-8", "replace").strip()

@@ -55,11 +55,12 @@ class NanLogitsError(DecodeError):
     cause = "nan_logits"
 
 
-class SavedState(NamedTuple):
-    """A copy of one sequence's cache and all else that it needs, and how many tokens it holds."""
+class Prefix(NamedTuple):
+    """What several texts begin with: a context's state, or without one the tokens to evaluate for each."""
 
     n_tokens: int
-    data: Any
+    data: Any = None
+    tokens: Sequence[int] = ()
 
 
 @dataclass(repr=False)
@@ -198,20 +199,32 @@ class Model(contextlib.AbstractContextManager["Model"]):
             raise DecodeError(what, where=self.path, hint=hint)
         self.n_past += batch.n_tokens
 
-    def save(self) -> SavedState:
+    def hold(self, tokens: Sequence[int], *, reuse: bool) -> Prefix:
+        """Tokens for `restore`; ``reuse``: they are evaluated now, and then restored from their state."""
+        if not (reuse and tokens):
+            return Prefix(len(tokens), None, tokens)
+        self.clear()
+        self.decode(tokens)
+        return self.save()
+
+    def save(self) -> Prefix:
         """Copy the context's state, so that several questions can follow one evaluated text."""
         data = (ctypes.c_uint8 * self.api.llama_state_seq_get_size(self._open().ctx, 0))()
         if not data or self.api.llama_state_seq_get_data(self.llama.ctx, data, len(data), 0) != len(data):
             raise DecodeError("llama.cpp does not give its state", where=self.path, hint="use reuse=False")
-        return SavedState(self.n_past, data)
+        return Prefix(self.n_past, data)
 
-    def restore(self, state: SavedState) -> None:
-        """Put a saved state back; the tokens evaluated since are forgotten."""
+    def restore(self, prefix: Prefix) -> None:
+        """Let the context hold this and nothing else."""
         self.clear()
-        size = len(state.data)
-        if self.api.llama_state_seq_set_data(self.llama.ctx, state.data, size, 0) != size:
+        if prefix.data is None:
+            if prefix.tokens:
+                self.decode(prefix.tokens)
+            return
+        size = len(prefix.data)
+        if self.api.llama_state_seq_set_data(self.llama.ctx, prefix.data, size, 0) != size:
             raise DecodeError("llama.cpp refuses its own state", where=self.path, hint="use reuse=False")
-        self.n_past = state.n_tokens
+        self.n_past = prefix.n_tokens
 
     def conditions(self) -> dict[str, Any]:
         """What a measurement with this model depends on, beside the model and the prompts; closed, too."""
@@ -305,29 +318,6 @@ class ChatTemplate:
     def close(self) -> None:
         """End the child, if there is one."""
         self._worker.close()
-
-
-class Prefix:
-    """Tokens that several texts begin with; ``reuse``: they are evaluated once, and their state is restored.
-
-    ``is_here``: the context holds them now.
-    """
-
-    def __init__(self, model: Model, tokens: Sequence[int], reuse: bool, *, is_here: bool = False) -> None:
-        self.model, self.tokens, self.reuse = model, tokens, reuse
-        self._state = model.save() if reuse and is_here else None
-
-    def restore(self) -> int:
-        """Let the context hold these tokens and no others; the number that was evaluated for it."""
-        n_evaluated = 0
-        if self._state is None:
-            self.model.clear()
-            if n_evaluated := len(self.tokens):
-                self.model.decode(self.tokens)
-                self._state = self.model.save() if self.reuse else None
-        if self._state:
-            self.model.restore(self._state)
-        return n_evaluated
 
 
 @dataclass(frozen=True)

@@ -360,14 +360,14 @@ def chooser(model: Model, requests: Sequence[Request]) -> Callable[[Request], di
     """
 
     @cache
-    def start() -> Prefix:
+    def start() -> tuple[bool, Prefix]:
         context, choices = encode(model, requests[0])
         reuse = check_reuse(model, context, max(choices, key=len)).allowed
         # without the last token, which is evaluated for its logits
         shared = commonprefix([encode(model, request)[0][:-1] for request in requests])
-        return Prefix(model, shared if reuse else [], reuse)
+        return reuse, model.hold(shared if reuse else [], reuse=reuse)
 
-    return lambda request: _scored(start(), request)
+    return lambda request: _scored(model, *start(), request)
 
 
 def encode(model: Model, request: Request) -> tuple[list[int], list[list[int]]]:
@@ -385,17 +385,17 @@ def encode(model: Model, request: Request) -> tuple[list[int], list[list[int]]]:
     return context, [tokens[len(context) :] or tokens[-1:] for tokens in together]
 
 
-def _scored(start: Prefix, request: Request) -> dict[str, Any]:
+def _scored(model: Model, reuse: bool, start: Prefix, request: Request) -> dict[str, Any]:
     """See `chooser`; ``start``: what the context begins with."""
-    model, (context, choices) = start.model, encode(start.model, request)
-    start.restore()
-    first = log_softmax(model.evaluate(context[len(start.tokens) :]).astype(float))[None]
-    whole = Prefix(model, context, start.reuse, is_here=True)
+    context, choices = encode(model, request)
+    model.restore(start)
+    first = log_softmax(model.evaluate(context[start.n_tokens :]).astype(float))[None]
+    whole = model.save() if reuse else Prefix(len(context), None, context)
     values, greedy = list[float](), list[bool]()
     for tokens in choices:
         rows = first
         if len(tokens) > 1:
-            whole.restore()
+            model.restore(whole)
             logits = np.concatenate([chunk.copy() for chunk in model.logits(tokens[:-1])])
             rows = np.concatenate([first, log_softmax(logits.astype(float), axis=-1)])
         values.append(float(rows[np.arange(len(tokens)), tokens].sum()))
