@@ -21,7 +21,7 @@ from dfqs_nb.core.display import counted, duration, tqdm
 from dfqs_nb.core.files import parse_json
 from dfqs_nb.core.journal import ROW_HASH, Journal, holds
 from dfqs_nb.core.stage import Stage
-from dfqs_nb.llama.generate import greedy
+from dfqs_nb.llama.generate import next_tokens
 from dfqs_nb.llama.model import DecodeError, Model, ReuseCheck, check_reuse
 
 JOURNAL, REUSE = "long_context_items.jsonl", "restored"  # and the row of the check of reuse in it
@@ -82,9 +82,8 @@ class Run:
             self.journal.add(f"{text}/held", n_evaluated=len(case.body))
         for question in questions:
             model.restore(body)
-            tokens = greedy(model, model.evaluate(question.prompt), question.max_tokens)
-            raw = b"".join(model.token_bytes(token) for token in tokens if not model.ends(token))
-            answer = raw.decode("utf-8", "replace").strip()
+            tokens = next_tokens(model, model.evaluate(question.prompt), question.max_tokens)
+            answer = model.text(token for token in tokens if not model.ends(token)).strip()
             n_evaluated = model.n_past - len(case.body) * self.reuses
             row: dict[str, Any] = {"haystack": case.haystack, "length": case.length, "planned": planned}
             row |= {"task": question.task, "question": question.name, "depth": round(question.depth, 4)}

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from dfqs_nb.core import display, errors, files, journal, paths
 from dfqs_nb.ladder.divergence import Array, log_probs
-from dfqs_nb.llama.generate import chat_prompt, greedy
+from dfqs_nb.llama.generate import chat_prompt, next_tokens
 from dfqs_nb.llama.model import Model
 from dfqs_nb.scores import ItemSet
 from dfqs_nb.stats import at_most, mean_interval
@@ -118,7 +118,7 @@ def write_record(
         if name not in kept:
             ids = chat_prompt(model, prompt)
             steps = continuation(model, ids, n_tokens)
-            text = answer_text(model, [top[0][0] for top in steps])
+            text = model.text([top[0][0] for top in steps])
             kept.add(name, prompt=ids, text=text, steps=steps)
     rows = [row for row in kept.rows() if row["steps"]]  # a model that ends at once predicted nothing
     if not rows:
@@ -143,13 +143,8 @@ def continuation(model: Model, prompt: list[int], n_tokens: int) -> list[list[tu
 
     model.clear()
     most = max(1, min(n_tokens, model.settings.n_ctx - len(prompt)))
-    *_, last = greedy(model, model.evaluate(prompt), most, best)
+    *_, last = next_tokens(model, model.evaluate(prompt), most, best)
     return steps[: len(steps) - model.ends(last)]
-
-
-def answer_text(model: Model, tokens: list[int]) -> str:
-    """The text of these tokens; a broken character is replaced."""
-    return b"".join(map(model.token_bytes, tokens)).decode("utf-8", "replace")
 
 
 def kl_bounds(top: Array, ours: Array, rest: Array) -> tuple[float, float]:
@@ -190,7 +185,7 @@ def compare_record(model: Model, record: Record) -> pd.DataFrame:
     n_vocab = min(model.n_vocab, record.head.n_vocab)
     for line in record.lines:
         largest = max(*line.prompt, *(token for top in line.steps for token, _ in top))
-        if largest >= n_vocab or answer_text(model, line.answer) != line.text:
+        if largest >= n_vocab or model.text(line.answer) != line.text:
             what = f"the model has another vocabulary than the record (prompt {line.id!r})"
             raise RecordError(what, where=model.path, hint="record the original of this very model")
     n_ctx, rows = model.settings.n_ctx, list[dict[str, Any]]()

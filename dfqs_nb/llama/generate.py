@@ -86,7 +86,7 @@ def generate(
 
 
 def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling) -> Iterable[int]:
-    """Chosen tokens: prefill from a cleared context, then as `greedy`."""
+    """Chosen tokens: prefill from a cleared context, then as `next_tokens`."""
     model.clear()
     logits, choose = model.evaluate(prompt), np.argmax
     if how.temperature > 0:
@@ -95,11 +95,11 @@ def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling)
         sampler = model.llama._init_sampler(temp=how.temperature, repeat_penalty=1.0, **limits)
         choose = lambda _: sampler.sample(model.llama._ctx, -1)  # noqa: E731
     most = min(max_tokens, model.settings.n_ctx - len(prompt))
-    tokens = greedy(model, logits, most, choose)
+    tokens = next_tokens(model, logits, most, choose)
     return tqdm(tokens, total=most, desc="answer", unit="token", delay=BAR_SECONDS)
 
 
-def greedy(
+def next_tokens(
     model: Model, logits: Floats, n: int, choose: Callable[[Floats], Any] = np.argmax
 ) -> Iterator[int]:
     """Up to ``n`` tokens behind a context with these logits, the likeliest each, up to one that ends it.

@@ -8,7 +8,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,6 +130,10 @@ class Model(contextlib.AbstractContextManager["Model"]):
         buffer = ctypes.create_string_buffer(size)  # `Llama.detokenize` cuts at 32 bytes
         piece_of(vocab, token, buffer, size, 0, False)
         return buffer.raw
+
+    def text(self, tokens: Iterable[int]) -> str:
+        """The text of these tokens; a broken character is replaced."""
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
 
     def ends(self, token: int) -> bool:
         """Whether this token ends a generation."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dfqs_nb.llama.build import default_params, refusal, set_context
-from dfqs_nb.llama.generate import greedy
+from dfqs_nb.llama.generate import next_tokens
 from dfqs_nb.llama.graph import Router, Tensor, Watch, ggml_function, read
 from dfqs_nb.llama.log import LOG
 from dfqs_nb.llama.model import Model, open_model
@@ -253,7 +253,7 @@ def record(
         rows = recorded.feed(tokens[call.start : call.stop])
         if logits:
             recorded.recorder.keep_logits(rows)
-    answer = greedy(model, rows[-1], min(n_output, model.settings.n_ctx - model.n_past))  # not recorded
+    answer = next_tokens(model, rows[-1], min(n_output, model.settings.n_ctx - model.n_past))  # not recorded
     output = [token for token in answer if not model.ends(token)]
     trace = recorded.trace(tokens, n_prefill=n_prefill, n_output=n_output, **conditions)
     return replace(trace, output=np.array(output, np.int32))
