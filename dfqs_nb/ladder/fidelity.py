@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from dfqs_nb.core import display, errors, files, journal, paths
 from dfqs_nb.ladder.divergence import Array, log_probs
-from dfqs_nb.llama.generate import chat_prompt, next_tokens
+from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
 from dfqs_nb.scores import ItemSet
 from dfqs_nb.stats import at_most, mean_interval
@@ -133,18 +133,16 @@ def write_record(
 
 def continuation(model: Model, prompt: list[int], n_tokens: int) -> list[list[tuple[int, float]]]:
     """The greedy answer: at each token the `TOP_K` likeliest with their log-probabilities, best first."""
-    steps = list[list[tuple[int, float]]]()
-
-    def best(logits: Array) -> int:
-        row = log_probs(logits)
-        top = np.argsort(-row, kind="stable")[:TOP_K].tolist()
-        steps.append([(token, float(row[token])) for token in top])
-        return int(top[0])
-
     model.clear()
-    most = max(1, min(n_tokens, model.settings.n_ctx - len(prompt)))
-    *_, last = next_tokens(model, model.evaluate(prompt), most, best)
-    return steps[: len(steps) - model.ends(last)]
+    steps, fed = list[list[tuple[int, float]]](), prompt
+    for _ in range(max(1, min(n_tokens, model.settings.n_ctx - len(prompt)))):
+        row = log_probs(model.evaluate(fed))
+        best = np.argsort(-row, kind="stable")[:TOP_K].tolist()
+        if model.ends(best[0]):
+            break
+        steps.append([(token, float(row[token])) for token in best])
+        fed = best[:1]
+    return steps
 
 
 def kl_bounds(top: Array, ours: Array, rest: Array) -> tuple[float, float]:

@@ -185,6 +185,7 @@ def climb(
         pool, top = ThreadPoolExecutor(n_workers(shards, settings.n_threads)), climber.top
         recipes = {recipe.name: recipe for recipe in map(load_recipe, rungs) if recipe.name != top}
         try:
+            # taken before all others: even a single worker never waits for work behind its own
             first = [pool.submit(climber.measured, step, top, *climber.source) for step in ("predict", "ask")]
             steps = {
                 name: pool.submit(climber.rung, name, recipe, first)
@@ -252,10 +253,7 @@ class _Climber(ExitStack):
         return place
 
     def rung(self, name: str, recipe: Recipe | None, first: Sequence[Future[Any]]) -> Rung:
-        """Make and measure a rung, or the source where there is no recipe.
-
-        ``first``: the source's predictions and answers; they were submitted before, so one worker is enough.
-        """
+        """Make and measure a rung (without a recipe the source), after the source's own steps, ``first``."""
         path, sha256 = self._made(recipe) if recipe else self.source
         predicted = first[0].result()
         if recipe:
