@@ -88,7 +88,8 @@ def generate(
 def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling) -> Iterable[int]:
     """Chosen tokens: prefill from a cleared context, then as `next_tokens`."""
     model.clear()
-    logits, choose = model.evaluate(prompt), np.argmax
+    logits = model.evaluate(prompt)
+    choose: Callable[[Floats], Any] = np.argmax
     if how.temperature > 0:
         model.llama.set_seed(how.seed)
         limits = {name: getattr(how, name) for name in ("top_k", "top_p", "min_p")}
