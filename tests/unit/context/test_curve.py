@@ -257,7 +257,8 @@ def test_killed_and_resumed_run_gives_the_same_numbers(which, prompt_set, tmp_pa
         file.write(b'{"conditions": "torn')
     found = journal.read_bytes().count(b"\n")
     assert 12 <= found < (tmp_path / "whole" / curves.JOURNAL).read_bytes().count(b"\n")
-    assert child(path, tmp_path / "killed", prompt_set) == whole
+    kept, _, again = child(path, tmp_path / "killed", prompt_set).partition("\n")
+    assert "answers are there" in kept and again == whole
 
 
 def test_journal_keeps_conditions_apart_and_drops_a_torn_line(tmp_path):
@@ -327,7 +328,7 @@ def test_a_decode_that_fails_is_the_boundary_with_its_cause(nano, tmp_path, monk
     evaluate = type(nano).evaluate
 
     def failing(self, tokens):
-        if len(tokens) > 100:
+        if self.n_past + len(tokens) > 100:
             raise error
         return evaluate(self, tokens)
 

@@ -38,7 +38,7 @@ PACE = Pace(prefill=0.001, decode=0.01)
 def planned(monkeypatch):
     monkeypatch.setattr(runs, "probe", lambda model: PACE)
     monkeypatch.setattr(runs, "least_context", lambda *arguments: 0)
-    model = SimpleNamespace(settings=OpenSettings())
+    model = SimpleNamespace(has_template=True, settings=OpenSettings())
     return lambda seconds, sets=SETS: plan_questions(model, sets, Options(), seconds)
 
 
@@ -212,7 +212,7 @@ def test_a_smaller_budget_takes_no_earlier_answer_away(model, tmp_path):
 
 def test_choices_end_at_their_time_and_are_spread_over_the_families(model, tmp_path, monkeypatch):
     choices, planned = NANO_CHOICES, plan_questions(model, [NANO_CHOICES], Options(progress=False), 20.0)
-    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=itertools.count(0.0).__next__))
     results, missing = planned.ask(tmp_path)
     n = len(results.items)
     assert 1 <= n < 12 and missing == [
