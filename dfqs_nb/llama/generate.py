@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ def generate(
     return Completion(text + decoder.decode(b"", final=True), tuple(tokens), reason, len(prompt))
 
 
-def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling) -> Iterable[int]:
+def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling) -> Iterator[int]:
     """Chosen tokens: prefill from a cleared context, then as `next_tokens`."""
     model.clear()
     logits = model.evaluate(prompt)
@@ -97,7 +97,7 @@ def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling)
         choose = lambda _: sampler.sample(model.llama._ctx, -1)  # noqa: E731
     most = min(max_tokens, model.settings.n_ctx - len(prompt))
     tokens = next_tokens(model, logits, most, choose)
-    return tqdm(tokens, total=most, desc="answer", unit="token", delay=BAR_SECONDS)
+    yield from tqdm(tokens, total=most, desc="answer", unit="token", delay=BAR_SECONDS)
 
 
 def next_tokens(
