@@ -18,7 +18,7 @@ def without_repacking():
 
 api.llama_model_default_params = without_repacking
 llama = Llama(MODEL, n_ctx={{ n_ctx }}, n_threads={{ n_threads }}, n_gpu_layers={{ n_gpu_layers }},
-              swa_full=False, seed=42, verbose=False)
+              swa_full=False, {% if "-fa" in flags %}flash_attn=True, {% endif %}seed=42, verbose=False)
 messages = [{"role": "user", "content": " ".join(sys.argv[1:]) or {{ prompt }}}]
 answer = llama.create_chat_completion(messages, max_tokens=256, temperature=0.0)
 print(answer["choices"][0]["message"]["content"])

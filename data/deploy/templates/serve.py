@@ -24,7 +24,7 @@ def with_field(make, name, value):
 api.llama_context_default_params = with_field(api.llama_context_default_params, "swa_full", False)
 api.llama_model_default_params = with_field(api.llama_model_default_params, "use_extra_bufts", False)
 model = ModelSettings(model={{ model }}, model_alias={{ name }}, n_ctx={{ n_ctx }}, n_threads={{ n_threads }},
-                      n_gpu_layers={{ n_gpu_layers }}, seed=42, verbose=False)
+                      n_gpu_layers={{ n_gpu_layers }}, {% if "-fa" in flags %}flash_attn=True, {% endif %}seed=42, verbose=False)
 key = os.environ[KEY_VARIABLE] if KEY_VARIABLE else None
 app = create_app(server_settings=ServerSettings(host=HOST, port=PORT, api_key=key), model_settings=[model])
 uvicorn.run(app, host=HOST, port=PORT, log_level="warning")

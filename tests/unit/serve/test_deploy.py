@@ -471,6 +471,16 @@ def test_layers_on_a_card_come_before_context_and_a_recipe_says_what_that_costs(
         assert roomy.settings["n_ctx"] == deploy.MOST_N_CTX and "--n-ctx" not in " ".join(roomy.notes)
 
 
+@pytest.mark.parametrize("target", ["llama-cpp-python", "colab", "kaggle"])
+def test_a_program_with_a_card_has_the_flash_attention_that_its_room_is_counted_for(target, fitted):
+    """llama.cpp's own programs switch it on by themselves; `llama_cpp.Llama` does not."""
+    for cards in ([], [80]):
+        recipe = fitted("nano", 8, cards, target)
+        check_files(recipe)
+        programs = [text for name, text in texts(recipe).items() if name.endswith((".py", ".ipynb"))]
+        assert programs and all(("flash_attn=True" in text) == bool(cards) for text in programs)
+
+
 def test_layers_that_were_asked_for_are_counted_on_a_card(fitted):
     recipe = fitted("dense", 64, [], n_gpu_layers=20)
     assert recipe.settings["flags"][:2] == ("-ngl", "20") and recipe.settings["n_gpu_layers"] == 20
