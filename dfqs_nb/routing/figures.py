@@ -57,8 +57,8 @@ def router_margins(margins: pd.Series, flips: pd.DataFrame) -> Axes:
     for row, (kind, group) in enumerate(flips.groupby("kind", sort=False), start=1):
         depth, label = -0.055 * row * heights.max(), f"{kind} ({group['first'].sum()} of {len(group)})"
         for is_first, at in group.groupby("first")["margin"]:
-            style = {"label": label, "color": PALETTE[5 - row % 6]} if is_first else {"color": "0.8"}
-            ax.plot(at, [depth] * len(at), "|", markersize=8, **style)
+            colour, name = (PALETTE[5 - row % 6], label) if is_first else ("0.8", None)
+            ax.plot(at, [depth] * len(at), "|", markersize=8, color=colour, label=name)
     ax.axhline(0, color=INK, linewidth=0.6)
     ax.set_xscale("log")
     ax.set_xlabel("router margin: k-th score minus the next (scores have no unit)")
@@ -68,8 +68,8 @@ def router_margins(margins: pd.Series, flips: pd.DataFrame) -> Axes:
     typical = margins.median()
     title = f"No choice flipped; the median margin is {typical:.2g}"
     if len(flips):
-        name = "flips under a change of\n(coloured: independent)"
-        ax.legend(frameon=False, fontsize=8, title=name, title_fontsize=8, loc="upper left")
+        heading = "flips under a change of\n(coloured: independent)"
+        ax.legend(frameon=False, fontsize=8, title=heading, title_fontsize=8, loc="upper left")
         first = flips[flips["first"]].drop_duplicates(["token", "layer"])
         times = typical / first["margin"].median()
         smaller = f"a {times:,.0f} times smaller median margin"

@@ -132,7 +132,7 @@ def refused(
 def test_existing_output_is_kept(tmp_path):
     output = tmp_path / "out.gguf"
     output.write_bytes(b"precious")
-    refused(OutputError, "exists already", "overwrite=True", output=output)
+    refused(OutputError, "exists already", "--overwrite", output=output)
     assert merge_model(SHARD["IQ1_S-XL"], output, overwrite=True).sha256 == sha256(output)
 
 
