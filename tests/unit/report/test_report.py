@@ -828,7 +828,7 @@ def test_what_ladder_and_serving_found_is_shown(copied):
     report.write_report(copied, report.read_report(copied))
     page, text = ((copied / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert "&lt;Q4&gt;" in page and "one step" in page and "long</li>" not in page
-    assert r"other\*F16.gguf, which has not the name" in text
+    assert r"other\*F16.gguf, which does not have the name" in text
     assert report.check_run(copied)
 
 
