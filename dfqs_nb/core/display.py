@@ -12,20 +12,21 @@ import textwrap
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from math import inf
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
-    from IPython.display import HTML
 
 LARGE_BYTES, BEAT_SECONDS = 1 << 30, 1.0
 CODE = re.compile(r"`([\w ./=:,+-]+)`")  # a command or a name in backticks, which no format can misread
 TEXT_WIDTH = 96  # characters of a line in an output cell
-MAX_SHOWN = 200  # characters of a text in a table: a name can have 100,000
+TOO_LONG = re.compile("(?s)^(.{199})..+")  # for a fact: a name can have 100,000 characters
 NONE = "–"  # a cell without a value
 
 
@@ -182,7 +183,7 @@ def cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, Integral) else str(value)
 
 
 def plain(text: object) -> str:
@@ -268,23 +269,6 @@ def label(name: object) -> str:
     return text.replace("_", " ")
 
 
-def facts(values: Mapping[str, Any], name: str = "value") -> pd.DataFrame:
-    """Facts as a one-column table, with names by `label` and values as in `shown`; long texts are cut."""
-    import pandas as pd
-
-    whole = pd.option_context("display.max_colwidth", MAX_SHOWN)  # else pandas cuts a text at 50 characters
-
-    class Facts(pd.DataFrame):  # type: ignore[misc]
-        __repr__ = whole(pd.DataFrame.__repr__)
-        _repr_html_ = whole(pd.DataFrame._repr_html_)
-
-    def shown(value: Any) -> str:
-        text = plain(cell(value))
-        return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
-
-    return Facts({name: {label(key): shown(value) for key, value in values.items()}})
-
-
 def say(*lines: object) -> None:
     """Print long lines so that they break between words, not within a name, a command, "n = 32" or "95 %"."""
     for line in lines:
@@ -296,35 +280,60 @@ def say(*lines: object) -> None:
         print(filled.replace("\xa0", " "))
 
 
-def shown(table: pd.DataFrame, name: str, *, precision: int = 2, percent: tuple[str, ...] = ()) -> HTML:
-    """A frame as an HTML table that scrolls, with names by `label` and escaped cells.
+TABLE = """\
+<div style="overflow-x: auto">
+<table>
+{% for row in rows %}{% set head = loop.first -%}
+{% if loop.index0 < 2 %}<{{ "thead" if head else "tbody" }}>
+{% endif %}<tr>
+{% for text in row %}{% set tag = "th" if head or loop.index0 < n_names else "td" -%}
+<{{ tag }}{% if loop.index0 in left %} style="text-align: left"{% endif %}>{{ text }}</{{ tag }}>
+{% endfor %}</tr>
+{% endfor %}</table>
+</div>"""
 
-    ``name``: of the table in the page, the same in every run. ``percent``: columns of shares. JupyterLab
-    aligns all cells to the right and drops style sheets from stored outputs, so each text cell carries its
-    own alignment.
-    """
-    import html
 
-    from IPython.display import HTML
-    from pandas.io.formats.style import Styler
+@dataclass(repr=False)
+class Table:
+    """Rows of texts, headings first: in a notebook a table that scrolls, elsewhere lines."""
 
-    table = table.rename_axis(index=lambda name: name and label(name), columns=None).copy()
-    for at, kind in enumerate(table.dtypes):
-        if kind.kind in "bO":
-            column = table.iloc[:, at].astype(object)
-            table.isetitem(at, column.map(lambda it: cell(it) if isinstance(it, bool) else it))
-    options = {"thousands": ",", "precision": precision, "escape": "html", "na_rep": NONE}
-    styler = Styler(table, cell_ids=False).format(**options)
-    styler = styler.format_index(escape="html", thousands=",", precision=1)
-    styler = styler.relabel_index([html.escape(label(column)) for column in table.columns], axis=1)
-    if percent:
-        styler = styler.format(per_cent, subset=list(percent), na_rep=NONE)
-    page = re.sub(r"<style.*?</style>\s*", "", styler.set_uuid(name).to_html(), flags=re.DOTALL)
-    if named := re.search(r'(?s)<tr>\s*(<th class="index_name.*?)<th class="blank col0.*?</tr>\s*', page):
-        page = re.sub(r'(<th class="blank.*?</th>\s*)+', named[1], page.replace(named[0], ""), count=1)
-    text = [str(i) for i, column in enumerate(table.columns) if table[column].dtype.kind not in "iuf"]
-    columns = "|".join(text) or "none"
-    aligned = rf"(?:row_heading|index_name) level.*?|(?:col_heading level0|data row\d+) col(?:{columns})"
-    page = re.sub(rf'class="(?:{aligned})"', 'style="text-align: left"', page)
-    page = re.sub(r' class=".*?"|^ +| (?=>)', "", page, flags=re.MULTILINE)  # a stored page stays small
-    return HTML(f'<div style="overflow-x: auto">\n{page}</div>')
+    rows: Sequence[Sequence[str]]
+    n_names: int = 1  # the first columns: they name the rows
+    left: Collection[
+        int
+    ] = ()  # columns of text: JupyterLab aligns all to the right, and keeps no style sheet
+
+    def __repr__(self) -> str:
+        return "\n".join(" | ".join(map(one_line, row)) for row in self.rows)
+
+    def _repr_html_(self) -> str:
+        from jinja2 import Template
+
+        return Template(TABLE, autoescape=True).render(vars(self))
+
+
+def facts(values: Mapping[str, Any], name: str = "value") -> Table:
+    """Facts as a table, with names by `label` and values by `cell`; long texts are cut."""
+    texts = [(label(key), plain(cell(value))) for key, value in values.items()]
+    return Table([("", name), *((key, re.sub(TOO_LONG, r"\1…", text)) for key, text in texts)])
+
+
+def shown(table: pd.DataFrame, *, precision: int = 2, percent: Collection[str] = ()) -> Table:
+    """A frame as a table, with names by `label`. ``precision``: of floats; ``percent``: columns of shares."""
+    import pandas as pd
+
+    def text(value: Any, precision: int, is_share: bool) -> str:
+        if pd.isna(value) is True:
+            return NONE
+        if is_share:
+            return per_cent(value)
+        return plain(f"{value:,.{precision}f}" if isinstance(value, float) else cell(value))
+
+    n, whole = table.index.nlevels, table.reset_index(allow_duplicates=True)
+    columns, left = [], set(range(n))
+    for at, (name, column) in enumerate(whole.items()):
+        how = 1 if at < n else precision, name in percent
+        columns.append([text(value, *how) for value in column])
+        left |= {at} if column.dtype.kind not in "iuf" else set()
+    headings = ["" if name is None else label(name) for name in (*table.index.names, *table.columns)]
+    return Table([headings, *zip(*columns, strict=True)], n, left)

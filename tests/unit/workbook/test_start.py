@@ -43,7 +43,7 @@ def test_a_table_has_names_with_units_and_stays_as_it_is():
     table = pd.DataFrame(
         {"kld": [0.5], "n_missing": [3], "<b>": ["<i>"]}, index=pd.Index(["a"], name="n_ctx")
     )
-    page = shown(table, "x").data
+    page = shown(table)._repr_html_()
     assert "KL divergence (nats)" in page and ">missing<" in page and "context (tokens)" in page
     assert "<b>" not in page and "<i>" not in page and "overflow-x" in page
     assert list(table.columns) == ["kld", "n_missing", "<b>"] and table.index.name == "n_ctx"
