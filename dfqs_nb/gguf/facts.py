@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from dfqs_nb.core.display import entries
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.gguf.header import GGUFHeader, Tensor, check_layout, read_header
 
+EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX of llama.cpp's common/common.h
 # Tensor classes, by the first pattern that the name (without "blk.N.") contains.
 CLASSES = (
-    ("routed experts", r"_exps\."),
+    ("routed experts", EXPERTS.removeprefix(r"\.")),
     ("shared expert", r"_shexp\."),
     ("router", r"ffn_gate_inp|exp_probs_b|ffn_gate_tid2eid"),
     ("indexer", r"^indexer"),
@@ -91,28 +92,47 @@ def is_tied(*headers: GGUFHeader) -> bool:
     return "output.weight" not in {tensor.name for header in headers for tensor in header.tensors}
 
 
-def token_shares(header: GGUFHeader) -> Iterator[tuple[Tensor, bool, float]]:
-    """Each tensor, whether it holds routed experts, and the share that a token uses, as in `Parameters`."""
-    n_experts, tied = header.count("expert_count"), is_tied(header)
-    used = header.counts("expert_used_count") or [0]
-    for tensor in header.tensors:
-        kind = class_of(tensor.name)
-        if kind == "routed experts" and n_experts:
-            yield tensor, True, used[min(layer_of(tensor.name) or 0, len(used) - 1)] / n_experts
-        else:
-            is_table = tensor.type in INTEGER_TYPES or (kind == "embedding" and not tied)
-            yield tensor, False, 1 / max(tensor.shape[-1], 1) if is_table else 1.0
+@dataclass(frozen=True)
+class Weights:
+    """A tensor of a model: where it lies, and how much of it a token reads."""
+
+    tensor: Tensor
+    file: int  # number of its shard, from 0
+    start: int  # in that file
+    layer: int  # -1 outside the blocks
+    use: str  # of routed experts ``up``, ``gate``, ``gate_up`` or ``down``; else empty
+    share: float  # that a token reads: of experts those used, of a table one row
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes that a token reads, on average."""
+        return self.tensor.nbytes * self.share
+
+
+def weights(*headers: GGUFHeader) -> list[Weights]:
+    """All tensors of a model, from the headers of its shards in order."""
+    rows, tied, n_experts = list[Weights](), is_tied(*headers), headers[0].count("expert_count")
+    used = headers[0].counts("expert_used_count") or [0]
+    for file, header in enumerate(headers):
+        for it in header.tensors:
+            block, n, routed = layer_of(it.name), max(it.shape[-1], 1), re.search(EXPERTS, it.name)
+            layer = -1 if block is None else block
+            use = routed[1] if routed and block is not None and n_experts else ""
+            is_table = it.type in INTEGER_TYPES or (class_of(it.name) == "embedding" and not tied)
+            share = min(used[min(layer, len(used) - 1)], n) / n if use else 1 / n if is_table else 1.0
+            rows.append(Weights(it, file, header.data_offset + it.offset, layer, use, share))
+    return rows
 
 
 def parameters(header: GGUFHeader, *, in_bytes: bool = False) -> Parameters:
     """Count the weights from the tensor shapes, or the bytes of all tensors."""
     rows = [
-        (tensor.nbytes if in_bytes else tensor.n_elements, is_routed, share)
-        for tensor, is_routed, share in token_shares(header)
-        if in_bytes or tensor.type not in INTEGER_TYPES
+        (row.tensor.nbytes if in_bytes else row.tensor.n_elements, row)
+        for row in weights(header)
+        if in_bytes or row.tensor.type not in INTEGER_TYPES
     ]
-    active = round(sum(n * share for n, _, share in rows))
-    return Parameters(sum(n for n, *_ in rows), active, sum(n for n, is_routed, _ in rows if is_routed))
+    active = round(sum(n * row.share for n, row in rows))
+    return Parameters(sum(n for n, _ in rows), active, sum(n for n, row in rows if row.use))
 
 
 def bits_per_weight(tensors: Iterable[Tensor]) -> float:

@@ -18,7 +18,7 @@ from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, SpaceError
 from dfqs_nb.core.machine import Memory, available_memory
 from dfqs_nb.core.paths import data_dir
-from dfqs_nb.gguf.facts import INTEGER_TYPES, class_of, experts, is_tied, layer_of, token_shares
+from dfqs_nb.gguf.facts import EXPERTS, class_of, is_tied, weights
 from dfqs_nb.gguf.header import OTHER_TOOL, TENSOR_TYPES, GGUFHeader, padded
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ CACHED = "F32 F16 BF16 Q8_0 Q5_1 Q5_0 Q4_1 Q4_0 IQ4_NL".split()
 CACHE_TYPES = {name.lower(): (nbytes, n) for name, n, nbytes in TENSOR_TYPES.values() if name in CACHED}
 CSA_RATIO, HCA_RATIO, CELL_PADDING = 4, 128, 256
 ADVICE = "lower n_ctx or n_ubatch, set use_mmap=True, swa_full=False, flash_attn=True, or close programs"
-EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX: what --n-cpu-moe keeps in memory
 HASH_TABLE = "ffn_gate_tid2eid"  # of a layer that routes by token id
+USES = ("", "gate_up", "up", "gate", "down")  # of tensors of experts, in the order of build_moe_ffn
+OUTPUT, EMBEDDING = -2, -1  # their places behind the layers in the lists of `Sizes`
 # Of each card, for the process and its compute buffer. Of DeepSeek-V4-Flash an H100 planned 1.5 GB in all at
 # 131,072 tokens with flash attention; without it, these 2 GiB are enough up to 32,768 (docs/real_size.md).
 SPARE_BYTES = 2 << 30
@@ -241,22 +242,18 @@ class Sizes:
 
     def __init__(self, header: GGUFHeader) -> None:
         self.header, self.n_layers, self.tied = header, header.n_layers, is_tied(header)
-        self.n_context, layout, count = header.count("context_length"), experts(header), self.n_layers + 2
-        self.used = layout.used / layout.total if layout.total else 1.0
+        self.n_context, rows, count = header.count("context_length"), weights(header), self.n_layers + 2
         self.dense, self.experts, self.token = [0] * count, [0] * count, [0.0] * count
-        for tensor, _, share in token_shares(header):
-            layer = layer_of(tensor.name)
-            at = self.n_layers if layer is None else min(layer, self.n_layers)
-            if layer is None and class_of(tensor.name) == "embedding":
-                self.dense[-1] += tensor.nbytes
-                if self.tied:  # llama.cpp loads it once more, for the output, which alone reads all of it
-                    self.dense[at] += tensor.nbytes
-                self.token[at if self.tied else -1] += tensor.nbytes * share
-            elif re.search(EXPERTS, tensor.name):
-                self.experts[at] += tensor.nbytes
-            else:
-                self.dense[at] += tensor.nbytes
-                self.token[at] += tensor.nbytes * share
+        for row in rows:
+            outside = EMBEDDING if class_of(row.tensor.name) == "embedding" else OUTPUT
+            at = outside if row.layer < 0 else min(row.layer, self.n_layers)
+            (self.experts if row.use else self.dense)[at] += row.tensor.nbytes
+            self.token[at] += 0 if row.use else row.token_bytes
+        if self.tied:  # llama.cpp loads it once more, for the output, which alone reads all of it
+            self.dense[OUTPUT] += self.dense[EMBEDDING]
+            self.token[OUTPUT], self.token[EMBEDDING] = self.token[OUTPUT] + self.token[EMBEDDING], 0
+        used = sum(row.token_bytes for row in rows if row.use)
+        self.used = used / sum(self.experts) if used else 1.0  # of the bytes of experts, by a token
 
     def caches(self, n_ctx: int) -> list[int]:
         """Bytes of cache of each layer; none for the output and the embedding."""
@@ -408,7 +405,7 @@ def machines_table(
     return pd.DataFrame(rows, pd.Index(named, name="machine"))
 
 
-class Experts(NamedTuple):
+class ExpertTensor(NamedTuple):
     """A tensor of ``n`` routed experts: its file, where it starts, and the bytes of one expert."""
 
     file: int
@@ -421,31 +418,27 @@ class Experts(NamedTuple):
 class Layout:
     """Where a model's weights lie in its files."""
 
-    experts: dict[int, list[Experts]]  # by layer, in the order in which build_moe_ffn uses them
+    experts: dict[int, list[ExpertTensor]]  # by layer, in the order of use: those that its router numbers
     dense: list[tuple[int, int, int]]  # (file, start, end) of the tensors that every token reads whole
     tables: dict[int, tuple[int, int, int]]  # by layer that routes by token id: file, start, experts a token
+    expert_bytes: int  # of all routed experts, also of those that no router numbers (``_chexps``)
     token_bytes: int  # of the experts that a token uses
     dense_bytes: int  # that every token reads
 
     @classmethod
     def of(cls, headers: Sequence[GGUFHeader]) -> Layout:
-        """From the headers of all shards in order."""
-        routing, n_layers, tied = experts(headers[0]), headers[0].n_layers, is_tied(*headers)
-        placed = [(i, t, it.data_offset + t.offset) for i, it in enumerate(headers) for t in it.tensors]
-        parts: dict[int, dict[tuple[int, bool], Experts]] = {}  # a bias comes after its weight
-        dense, tables = [], {}
-        for file, tensor, start in placed:
-            layer, routed = layer_of(tensor.name), re.search(EXPERTS, tensor.name)
-            if layer is not None and layer >= n_layers:
-                continue  # layers for drafting, which llama.cpp does not read
-            if layer is not None and routed and tensor.shape[-1] == routing.total:
-                key = ("gate_up", "up", "gate", "down").index(routed[1]), tensor.name.endswith(".bias")
-                part = Experts(file, start, tensor.nbytes // routing.total, routing.total)
-                parts.setdefault(layer, {})[key] = part
-            elif layer is not None and HASH_TABLE in tensor.name:
-                tables[layer] = file, start, tensor.shape[0]
-            elif tensor.type not in INTEGER_TYPES and (tied or class_of(tensor.name) != "embedding"):
-                dense.append((file, start, start + tensor.nbytes))
-        ordered = {layer: [own[place] for place in sorted(own)] for layer, own in parts.items()}
-        slices = sum(part.slice_bytes for layer in ordered.values() for part in layer)
-        return cls(ordered, dense, tables, routing.used * slices, sum(end - start for _, start, end in dense))
+        """From the headers of all shards in order; llama.cpp does not read layers for drafting."""
+        count, n_layers = headers[0].count("expert_count"), headers[0].n_layers
+        rows = [row for row in weights(*headers) if row.layer < n_layers]
+        routed = [row for row in rows if row.use]
+        experts, dense, tables = dict[int, list[ExpertTensor]](), [], {}
+        for row in sorted(rows, key=lambda row: (USES.index(row.use), row.tensor.name.endswith(".bias"))):
+            if row.use and row.tensor.shape[-1] == count:
+                part = ExpertTensor(row.file, row.start, row.tensor.nbytes // count, count)
+                experts.setdefault(row.layer, []).append(part)
+            elif HASH_TABLE in row.tensor.name:
+                tables[row.layer] = row.file, row.start, row.tensor.shape[0]
+            elif not row.use and row.share == 1:
+                dense.append((row.file, row.start, row.start + row.tensor.nbytes))
+        n_bytes = sum(row.tensor.nbytes for row in routed), round(sum(row.token_bytes for row in routed))
+        return cls(experts, dense, tables, *n_bytes, sum(end - start for _, start, end in dense))

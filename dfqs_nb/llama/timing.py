@@ -183,7 +183,7 @@ def forecast(
     """
     layout = Layout.of(headers)
     parts = [part for layer in layout.experts.values() for part in layer]
-    total, token = sum(part.slice_bytes * part.n for part in parts), layout.token_bytes
+    total, token = layout.expert_bytes, layout.token_bytes
     piece = sum(part.slice_bytes for part in parts) // len(parts) if parts else 1 << 20
     room, disk = memory_bytes - layout.dense_bytes, Disk.under(headers[0].path)
     cached = min(1.0, max(0.0, room / total)) if total else 1.0

@@ -105,6 +105,7 @@ def test_a_table_has_a_form_without_html_and_no_cell_steers_a_terminal_or_a_page
 
 
 def test_numbers_of_every_kind_look_alike():
-    values = {"float": [1234.5, None], "Int64": pd.array([1234, None], "Int64"), "object": [np.int64(1234), 0.25]}
+    mixed = pd.Series([np.int64(1234), 0.25], dtype=object)
+    values = {"float": [1234.5, None], "Int64": pd.array([1234, None], "Int64"), "object": mixed}
     page = shown(pd.DataFrame(values), precision=1)._repr_html_()
     assert re.findall(r"<td[^>]*>([^<]+)</td>", page) == ["1,234.5", "1,234", "1,234", "–", "–", "0.2"]

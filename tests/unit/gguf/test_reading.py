@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 from gguf_fixtures import real_size_header
 from published import FLASH
 
 from conftest import REFERENCE
-from dfqs_nb.gguf.facts import class_of, parameters
-from dfqs_nb.gguf.header import GGUFHeader, read_header
+from dfqs_nb.gguf.facts import class_of, experts, parameters
+from dfqs_nb.gguf.header import GGUFHeader, Tensor, read_header
+from dfqs_nb.gguf.memory import Layout, Sizes
 from dfqs_nb.gguf.shards import open_shards
 
 Q8_0 = 34 / 32
@@ -58,3 +62,29 @@ def test_shards_together_read_what_the_merged_file_reads(merged_reference):
     assert parameters(shards.as_one, in_bytes=True) == parameters(
         read_header(merged_reference), in_bytes=True
     )
+
+
+def test_a_second_set_of_experts_counts_as_routed_everywhere():
+    """GroveMoE (llama.cpp's src/models/grovemoe.cpp): 4 chunk experts beside 8 experts, 6 and at most 4 used."""
+    shapes = {
+        "token_embd.weight": (4, 100),
+        "output.weight": (4, 100),
+        "blk.0.ffn_norm_exps.weight": (4,),
+        "blk.0.ffn_gate_exps.weight": (4, 2, 8),
+        "blk.0.ffn_gate_chexps.weight": (4, 2, 4),
+    }
+    tensors, start = [], 0
+    for name, shape in shapes.items():
+        tensors.append(Tensor(name, shape, "F32", 0, start, math.prod(shape), 4 * math.prod(shape)))
+        start += tensors[-1].nbytes
+    counts = {"block_count": 1, "expert_count": 8, "expert_used_count": 6}
+    fields = {"general.architecture": "grovemoe", **{f"grovemoe.{key}": n for key, n in counts.items()}}
+    header = GGUFHeader(Path("x.gguf"), 0, 3, 32, fields, tuple(tensors), 0, start, b"")
+    routed, read = 64 + 32, 64 * 6 // 8 + 32
+    assert experts(header).moe_layers == 1 and class_of("blk.0.ffn_norm_exps.weight") == "norms"
+    assert parameters(header).routed == routed and parameters(header).active == 4 + 400 + 4 + read
+    sizes, layout = Sizes(header), Layout.of([header])
+    assert sizes.experts == [4 * routed, 0, 0] and sizes.dense == [16, 1600, 1600]
+    assert sizes.used == pytest.approx(read / routed)
+    assert (layout.expert_bytes, layout.token_bytes, layout.dense_bytes) == (4 * routed, 4 * read, 1616)
+    assert [part.n for part in layout.experts[0]] == [8], "the router numbers only the first set"
