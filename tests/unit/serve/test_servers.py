@@ -365,3 +365,12 @@ def test_all_nano_items_are_the_same_both_ways(merged_reference, tmp_path):
         assert items["same_text"].all(), table["causes"]
         assert (table["right_process"] == table["right_server"]).all()
         assert table["items"].tolist() == [len(each.items) for each in ItemSet.of_tier("nano")]
+
+
+def test_a_servers_process_imports_no_tables_and_begins_its_log_without_a_warning():
+    command = [sys.executable, "-X", "importtime", "-m", servers.__name__]
+    log = subprocess.run(command, input="", capture_output=True, text=True, check=False).stderr
+    loaded = {line.split("|")[-1].strip() for line in log.splitlines() if line.startswith("import time:")}
+    assert "dfqs_nb.serve.servers" not in loaded, "it runs as __main__, once"
+    assert "dfqs_nb.serve.client" in loaded and loaded.isdisjoint({"pandas", "scipy", "matplotlib"})
+    assert "RuntimeWarning" not in log
