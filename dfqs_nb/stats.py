@@ -59,34 +59,36 @@ def wilson_of_clusters(successes: Any, trials: Any, level: float = LEVEL) -> tup
     right, n, n_rows = rows.sum(0), trials.sum(0), (trials > 0).sum(0)
     if trials.max(initial=0) <= 1:
         return wilson(right, n, level)
-    share = right / np.maximum(n, 1)
-    spread = ((rows - share * trials) ** 2).sum(0) * n_rows / np.maximum(1, n_rows - 1)
-    effect = np.maximum(1, spread / np.where((share > 0) & (share < 1), share * (1 - share) * n, inf))
-    tail = (1 + level) / 2
-    widened = np.where(n_rows > 1, (stdtrit(np.maximum(1, n_rows - 1), tail) / ndtri(tail)) ** 2, inf)
-    effect = np.clip(effect * widened, 1, np.maximum(1, n))  # worth one trial at least
-    return wilson(right / effect, n / effect, level)
+    share, freedom, tail = right / np.maximum(n, 1), np.maximum(1, n_rows - 1), (1 + level) / 2
+    between = ((rows - share * trials) ** 2).sum(0) * n_rows / freedom
+    independent = np.where((share > 0) & (share < 1), share * (1 - share) * n, inf)
+    design_effect = np.maximum(1, between / independent)
+    t_over_z = np.where(n_rows > 1, stdtrit(freedom, tail) / ndtri(tail), inf)
+    divisor = np.clip(design_effect * t_over_z**2, 1, np.maximum(1, n))  # at least one trial is left
+    return wilson(right / divisor, n / divisor, level)
 
 
 def ratios_to_first(values: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats]:
     """The interval of each value over the first, from the intervals of independent values.
 
-    It is MOVER-R (Newcombe 2016, Statistical Methods in Medical Research 25:1774); NaN for the first value
-    itself, and for all where the first may be 0.
+    Of a / b with a from l to u and b from m to v, it is MOVER-R (Newcombe 2016, Statistical Methods in Medical
+    Research 25:1774): from (ab - sqrt((ab)^2 - l(2a - l) v(2b - v))) / (v(2b - v)), up to the same with + and
+    u, m in place of l, v. It is NaN for the first value itself, and for all where the first may be 0.
 
     >>> low, high = ratios_to_first(*np.array([[0.8, 0.4], [0.7, 0.3], [0.9, 0.5]]))
     >>> [round(float(value), 3) for value in (low[1], high[1])]
     [0.367, 0.649]
     """
-    value, down, up = (float(it[0]) if len(it) else 0.0 for it in (values, low, high))
-    if not 0 < down <= up < 2 * value:
+    first, down, up = (float(it[0]) if len(it) else 0.0 for it in (values, low, high))
+    if not 0 < down <= up < 2 * first:
         return np.full(len(values), nan), np.full(len(values), nan)
-    both, ends = values * value, []
-    for own, other, sign in ((low, up, -1), (high, down, 1)):
-        scale = other * (2 * value - other)
-        ends.append((both + sign * np.sqrt(both**2 - own * (2 * values - own) * scale)) / scale)
-        ends[-1][0] = nan
-    return ends[0], ends[1]
+
+    def end(own: Floats, other: float, sign: int) -> Floats:
+        both, scale = values * first, other * (2 * first - other)
+        ratios: Floats = (both + sign * np.sqrt(both**2 - own * (2 * values - own) * scale)) / scale
+        return np.append(nan, ratios[1:])
+
+    return end(low, up, -1), end(high, down, 1)
 
 
 def at_most(n_events: int, n: int) -> float:
