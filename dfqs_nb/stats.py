@@ -71,9 +71,9 @@ def wilson_of_clusters(successes: Any, trials: Any, level: float = LEVEL) -> tup
 def ratios_to_first(values: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats]:
     """The interval of each value over the first, from the intervals of independent values.
 
-    Of a / b with a from l to u and b from m to v, it is MOVER-R (Newcombe 2016, Statistical Methods in Medical
-    Research 25:1774): from (ab - sqrt((ab)^2 - l(2a - l) v(2b - v))) / (v(2b - v)), up to the same with + and
-    u, m in place of l, v. It is NaN for the first value itself, and for all where the first may be 0.
+    MOVER-R (Newcombe 2016, Statistical Methods in Medical Research 25:1774), for a / b with a from l to u and
+    b from m to v: from (ab - sqrt((ab)^2 - l(2a - l) v(2b - v))) / (v(2b - v)) up to the same with + and u, m
+    in place of l, v. NaN for the first value itself, and for all where the first may be 0.
 
     >>> low, high = ratios_to_first(*np.array([[0.8, 0.4], [0.7, 0.3], [0.9, 0.5]]))
     >>> [round(float(value), 3) for value in (low[1], high[1])]

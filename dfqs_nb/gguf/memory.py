@@ -80,16 +80,21 @@ def kv_cache_bytes(
 
 
 def _deepseek4(header: GGUFHeader, cells: int, n_ubatch: int, type_k: str, swa_full: bool) -> list[int]:
-    """One K row a layer and cell, no V; compressed layers add a row for each 4 or 128 tokens, and a state."""
+    """One K row a layer and cell, no V; compressed layers add a row for each 4 or 128 tokens, and a state.
+
+    A state is K and scores in F32 (``llama_dsv4_comp_state`` in src/llama-kv-cache-dsv4.cpp, line 1315): of CSA
+    and its indexer this window and the last of 4 rows, each of two heads; of HCA one window of 128 rows.
+    """
     head_dim = max(_stated(header, "attention.key_length"))
     indexer_dim = max(_stated(header, "attention.indexer.key_length"))
     ratios = _stated(header, "attention.compress_ratios")[: header.n_layers]
     window = cells if swa_full else min(cells, max(_stated(header, "attention.sliding_window")) + n_ubatch)
     csa_rows, hca_rows = (padded(-(-cells // ratio), CELL_PADDING) for ratio in (CSA_RATIO, HCA_RATIO))
-    row_bytes, state_bytes = _row_bytes(head_dim, type_k), 2 * 4  # two F32
-    csa = csa_rows * (row_bytes + _row_bytes(indexer_dim, type_k))
-    csa += 2 * CSA_RATIO * 2 * (head_dim + indexer_dim) * state_bytes
-    more = {CSA_RATIO: csa, HCA_RATIO: hca_rows * row_bytes + HCA_RATIO * head_dim * state_bytes}
+    row_bytes, k_and_score = _row_bytes(head_dim, type_k), 2 * 4
+    csa_state = (2 * CSA_RATIO) * (2 * head_dim + 2 * indexer_dim) * k_and_score
+    hca_state = HCA_RATIO * head_dim * k_and_score
+    csa = csa_rows * (row_bytes + _row_bytes(indexer_dim, type_k)) + csa_state
+    more = {CSA_RATIO: csa, HCA_RATIO: hca_rows * row_bytes + hca_state}
     raw = padded(window, CELL_PADDING) * row_bytes
     return [raw + more.get(ratio, 0) for ratio in ratios + [0] * (header.n_layers - len(ratios))]
 
