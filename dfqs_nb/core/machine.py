@@ -22,7 +22,7 @@ from dfqs_nb.core.display import counted
 
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
-# limit, use, and what stands before the sums over the groups below, in versions 2 and 1
+# of control groups, in versions 2 and 1: limit, use, and the prefix of ``memory.stat``'s sums over groups below
 GROUP_FILES = (
     ("memory.max", "memory.current", ""),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -165,15 +165,17 @@ def memory_bandwidth(n_threads: int = 0) -> float:
     return n_threads * MEMORY_BYTES / min(seconds)
 
 
-def disk_bandwidth(path: str | Path, piece_bytes: int) -> float | None:
-    """Bytes a second of pieces from random places of a file, as experts lie all over it.
+def disk_bandwidth(path: str | Path, piece_bytes: int) -> tuple[float | None, str]:
+    """Bytes a second of pieces from random places of a file, as experts lie all over it; else why not.
 
-    64 pieces are asked for together, as the paging help does. None if the file holds fewer, or if most of
-    them cannot leave the cache, as where a process has mapped them.
+    64 pieces are asked for together, as the paging help does.
     """
     n_pieces, before = Path(path).stat().st_size // piece_bytes, read_bytes()
-    if math.isnan(before) or not hasattr(os, "posix_fadvise") or n_pieces < MIN_PIECES:
-        return None
+    cached = "the file stays in the cache: another process may have mapped it"
+    if math.isnan(before) or not hasattr(os, "posix_fadvise"):
+        return None, "this system does not count what is read from the disk"
+    if n_pieces < MIN_PIECES:
+        return None, f"the file has fewer than {MIN_PIECES} such pieces"
     draw, total = random.Random(0), 0
     with Path(path).open("rb", buffering=0) as file:
         handle, window, began = file.fileno(), window_bytes(file.fileno()), time.perf_counter()
@@ -185,10 +187,10 @@ def disk_bandwidth(path: str | Path, piece_bytes: int) -> float | None:
                 advise_read(handle, at, at + piece_bytes, window)
             total += sum(len(os.pread(handle, piece_bytes, at)) for at in places)
             if read_bytes() == before:
-                return None  # the cache cannot be emptied here
+                return None, cached
         took, from_disk = time.perf_counter() - began, read_bytes() - before
     # an open model keeps a part of its file in the cache, and the kernel can read more than we asked for
-    return min(total, from_disk) / took if from_disk >= total / 2 else None
+    return (min(total, from_disk) / took, "") if from_disk >= total / 2 else (None, cached)
 
 
 def read_bytes() -> float:
@@ -255,13 +257,13 @@ def _own_groups(root: Path, listed: Path) -> Iterator[Path]:
 
 def _cgroup_memory(folder: Path) -> Memory | None:
     """The limit of a control group; None without one."""
-    for limit, usage, sums in GROUP_FILES:
+    for limit, usage, prefix in GROUP_FILES:
         total, used = _number(folder / limit), _number(folder / usage)
         if total is None or used is None or total > NO_LIMIT:
             continue
         text = (folder / "memory.stat").read_text() if (folder / "memory.stat").exists() else ""
         # the kernel can also drop files that were read twice ("active")
-        droppable = sum(map(int, re.findall(rf"^{sums}(?:in)?active_file (\d+)$", text, re.MULTILINE)))
+        droppable = sum(map(int, re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", text, re.MULTILINE)))
         return Memory(total, max(0, total - max(0, used - droppable)), str(folder / limit))
     return None
 

@@ -82,8 +82,8 @@ def kv_cache_bytes(
 def _deepseek4(header: GGUFHeader, cells: int, n_ubatch: int, type_k: str, swa_full: bool) -> list[int]:
     """One K row a layer and cell, no V; compressed layers add a row for each 4 or 128 tokens, and a state.
 
-    A state is K and scores in F32 (``llama_dsv4_comp_state`` in src/llama-kv-cache-dsv4.cpp, line 1315): of CSA
-    and its indexer this window and the last of 4 rows, each of two heads; of HCA one window of 128 rows.
+    A state is K and scores in F32 (``llama_dsv4_comp_state`` in src/llama-kv-cache-dsv4.cpp, line 1315): of
+    CSA and its indexer 2 x 4 rows (this window and the last) of two heads, of HCA 128 rows of one.
     """
     head_dim = max(_stated(header, "attention.key_length"))
     indexer_dim = max(_stated(header, "attention.indexer.key_length"))

@@ -1,7 +1,7 @@
 """Names to files: the models that the workbook knows, any local path, and any GGUF file of the hub.
 
-Headers can be had before the download. They are read by HTTP ranges, and written to sparse files of the
-original sizes, on which all code for headers works, also llama.cpp's loader, which plans without data.
+Headers can be had before the download. llama.cpp and our own checks want files, so a remote header, read by HTTP
+ranges, becomes a sparse file of the original's size, and an error about that names the address.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dfqs_nb.core.errors import DfqsError, HeaderError, IntegrityError, OutputEr
 from dfqs_nb.core.files import is_file, sha256_of, there_is
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.gguf.header import headers_inside, read_header
-from dfqs_nb.gguf.shards import ShardSet, check_set, open_shards, shard_path
+from dfqs_nb.gguf.shards import SHARD_NAME, ShardSet, check_set, open_shards, shard_path
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -33,7 +33,6 @@ OTHER_DISK = "free some space, or set HF_HOME to a folder on another disk that y
 NOT_WRITTEN = {ENOSPC: SpaceError, EACCES: OutputError, EPERM: OutputError, EROFS: OutputError}
 FORM = "hf://owner/repo/file.gguf or hf://owner/repo/file.gguf@revision"
 ADDRESS = re.compile("(hf|https?)://")  # of a file on the hub or a web server; paths lose a slash
-SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.gguf(?:[@?#].*)?)", re.DOTALL | re.IGNORECASE)
 LEAST_BYTES, STREAM_BYTES = 1 << 19, 64 << 20  # of a request for headers, and of one for data
 MOST_BYTES = 128 << 20  # of headers in one file; real headers stay under 50 MB, and the reader doubles
 TIMEOUT_SECONDS, TRIES = 20.0, 4  # of a request, and of each request when connections break
@@ -134,9 +133,9 @@ def shown(address: str) -> str:
 
 def siblings(file: str) -> list[str]:
     """The names (or addresses) of all shards in order, from that of any; without a number, only this."""
-    if not (match := SHARD.fullmatch(file)) or not 1 <= int(match[2]) <= int(match[3]):
+    if not (match := SHARD_NAME.fullmatch(file)) or not 1 <= int(match[2]) <= int(match["count"]):
         return [file]
-    return [f"{match[1]}{number:05d}-of-{match[3]}{match[4]}" for number in range(1, int(match[3]) + 1)]
+    return [f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}" for number in range(1, int(match[3]) + 1)]
 
 
 def parse_address(address: str) -> HfUri:

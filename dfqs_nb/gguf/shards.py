@@ -19,7 +19,8 @@ from dfqs_nb.core.errors import ShardError
 from dfqs_nb.core.files import CHUNK_BYTES, sha256_of
 from dfqs_nb.gguf.header import GET_AGAIN, GGUFHeader, Tensor, check_layout, read_header
 
-SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?i:gguf)", re.DOTALL)
+# a file's name, or an address, which may go on with a revision or a query
+SHARD_NAME = re.compile(r"(?P<prefix>.+)-(\d{5})-of-(?P<count>\d{5})(\.gguf(?:[@?#].*)?)", re.DOTALL | re.I)
 MAX_SHARDS = 65_535  # split.count is a u16
 
 

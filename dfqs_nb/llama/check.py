@@ -133,7 +133,7 @@ def compute_buffers(
 
     try:
         with child.Worker(MODULE) as worker:
-            while contexts:
+            while contexts:  # each round adds one of at most 513 contexts, so it ends; mostly after two
                 found |= {n: plan(n) for n in sorted(contexts)}
                 asked = [(ram, cards, paged) for ram in rams for paged in (False, True)]
                 contexts = {largest_context(shape, *each, compute=found) for each in asked} - {0, *found}
@@ -179,7 +179,10 @@ def trial(shards: ShardSet, settings: OpenSettings) -> tuple[str, float]:
 
 def _kept(kind: str, paths: Sequence[Path], facts: dict[str, Any], make: Callable[[], Any]) -> dict[str, Any]:
     """What ``make`` answers, from a note if files, facts, llama.cpp and the machine are the same."""
-    fields, once = FIELDS.get(kind, {}), cache(lambda: dict(make()))
+    fields = FIELDS.get(kind, {})
+    once = cache(
+        lambda: dict(make())
+    )  # a note that cannot be used or written: it answers, but is not asked again
     try:
         (folder := outputs_dir() / ".llama_cpp").mkdir(parents=True, exist_ok=True)
         stats = [(os.path.realpath(path), Path(path).stat()) for path in paths]

@@ -113,17 +113,18 @@ _watches: weakref.WeakValueDictionary[Any, Watch] = weakref.WeakValueDictionary(
 class Watch(dict[int, bool]):
     """Receives every node that llama.cpp evaluates, and calls ``listeners`` when a router has chosen.
 
-    In decode the same graph comes again at the same addresses. So it holds the addresses of nodes that it
-    need not stop at: to read all names would take longer than the model. At a graph's first node the names
-    that matter are checked; another graph is learned afresh. No exception may pass through llama.cpp: it is
-    kept in ``_error``. A subclass has its say at a graph's begin.
+    llama.cpp calls ``dict.__getitem__`` with a node's address: of a known node that is False, without a line
+    of Python, which runs only in ``__missing__``. To read all names would take longer than the model. In
+    decode the same graph comes again at the same addresses. At a graph's first node the names that matter
+    are checked; another graph is learned afresh. No exception may pass through llama.cpp: it is kept in
+    ``error``. A subclass has its say at a graph's begin.
     """
 
     def __init__(self) -> None:
         import llama_cpp.llama_cpp as api
 
         self.listeners: list[Callable[[Router], object]] = []
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         # llama.cpp also passes whether it asks or has computed, and user data. A node that we stop at comes
         # exactly twice, so we leave both out: the call is cheaper
         self._function = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self.__getitem__)
@@ -163,7 +164,7 @@ class Watch(dict[int, bool]):
                 self._first = address
                 self._begun(address)
         except Exception as error:
-            self._error = error
+            self.error = error
         return router is not None
 
     def _begun(self, address: int) -> None: ...
@@ -257,7 +258,7 @@ class Paging:
         """Read the experts of the layers that route by token, before the tokens are evaluated."""
         if self._watch is None or not self._files:
             return
-        if (error := self._watch._error) is not None:
+        if (error := self._watch.error) is not None:
             raise ModelError(f"the paging help failed ({error})", hint="open with paging='off'") from error
         for layer, (file, start, used) in self.layout.tables.items():
             places = [start + 4 * used * token for token in set(tokens)]

@@ -266,7 +266,8 @@ def open_model(model: Files, settings: OpenSettings | None = None, *, trial: boo
     needs = check.needs_of(header, settings)
     # a certain shortage is refused early; llama.cpp's own plan judges others, and a GPU has its own memory
     certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
-    slow, speed = check_fits(needs, where=first) if certain else "", math.nan
+    slow = check_fits(needs, where=first) if certain else ""
+    speed = math.nan
     if trial:
         with heartbeat(f"trying {first.name}", shards.nbytes):
             slow, speed = check.trial(shards, settings)

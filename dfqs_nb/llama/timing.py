@@ -197,8 +197,10 @@ def forecast(
         how += ": no token reads from it"
     elif not isnan(disk_speed):
         speed, how = disk_speed, f"{size(disk_speed)}/s {source}"
-    elif speed := disk_bandwidth(headers[0].path, piece):
-        how = f"{size(speed)}/s in pieces of {size(piece)}, at {time.strftime('%H:%M')}"
+    else:
+        speed, why = disk_bandwidth(headers[0].path, piece)
+        at = time.strftime("%H:%M")
+        how = f"{size(speed)}/s in pieces of {size(piece)}, at {at}" if speed else f"{how}: {why}"
     ahead = "not known" if disk.read_ahead_bytes is None else size(disk.read_ahead_bytes)
     rows = {
         "a token uses": f"{size(layout.dense_bytes)} of dense weights, {size(token)} of experts",

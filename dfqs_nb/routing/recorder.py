@@ -79,8 +79,8 @@ class Recorder(Watch):
     def end(self) -> list[int]:
         """Check that each layer routed every token once; the tokens in the order that llama.cpp took."""
         self._listening = False
-        if self._error is not None:
-            error, self._error = self._error, None
+        if self.error is not None:
+            error, self.error = self.error, None
             raise RoutingError(f"the recorder failed ({error})", hint=REPORT) from error
         for number, layer in self._layers.items():
             if layer.n_tokens != self._expected:
