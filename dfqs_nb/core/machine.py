@@ -22,7 +22,7 @@ from dfqs_nb.core.display import counted
 
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
-# of control groups, in versions 2 and 1: limit, use, and the prefix of ``memory.stat``'s sums over groups below
+# of a control group, versions 2 and 1: limit, use, prefix of the sums over groups below in memory.stat
 GROUP_FILES = (
     ("memory.max", "memory.current", ""),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),

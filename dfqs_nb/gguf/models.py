@@ -1,7 +1,7 @@
 """Names to files: the models that the workbook knows, any local path, and any GGUF file of the hub.
 
-Headers can be had before the download. llama.cpp and our own checks want files, so a remote header, read by HTTP
-ranges, becomes a sparse file of the original's size, and an error about that names the address.
+Headers can be had before the download. llama.cpp and our own checks want files, so a remote header, read by
+HTTP ranges, becomes a sparse file of the original's size. An error about that file names the address.
 """
 
 from __future__ import annotations
