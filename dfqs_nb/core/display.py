@@ -299,9 +299,7 @@ class Table:
 
     rows: Sequence[Sequence[str]]
     n_names: int = 1  # the first columns: they name the rows
-    left: Collection[
-        int
-    ] = ()  # columns of text: JupyterLab aligns all to the right, and keeps no style sheet
+    left: Collection[int] = ()  # columns of text: JupyterLab aligns all to the right, and drops style sheets
 
     def __repr__(self) -> str:
         return "\n".join(" | ".join(map(one_line, row)) for row in self.rows)

@@ -18,7 +18,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)|\bnan\b|\binf\b")
-TIMED = re.compile(rf"{NUMBER.pattern}|\b(?:min|s)\b|(?<=>)(?:yes|no)(?=<)")
+YES_NO = r"(?<=>)(?:yes|no)(?=<)|(?<=\| )(?:yes|no)(?= \||\n|$)"  # a cell of a table, as HTML and as text
+TIMED = re.compile(rf"{NUMBER.pattern}|\b(?:min|s)\b|{YES_NO}")
 REASONS = {"because-machine-facts", "because-generated-texts", "because-near-ties"}
 TAG = re.compile(r"nbval-(?:words|close(?:-(?P<percent>\d+))?)")
 

@@ -33,6 +33,9 @@ def test_widths_of_columns_and_truth_of_a_machine_do_not_count():
     busy, quiet = "<td>yes</td> 33 s", "<td>no</td> 2 min"
     assert made_equal(busy, quiet, "nbval-words") == busy
     assert made_equal(busy, quiet, "nbval-close") == quiet
+    assert made_equal(
+        "decode | yes | 5\nrepacked | no", "decode | no | 7\nrepacked | yes", "nbval-words"
+    ).endswith("no")
     assert made_equal("no help", "yes help", "nbval-words") == "yes help", "a word of a sentence"
     assert made_equal("IQ1_S 1.65", "IQ2_S 1.65", "nbval-close") == "IQ2_S 1.65"
 
