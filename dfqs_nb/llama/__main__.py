@@ -64,8 +64,8 @@ def trial(job: dict[str, Any]) -> None:
     child.tell(stage="while loading it")
     settings = OpenSettings(**job["settings"])
     small = replace(settings, n_ctx=min(settings.n_ctx, SMALL_CTX), n_threads=1, n_threads_batch=1)
-    llama = build_llama(job["path"], small, verbose=True)
-    child.tell(stage="at the first decode", loading_speed=llama.loading_speed)
+    llama, _, _, loading_speed = build_llama(job["path"], small, verbose=True)
+    child.tell(stage="at the first decode", loading_speed=loading_speed)
     n_vocab = llama.n_vocab()
     tokens = [token % n_vocab for token in range(1, PREFILL_TOKENS + 1)]
     for part in (tokens, tokens[:1]):

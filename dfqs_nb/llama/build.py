@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dfqs_nb.core.errors import ModelError
 from dfqs_nb.core.machine import read_bytes
@@ -136,11 +136,19 @@ def set_context(params: Any, settings: OpenSettings) -> Any:
     return filled(params, {**context_fields(settings), "flash_attn_type": int(settings.flash_attn)})
 
 
-def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) -> Any:
-    """A ``llama_cpp.Llama`` of this model with exactly these settings, and its ``paging`` help, or None.
+class Built(NamedTuple):
+    """A ``llama_cpp.Llama``, the help for a large file, if any, and how the load went."""
 
-    ``load_seconds``; ``loading_speed``: bytes a second that it read from the disk, NaN for less than 1 GiB.
-    `ModelError`: llama.cpp refuses the file. It may also abort; ``verbose``: standard error gets the reason.
+    llama: Any
+    paging: Paging | None
+    seconds: float
+    speed: float  # bytes a second that it read from the disk; NaN for less than 1 GiB
+
+
+def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) -> Built:
+    """A model with exactly these settings. `ModelError`: llama.cpp refuses the file.
+
+    It may also abort; ``verbose``: standard error gets the reason.
     """
     import llama_cpp
 
@@ -161,14 +169,12 @@ def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) 
     except ValueError as error:
         raise refusal(path) from error
     llama.set_seed(settings.seed)
-    llama.paging = paging
     if paging is not None:
         llama._stack.callback(paging.close)
         sizes = buffers(LOG.tail())[HERE]
         paging.start(sizes["KV cache"] + sizes["compute buffers"])
-    llama.load_seconds, read = time.perf_counter() - began, read_bytes() - before
-    llama.loading_speed = read / llama.load_seconds if read >= TELLING_BYTES else math.nan
-    return llama
+    seconds, read = time.perf_counter() - began, read_bytes() - before
+    return Built(llama, paging, seconds, read / seconds if read >= TELLING_BYTES else math.nan)
 
 
 def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:

@@ -272,21 +272,25 @@ def open_model(model: Files, settings: OpenSettings | None = None, *, trial: boo
         with heartbeat(f"trying {first.name}", shards.nbytes):
             slow, speed = check.trial(shards, settings)
     with heartbeat(f"loading {first.name}", shards.nbytes):
-        unhelped, llama = Paging.unhelped(shards, settings), build_llama(shards, settings)
-    if not math.isnan(llama.loading_speed):  # mostly it is: the trial leaves the file in the cache
-        speed = llama.loading_speed
-    log, help_ = LOG.tail(), llama.paging.sentence if llama.paging else ""
+        unhelped, built = Paging.unhelped(shards, settings), build_llama(shards, settings)
+    if not math.isnan(built.speed):  # mostly it is: the trial leaves the file in the cache
+        speed = built.speed
+    log, help_ = LOG.tail(), built.paging.sentence if built.paging else ""
     loaded = loaded_facts(log) | {"paging": help_ or unhelped}
-    opened = Model(llama, shards, settings, buffers(log), llama.load_seconds, speed, loaded, llama.paging)
+    opened = Model(built.llama, shards, settings, buffers(log), built.seconds, speed, loaded, built.paging)
+    opened.warnings = _warnings(opened)
+    for text in (". ".join(filter(None, (slow, help_))), *(f"{first.name}: {it}" for it in opened.warnings)):
+        if text:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return opened
+
+
+def _warnings(model: Model) -> tuple[str, ...]:
     lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(level=WARNING)]
     texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
-    if not opened.has_template:
+    if not model.has_template:
         texts.append(f"it has no chat template, as base models: a prompt is asked as {PLAIN_CHAT!r}")
-    opened.warnings = tuple(dict.fromkeys(texts))
-    own = [f"{first.name}: {text}" for text in opened.warnings]
-    for text in filter(None, (". ".join(filter(None, (slow, help_))), *own)):
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-    return opened
+    return tuple(dict.fromkeys(texts))
 
 
 class ChatTemplate:

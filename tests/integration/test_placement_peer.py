@@ -117,7 +117,7 @@ OPEN = """if 1:
     add = ggml_function("ggml_backend_reg_get_proc_address", void, void, text)(reg, b"ggml_backend_rpc_add_server")
     ggml_function("ggml_backend_register", None, void)(ctypes.CFUNCTYPE(void, text)(add)(sys.argv[2].encode()))
     settings = OpenSettings(n_ctx=256, n_threads=1, n_gpu_layers=int(sys.argv[3]))
-    build_llama(reference_shards().paths[0], settings).close()
+    build_llama(reference_shards().paths[0], settings).llama.close()
     print(sum("RPC" in line for line in LOG.tail()))
 """
 

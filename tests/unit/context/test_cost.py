@@ -165,7 +165,7 @@ def own():
     memory = psutil.Process().memory_info()
     return memory.rss - memory.shared
 before, settings = own(), OpenSettings(n_ctx=int(sys.argv[2]), n_threads=1)
-llama = build_llama(sys.argv[1], settings)  # it clears the cache, so all its pages are there
+built = build_llama(sys.argv[1], settings)  # it clears the cache, so all its pages are there
 print(own() - before)
 """
 

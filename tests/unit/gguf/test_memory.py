@@ -130,7 +130,7 @@ def test_flash_compute_buffer_exceeds_the_cache_without_flash_attention(flash_fi
 
 def allocated(path: Path, settings: OpenSettings) -> tuple[float, int]:
     """MiB of cache and state buffers that llama.cpp says it allocated, and how many rounded figures that adds."""
-    build_llama(path, settings).close()
+    build_llama(path, settings).llama.close()
     found = re.findall(r"(?:KV|state) buffer size = +([\d.]+) MiB", "\n".join(LOG.tail(500)))
     return sum(map(float, found)), len(found)
 
@@ -170,7 +170,7 @@ def test_formula_equals_what_llama_cpp_allocates(model, settings):
 def test_plan_without_allocation_equals_the_real_allocation(n_ctx):
     chosen = OpenSettings(n_ctx=n_ctx, n_threads=1)
     planned = dry_run(NANO, chosen)
-    build_llama(NANO, chosen).close()
+    build_llama(NANO, chosen).llama.close()
     found = re.findall(r"compute buffer size = +([\d.]+) MiB", "\n".join(LOG.tail(500)))
     assert planned["compute_bytes"] / MIB == pytest.approx(sum(map(float, found)), abs=1e-5)
     assert planned["kv_bytes"] == pytest.approx(

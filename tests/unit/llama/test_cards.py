@@ -101,7 +101,7 @@ def test_a_plan_counts_the_whole_cache_and_the_memory_of_compute_buffers():
 
 
 def test_the_log_of_a_real_load_gives_the_sizes_of_the_file():
-    build_llama(NANO, SETTINGS).close()
+    build_llama(NANO, SETTINGS).llama.close()
     (sizes,) = buffers(LOG.tail()).values()
     header = open_shards(NANO).as_one
     assert sizes["weights"] == pytest.approx(parameters(header, in_bytes=True).total, rel=0.02), (

@@ -351,7 +351,7 @@ def test_default_parameters_are_restored_after_a_failure(tmp_path):
 def test_weights_are_repacked_only_where_that_is_asked_for(wanted):
     if wanted and has_amx():
         pytest.skip("extra buffers crash on CPUs with AMX")
-    build_llama(NANO, dataclasses.replace(SETTINGS, use_extra_bufts=wanted)).close()
+    build_llama(NANO, dataclasses.replace(SETTINGS, use_extra_bufts=wanted)).llama.close()
     repacked = [line for line in LOG.tail() if "buffer size" in line and ("REPACK" in line or "AMX" in line)]
     assert bool(repacked) == wanted
 
