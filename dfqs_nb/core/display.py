@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from numbers import Integral
 from pathlib import Path
@@ -175,14 +176,15 @@ def duration(seconds: float) -> str:
     return f"{seconds:,.0f} s"
 
 
-def cell(value: Any) -> str:
-    """A value as people read it: counts with thousands, floats to four digits."""
+def cell(value: Any, precision: int | None = None) -> str:
+    """A value as people read it: counts with thousands, floats to four digits or to so many decimals."""
     if value is None or value != value:
         return "not stated"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4g}"
+        decimals = 2 if precision is None else precision
+        return f"{value:.4g}" if precision is None and abs(value) < 100 else f"{value:,.{decimals}f}"
     return f"{value:,}" if isinstance(value, Integral) else str(value)
 
 
@@ -307,31 +309,24 @@ class Table:
     def _repr_html_(self) -> str:
         from jinja2 import Template
 
-        return Template(TABLE, autoescape=True).render(vars(self))
+        rows = [map(plain, row) for row in self.rows]
+        return Template(TABLE, autoescape=True).render(vars(self) | {"rows": rows})
 
 
 def facts(values: Mapping[str, Any], name: str = "value") -> Table:
     """Facts as a table, with names by `label` and values by `cell`; long texts are cut."""
-    texts = [(label(key), plain(cell(value))) for key, value in values.items()]
-    return Table([("", name), *((key, re.sub(TOO_LONG, r"\1…", text)) for key, text in texts)])
+    rows = [(label(key), re.sub(TOO_LONG, r"\1…", cell(value))) for key, value in values.items()]
+    return Table([("", name), *rows])
 
 
 def shown(table: pd.DataFrame, *, precision: int = 2, percent: Collection[str] = ()) -> Table:
     """A frame as a table, with names by `label`. ``precision``: of floats; ``percent``: columns of shares."""
-    import pandas as pd
-
-    def text(value: Any, precision: int, is_share: bool) -> str:
-        if pd.isna(value) is True:
-            return NONE
-        if is_share:
-            return per_cent(value)
-        return plain(f"{value:,.{precision}f}" if isinstance(value, float) else cell(value))
-
-    n, whole = table.index.nlevels, table.reset_index(allow_duplicates=True)
-    columns, left = [], set(range(n))
+    n, whole, columns, left = table.index.nlevels, table.reset_index(allow_duplicates=True), [], []
     for at, (name, column) in enumerate(whole.items()):
-        how = 1 if at < n else precision, name in percent
-        columns.append([text(value, *how) for value in column])
-        left |= {at} if column.dtype.kind not in "iuf" else set()
+        form = per_cent if name in percent else partial(cell, precision=1 if at < n else precision)
+        columns.append(
+            [form(value) if known else NONE for value, known in zip(column, column.notna(), strict=True)]
+        )
+        left += [at] if at < n or column.dtype.kind not in "iuf" else []
     headings = ["" if name is None else label(name) for name in (*table.index.names, *table.columns)]
     return Table([headings, *zip(*columns, strict=True)], n, left)
