@@ -321,12 +321,13 @@ def facts(values: Mapping[str, Any], name: str = "value") -> Table:
 
 def shown(table: pd.DataFrame, *, precision: int = 2, percent: Collection[str] = ()) -> Table:
     """A frame as a table, with names by `label`. ``precision``: of floats; ``percent``: columns of shares."""
-    n, whole, columns, left = table.index.nlevels, table.reset_index(allow_duplicates=True), [], []
+    n, whole = table.index.nlevels, table.reset_index(allow_duplicates=True)
+    columns, left = list[list[str]](), list[int]()
     for at, (name, column) in enumerate(whole.items()):
-        form = per_cent if name in percent else partial(cell, precision=1 if at < n else precision)
-        columns.append(
-            [form(value) if known else NONE for value, known in zip(column, column.notna(), strict=True)]
-        )
+        digits = 1 if at < n else precision
+        form: Callable[[Any], str] = per_cent if name in percent else partial(cell, precision=digits)
+        known = column.notna()
+        columns.append([form(it) if there else NONE for it, there in zip(column, known, strict=True)])
         left += [at] if at < n or column.dtype.kind not in "iuf" else []
     headings = ["" if name is None else label(name) for name in (*table.index.names, *table.columns)]
     return Table([headings, *zip(*columns, strict=True)], n, left)
