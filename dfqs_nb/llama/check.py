@@ -180,9 +180,7 @@ def trial(shards: ShardSet, settings: OpenSettings) -> tuple[str, float]:
 def _kept(kind: str, paths: Sequence[Path], facts: dict[str, Any], make: Callable[[], Any]) -> dict[str, Any]:
     """What ``make`` answers, from a note if files, facts, llama.cpp and the machine are the same."""
     fields = FIELDS.get(kind, {})
-    once = cache(
-        lambda: dict(make())
-    )  # a note that cannot be used or written: it answers, but is not asked again
+    once = cache(lambda: dict(make()))  # three paths below end in asking; only one asks
     try:
         (folder := outputs_dir() / ".llama_cpp").mkdir(parents=True, exist_ok=True)
         stats = [(os.path.realpath(path), Path(path).stat()) for path in paths]
