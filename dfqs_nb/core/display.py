@@ -310,12 +310,12 @@ class Table:
         from jinja2 import Template
 
         rows = [map(plain, row) for row in self.rows]
-        return Template(TABLE, autoescape=True).render(vars(self) | {"rows": rows})
+        return str(Template(TABLE, autoescape=True).render(vars(self) | {"rows": rows}))
 
 
 def facts(values: Mapping[str, Any], name: str = "value") -> Table:
     """Facts as a table, with names by `label` and values by `cell`; long texts are cut."""
-    rows = [(label(key), re.sub(TOO_LONG, r"\1…", cell(value))) for key, value in values.items()]
+    rows = [(label(key), re.sub(TOO_LONG, r"\1…", plain(cell(it)))) for key, it in values.items()]
     return Table([("", name), *rows])
 
 
