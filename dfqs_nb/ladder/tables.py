@@ -149,9 +149,9 @@ def hand_on(stage: Stage, ladder: Ladder, tested: pd.DataFrame) -> list[str]:
     counts = f"n = {low['n_tokens']:,} tokens in {low['n_chunks']} chunks"
     shown, told = list[dict[str, str]](), dict[str, str]()
     for row in sorted(rungs[1:], key=itemgetter("bytes"), reverse=True):
-        kld, *ends, tail = (two_digits(row[it]) for it in ("kld", "kld_low", "kld_high", "kld_tail"))
+        kld, *span, tail = (two_digits(row[it]) for it in ("kld", "kld_low", "kld_high", "kld_tail"))
         known = row["kld_low"] == row["kld_low"]
-        interval = " to ".join(ends) if known else "unknown"
+        interval = " to ".join(span) if known else "unknown"
         within = f" ({per_cent(row['routing_low'])} to {per_cent(row['routing_high'])})" if known else ""
         same = f"{per_cent(row['routing'])}{within}" if row["routing"] >= 0 else ""  # NaN: a dense model
         cells = size(row["bytes"]), f"{row['bits_per_weight']:.2f}", f"{kld} ({interval})", tail, same or NONE

@@ -207,16 +207,19 @@ def _conditions(conditions: Mapping[str, Any]) -> pd.DataFrame:
     """A row for each value of a condition, with the sets of questions that it is of."""
     scores = conditions.get("scores", {})
     common = {name: it for name, it in scores.items() if not isinstance(it, Mapping)}
-    parts = {name: common | it for name, it in scores.items() if isinstance(it, Mapping)}
+    parts = {name: {**common, **it} for name, it in scores.items() if isinstance(it, Mapping)}
     sets = list(parts)
     parts = (parts or {"scores": common}) | {name: it for name, it in conditions.items() if name != "scores"}
     found: dict[str, dict[str, tuple[Any, list[str]]]] = {}
     for part, own in parts.items():
         for name, value in pd.json_normalize(own).to_dict("index").get(0, {}).items():
             found.setdefault(name, {}).setdefault(str(value), (value, []))[1].append(part)
-    rows = [(name, value, of) for name, values in found.items() for value, of in values.values()]
     names = {tuple(parts): "all", tuple(sets): "all of scores"}
-    rows = [(name, value, names.get(tuple(of), ", ".join(of))) for name, value, of in rows]
+    rows = [
+        (name, value, names.get(tuple(of), ", ".join(of)))
+        for name, values in found.items()
+        for value, of in values.values()
+    ]
     return pd.DataFrame(rows, columns=["condition", "value", "of"], dtype=object)
 
 
