@@ -15,7 +15,7 @@ from dfqs_nb.context.boundary import octaves
 from dfqs_nb.context.haystacks import Haystacks, Probe, probe_of
 from dfqs_nb.core.display import duration, quoted
 from dfqs_nb.core.errors import DfqsError, StageError
-from dfqs_nb.core.machine import available_memory, usable_cores
+from dfqs_nb.core.machine import available_memory, gpu_memories, usable_cores
 from dfqs_nb.core.stage import Stage, fit, read_stage
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.llama.check import needs_of, plan_memory
@@ -253,18 +253,21 @@ class RuntimeFailure:
 def predict_failure(
     shards: ShardSet, lengths: Sequence[int], settings: OpenSettings, available_bytes: int | None = None
 ) -> RuntimeFailure | None:
-    """The first length whose memory (KV cache, its saved copy, compute buffer) exceeds what is free.
+    """The first length whose memory (KV cache, its saved copy, compute buffer) or cards do not hold it.
 
     llama.cpp plans the buffer in a child process and allocates nothing: the file has not been tried yet.
     """
     available = available_memory().available_bytes if available_bytes is None else available_bytes
+    cards = sum(gpu_memories()) if settings.n_gpu_layers else 0
     by_length = [replace(settings, n_ctx=n_ctx) for n_ctx in lengths]
     plans = plan_memory(shards.paths[0], by_length)
     for n_ctx, each, plan in zip(lengths, by_length, plans, strict=True):
         needs = needs_of(shards.as_one, each, plan)
-        if (required := needs.must_fit_bytes + plan["kv_bytes"]) > available:
-            needed = f"{n_ctx:,} tokens need {required:,} bytes beside the weights"
-            return RuntimeFailure(n_ctx, "oom", f"{needed}, and {available:,} are free")
+        here = needs.must_fit_bytes + plan["kv_bytes"], available, "beside the weights"
+        for required, free, where in (here, (needs.card_bytes, cards or inf, "on graphics cards")):
+            if required > free:
+                needed = f"{n_ctx:,} tokens need {required:,} bytes {where}"
+                return RuntimeFailure(n_ctx, "oom", f"{needed}, and {free:,} are free")
     return None
 
 

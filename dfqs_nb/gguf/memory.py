@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, SpaceError
-from dfqs_nb.core.machine import Memory, available_memory
+from dfqs_nb.core.machine import Memory, available_memory, gpu_memories
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.facts import EXPERTS, class_of, is_tied, weights
 from dfqs_nb.gguf.header import OTHER_TOOL, TENSOR_TYPES, GGUFHeader, padded
@@ -129,13 +129,14 @@ def _row_bytes(n_elements: int, cache_type: str) -> int:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What an open model takes of this memory, in bytes; layers on graphics cards take none."""
+    """What an open model takes of this memory, in bytes; layers on graphics cards take only of theirs."""
 
     weights_bytes: int
     weights_resident_bytes: int  # that must lie in memory; others the kernel reads and drops as it needs
     kv: KvCacheBytes
     n_ctx: int
     compute_bytes: int | None = None  # None until llama.cpp is asked: it can exceed the cache
+    card_bytes: int = 0  # weights, cache and compute buffers on cards; drivers take some more
 
     @property
     def must_fit_bytes(self) -> int:
@@ -153,7 +154,13 @@ def estimate(
 
 def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str | Path | None = None) -> str:
     """A warning if weights will be paged, which is slow; `SpaceError`: what cannot be paged does not fit."""
-    memory = memory or available_memory()
+    memory, on_cards = memory or available_memory(), gpu_memories() if needs.card_bytes else []
+    if on_cards and needs.card_bytes > sum(on_cards):
+        what = (
+            f"a context of {needs.n_ctx:,} tokens and the weights need {size(needs.card_bytes)} on graphics "
+        )
+        what += f"cards, and {size(sum(on_cards))} are free there"
+        raise SpaceError(what, where=where, hint=f"lower n_gpu_layers, or {ADVICE}")
     free, must_fit = memory.available_bytes, needs.must_fit_bytes
     if must_fit > free:
         compute = "not counted" if needs.compute_bytes is None else size(needs.compute_bytes)

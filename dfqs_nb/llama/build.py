@@ -56,12 +56,13 @@ def buffers(log: Sequence[str]) -> dict[str, dict[str, int]]:
 
 
 def planned_bytes(log: Sequence[str]) -> dict[str, int]:
-    """What a `dry_run` logs: the whole KV cache and its state, compute buffers in memory, layers on cards."""
+    """What a `dry_run` logs: the whole KV cache and its state, compute buffers here and on cards, layers there."""
     found, text, layers = buffers(log), "\n".join(log), loaded_facts(log)["offloaded_layers"]
     kv = re.findall(r": size = +([\d.]+) MiB \(| state buffer size = +([\d.]+) MiB", text)
     return {
         "kv_bytes": round(sum(float(cache or state) for cache, state in kv) * 2**20),
         "compute_bytes": found[HERE]["compute buffers"],
+        "card_compute_bytes": sum(it["compute buffers"] for place, it in found.items() if place != HERE),
         "card_layers": layers if len(found) > 1 else 0,
     }
 
@@ -72,7 +73,7 @@ REFUSAL_HINTS = {  # by a word of llama.cpp's reason; the first that fits
     "key not found": "the file is in another dialect of its architecture: get a newer conversion",
     "quantized V cache": "pass flash_attn=True, or type_v='f16'",
     "different K": "pass the same type_k and type_v",
-    "allocat": "close programs, or lower n_ctx, n_ubatch or n_gpu_layers (the layers on a GPU)",
+    "allocat": "lower n_ctx, n_ubatch or n_gpu_layers, set flash_attn=True, or close programs",
     "": "inspect its header (02_inspect_header), or update llama-cpp-python",
 }
 
@@ -82,7 +83,7 @@ def refusal(path: str | Path) -> ModelError:
     reason = reason_of(LOG.tail(40, ERROR)) or "no reason given"
     hint = next(hint for word, hint in REFUSAL_HINTS.items() if word in reason)
     cards = re.findall(r"using device (.* MiB free)", "\n".join(LOG.tail()))
-    free = f" ({', '.join(cards)})" if cards and "allocat" in reason else ""
+    free = f" (before the load: {', '.join(cards)})" if cards and "allocat" in reason else ""
     return ModelError(f"{REFUSES}{reason}{free}", where=path, hint=hint)
 
 

@@ -29,7 +29,7 @@ MODULE, REFUSES = "dfqs_nb.llama", "llama.cpp refuses it: "
 TIMEOUT_SECONDS, TRIAL_SECONDS, TRIAL_SECONDS_PER_BYTE = 60.0, 120.0, 1 / 50e6  # a slow disk
 FIELDS: dict[str, dict[str, type]] = {  # of an answer that is kept
     "load": {"accepted": bool, "reason": str, "death": str},
-    "plan": {"kv_bytes": int, "compute_bytes": int, "card_layers": int},
+    "plan": dict.fromkeys(("kv_bytes", "compute_bytes", "card_compute_bytes", "card_layers"), int),
 }
 MEMORY_SETTINGS = ("type_k", "type_v", "swa_full", "use_mmap")
 OF_CONTEXT = {"n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "seed"}  # nothing of the file
@@ -143,20 +143,22 @@ def compute_buffers(
 
 
 def needs_of(header: GGUFHeader, settings: OpenSettings, plan: Plan | None = None) -> MemoryEstimate:
-    """What a model takes of this memory; with a ``plan`` also for compute buffers, but no layers on cards."""
+    """What a model takes of this memory; with a ``plan`` also for compute buffers, and of cards."""
     options = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
     needs = estimate(header, settings.n_ctx, min(settings.n_batch, settings.n_ubatch), **options)
     if plan is None:
         return needs
-    weights, kv, n = needs.weights_bytes, needs.kv, max(1, header.n_layers)
+    weights, kv, n, on_cards = needs.weights_bytes, needs.kv, max(1, header.n_layers), 0
     if kv.exactness != "exact":
         kv = KvCacheBytes([plan["kv_bytes"] // n] * n)
     if plan["card_layers"]:
         model, here = Sizes(header), n + 1 - plan["card_layers"]  # the output is the last layer
         weights = model.dense[-1] + sum(model.dense[:here]) + sum(model.experts[:here])  # and the embedding
+        on_cards = sum(model.dense[here:-1]) + sum(model.experts[here:-1]) + sum(kv.layers[here:])
+        on_cards += plan["card_compute_bytes"]
         kv = replace(kv, layers=kv.layers[:here])
     resident = 0 if settings.use_mmap else weights
-    return MemoryEstimate(weights, resident, kv, settings.n_ctx, plan["compute_bytes"])
+    return MemoryEstimate(weights, resident, kv, settings.n_ctx, plan["compute_bytes"], on_cards)
 
 
 def trial(shards: ShardSet, settings: OpenSettings) -> tuple[str, float]:

@@ -247,11 +247,11 @@ def _envelope(run: Run, header: GGUFHeader, level: str, ask_llama_cpp: bool) -> 
 
 
 def planned_compute(path: str | Path, contexts: Sequence[int], settings: OpenSettings) -> dict[int, int]:
-    """Bytes of the compute buffer by context, as llama.cpp plans it in a child; empty where it refuses."""
+    """Bytes of the compute buffer by context, with all layers in memory; empty where llama.cpp refuses."""
     from dfqs_nb.llama.check import plan_memory
 
     try:
-        plans = plan_memory(path, [replace(settings, n_ctx=n_ctx) for n_ctx in contexts])
+        plans = plan_memory(path, [replace(settings, n_ctx=n, n_gpu_layers=0) for n in contexts])
     except ModelError:
         return {}
     return {n_ctx: plan["compute_bytes"] for n_ctx, plan in zip(contexts, plans, strict=True)}

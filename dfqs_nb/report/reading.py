@@ -150,7 +150,9 @@ def rerun(stages: Sequence[str], command: Command, *, more: bool = False) -> str
 
 def on_cpu(command: Command) -> str:
     """The command that measures a run again without a GPU."""
-    again = {**command, "options": [*command["options"], "-p", "n_gpu_layers=0"]}
+    words = command["options"]  # flags, each with its value
+    pairs = [pair for pair in zip(words[::2], words[1::2], strict=False) if "n_gpu_layers=" not in pair[1]]
+    again = {**command, "options": [*sum(pairs, ()), "-p", "n_gpu_layers=0"]}
     return f"{rerun(MEASURING, again)} measures all on the CPU, and replaces these results"
 
 

@@ -26,11 +26,12 @@ def with_roof(speeds: pd.DataFrame, model: Model, bandwidth: float) -> pd.DataFr
     """Speeds by `llama.timing.measure_speed`, with ``roof`` (tokens a second) and ``utilisation`` of decode.
 
     ``bandwidth``: bytes a second that the model's threads read from memory together. Both are NaN where all
-    weights fit in the cache (`CACHE_BYTES`), because memory then sets no roof.
+    weights fit in the cache (`CACHE_BYTES`) or layers lie on a GPU, because memory then sets no roof.
     """
     weights = parameters(model.header, in_bytes=True)
+    from_memory = weights.total >= CACHE_BYTES and not model.loaded["offloaded_layers"]
     timed = speeds.assign(roof=bandwidth / weights.active)
-    timed["roof"] = timed["roof"].where((timed["phase"] == "decode") & (weights.total >= CACHE_BYTES))
+    timed["roof"] = timed["roof"].where((timed["phase"] == "decode") & from_memory)
     return timed.assign(utilisation=timed["median"] / timed["roof"])
 
 

@@ -54,6 +54,20 @@ def test_lack_of_memory_is_predicted_before_it_happens():
     assert (failure.length, failure.cause) == (16384, "oom")
 
 
+def test_a_card_bounds_the_context_too(monkeypatch):
+    """Of llama.cpp's plans on an H100, without flash attention; the weights of the reference model."""
+    compute = {1024: 23_016_243, 16384: 100_000_000, 65536: 400_000_000}
+    plan = {"kv_bytes": 10**6, "compute_bytes": 10**6, "card_layers": 5}
+    planned = [plan | {"card_compute_bytes": n} for n in compute.values()]
+    monkeypatch.setattr("dfqs_nb.context.plan.plan_memory", lambda *_: planned)
+    monkeypatch.setattr("dfqs_nb.context.plan.gpu_memories", lambda: [10**8])
+    nano, settings = open_shards(NANO), OpenSettings(n_threads=1, n_gpu_layers=-1)
+    failure = predict_failure(nano, list(compute), settings)
+    assert failure.length == 16384 and failure.message.endswith("on graphics cards, and 100,000,000 are free")
+    monkeypatch.setattr("dfqs_nb.context.plan.gpu_memories", list)
+    assert predict_failure(nano, list(compute), settings) is None, "nothing is known of the card"
+
+
 def test_the_model_memory_and_budget_bound_the_context(tmp_path):
     own, stage = OpenSettings(n_threads=1), Stage(tmp_path, "long_context", budget_minutes=3)
     settings, failure = settings_for(NANO, 2048, own, stage, "nano")

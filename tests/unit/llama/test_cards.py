@@ -93,9 +93,11 @@ def test_a_gpu_that_has_no_memory_of_its_own_takes_this_memory(monkeypatch):
 def test_a_plan_counts_the_whole_cache_and_the_memory_of_compute_buffers():
     cache = round((43.81 + 1.31 + 10.0) * MIB)
     plan = {"kv_bytes": cache, "compute_bytes": round(18.84 * MIB), "card_layers": 44}
+    plan["card_compute_bytes"] = round(349.34 * MIB)
     assert planned_bytes(PLANNED) == planned_bytes(LOADED) == plan
     unified = [line.replace("CUDA0", "MTL0").replace("CUDA_Host", "CPU") for line in PLANNED]
     assert planned_bytes(unified)["card_layers"] == 0, "its GPU's layers lie in memory"
+    assert planned_bytes(unified)["card_compute_bytes"] == 0
     alone = [line for line in PLANNED if "CUDA" not in line and "GPU" not in line]
     assert planned_bytes(alone)["card_layers"] == 0
 
@@ -116,6 +118,7 @@ def test_the_log_of_a_real_load_gives_the_sizes_of_the_file():
 
 def needs(card_layers: int, use_mmap: bool = True):
     plan = {"kv_bytes": 10 * MIB, "compute_bytes": MIB, "card_layers": card_layers}
+    plan["card_compute_bytes"] = 22 * MIB if card_layers else 0
     return check.needs_of(open_shards(NANO).as_one, replace(SETTINGS, use_mmap=use_mmap), plan)
 
 
@@ -130,6 +133,28 @@ def test_layers_on_a_card_take_no_memory():
     assert half.kv.layers == caches[: n - n // 2] and every.kv.layers == []
     assert every.weights_bytes == sizes["token_embd.weight"]
     assert every.must_fit_bytes == every.compute_bytes == MIB, "the embedding is mapped"
+    beside = sum(sizes.values()) - sizes["token_embd.weight"] + sum(caches)
+    assert (none.card_bytes, every.card_bytes) == (0, beside + 22 * MIB)
+    assert output.card_bytes == ends + 22 * MIB
+
+
+def test_a_card_that_cannot_hold_its_layers_is_named_before_anything_is_loaded(monkeypatch):
+    every, large = needs(open_shards(NANO).headers[0].n_layers + 1), Memory(64 * MIB, 64 * MIB, "test")
+
+    def on(*free: int) -> str:
+        monkeypatch.setattr("dfqs_nb.gguf.memory.gpu_memories", lambda: list(free))
+        return check_fits(every, large)
+
+    with pytest.raises(
+        SpaceError, match=r"need 29\.\d MB on graphics cards, and 20\.0 MB are free"
+    ) as caught:
+        on(20_000_000)
+    assert "lower n_gpu_layers" in caught.value.hint and "flash_attn=True" in caught.value.hint
+    assert on(20_000_000, 20_000_000) == on() == "", (
+        "two cards hold it; of others than NVIDIA's nothing is known"
+    )
+    monkeypatch.setattr("dfqs_nb.gguf.memory.gpu_memories", lambda: pytest.fail("no layer is on a card"))
+    assert check_fits(needs(0), large) == ""
 
 
 def test_a_model_that_the_card_holds_need_not_fit_in_memory():
@@ -169,6 +194,7 @@ def test_a_card_that_is_too_small_is_named_with_what_is_free():
     assert isinstance(error, ModelError)
     assert "allocating 59246.70 MiB on device 0" in error.what and "CUDA0 (NVIDIA H200)" in error.what
     assert error.what.endswith("142601 MiB free)") and "n_gpu_layers" in error.hint
+    assert "(before the load: CUDA0" in error.what, "the weights took some of it since"
 
 
 # ---- is there a card? ----

@@ -263,6 +263,13 @@ def test_a_run_on_a_card_is_a_tick_with_its_speed_and_says_how_the_cpus_is_measu
     assert cli.program().commands[name].make_context(name, arguments)
 
 
+def test_the_command_for_the_cpu_has_the_runs_other_options_and_its_layers_once():
+    options = ["-p", "n_gpu_layers=2", "-p", "n_ctx=512", "--tier", "nano"]
+    command = {"run": "half", "model": "m.gguf", "options": options, "budget_minutes": 4.0}
+    again = "-p n_ctx=512 --tier nano -p n_gpu_layers=0 --budget-minutes 4`"
+    assert reading.on_cpu(command).startswith(f"`dfqs-nb run 03 04 05 06 07 --run half {again} measures")
+
+
 def test_the_verdict_on_demands_names_what_is_missing_and_no_larger_budget_where_time_was_not_the_reason(
     merged_reference, tmp_path
 ):

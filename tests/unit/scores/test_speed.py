@@ -32,6 +32,9 @@ def test_decode_has_a_roof_at_each_depth_where_the_weights_exceed_the_cache(mode
     assert decode["roof"].iloc[0] == pytest.approx(1e12 / parameters(model.header, in_bytes=True).active)
     assert (decode["utilisation"] < 1).all() and table["contended"].dtype == bool
     assert table.loc[table["phase"] == "prefill", ["roof", "utilisation"]].isna().all(axis=None)
+    monkeypatch.setitem(model.loaded, "offloaded_layers", 5)
+    table = speed.with_roof(speeds, model, bandwidth=1e12)
+    assert table["roof"].isna().all(), "a card reads its own memory"
 
 
 def test_the_metric_is_at_depth_512_or_the_deepest():
