@@ -35,6 +35,8 @@ OUTPUT, EMBEDDING = -2, -1  # their places behind the layers in the lists of `Si
 # Of each card, for the process and its compute buffer. Of DeepSeek-V4-Flash an H100 planned 1.5 GB in all at
 # 131,072 tokens with flash attention; without it, these 2 GiB are enough up to 32,768 (docs/real_size.md).
 SPARE_BYTES = 2 << 30
+# Beside a planned compute buffer: an H100 took up to 0.81 GB more, and experts in memory enlarge the buffer.
+DRIVER_BYTES = 1 << 30
 RAM = "RAM"
 
 
@@ -156,10 +158,8 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str |
     """A warning if weights will be paged, which is slow; `SpaceError`: what cannot be paged does not fit."""
     memory, on_cards = memory or available_memory(), gpu_memories() if needs.card_bytes else []
     if on_cards and needs.card_bytes > sum(on_cards):
-        what = (
-            f"a context of {needs.n_ctx:,} tokens and the weights need {size(needs.card_bytes)} on graphics "
-        )
-        what += f"cards, and {size(sum(on_cards))} are free there"
+        what = f"{needs.n_ctx:,} tokens and the weights need {size(needs.card_bytes)} on graphics cards, and "
+        what += f"{size(sum(on_cards))} are free there"
         raise SpaceError(what, where=where, hint=f"lower n_gpu_layers, or {ADVICE}")
     free, must_fit = memory.available_bytes, needs.must_fit_bytes
     if must_fit > free:
@@ -280,20 +280,23 @@ def place(
     vram_bytes: Sequence[int] = (),
     *,
     compute: Mapping[int, int] | None = None,
+    on_card: Mapping[int, int] | None = None,
     whole: bool = False,
 ) -> Placement:
     """The fastest placement that the sizes allow.
 
-    ``compute``: llama.cpp's buffer in memory by context; between these it lies on straight lines. The cards
-    take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES`, then routed experts,
-    from the last layer of each card on. ``whole``: experts stay with their layer, as with `-ngl`.
+    ``compute`` and ``on_card``: llama.cpp's buffers in memory and on a card by context; between these they
+    lie on straight lines. The cards take as many layers (dense part, shared experts, cache) as fit beside
+    `SPARE_BYTES`, or a larger buffer and `DRIVER_BYTES`, then routed experts, from the last layer of each
+    card on. ``whole``: experts stay with their layer, as with `-ngl`.
     """
     import numpy as np
 
     caches, count = model.caches(n_ctx), model.n_layers + 1
     beside = [model.dense[i] + caches[i] for i in range(count)]
-    planned = sorted((compute or {}).items())
-    buffer = int(np.interp(n_ctx, *np.array(planned).T)) if planned else None
+    planned = (np.array(sorted(it.items())).T if it else None for it in (compute, on_card))
+    buffer, own_buffer = (None if it is None else int(np.interp(n_ctx, *it)) for it in planned)
+    spare = SPARE_BYTES if own_buffer is None else max(SPARE_BYTES, own_buffer + DRIVER_BYTES)
 
     def device(
         name: str, capacity: int, layers: Sequence[int], routed: Sequence[int], compute: int | None = None
@@ -304,11 +307,11 @@ def place(
         token = round(sum(model.token[i] for i in layers) + n_bytes * model.used)
         return Device(name, capacity, dense, n_bytes, cache, compute, left, token)
 
-    rooms = [max(0, room - SPARE_BYTES) for room in vram_bytes]
+    rooms = [max(0, room - spare) for room in vram_bytes]
     cards = _on_cards(beside, model.experts[:count], rooms, whole)
     in_ram = [i for first, routed, _ in cards for i in range(first, routed) if model.experts[i]]
     own = [(range(first, end), range(routed, end)) for first, routed, end in cards]
-    devices = [device(f"GPU {n}", vram_bytes[n], *layers) for n, layers in enumerate(own)]
+    devices = [device(f"GPU {n}", vram_bytes[n], *layers, own_buffer) for n, layers in enumerate(own)]
     start = cards[0][0] if cards else count
     embedding = [count] if start < count or not model.tied else []  # else it is one tensor with the output
     ram = device(RAM, ram_bytes, [*range(start), *embedding], [*range(start), *in_ram], buffer)

@@ -56,7 +56,7 @@ def buffers(log: Sequence[str]) -> dict[str, dict[str, int]]:
 
 
 def planned_bytes(log: Sequence[str]) -> dict[str, int]:
-    """What a `dry_run` logs: the whole KV cache and its state, compute buffers here and on cards, layers there."""
+    """What a `dry_run` logs: the whole KV cache and its state, compute buffers here and on cards, layers."""
     found, text, layers = buffers(log), "\n".join(log), loaded_facts(log)["offloaded_layers"]
     kv = re.findall(r": size = +([\d.]+) MiB \(| state buffer size = +([\d.]+) MiB", text)
     return {

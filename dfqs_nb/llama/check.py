@@ -111,32 +111,37 @@ def plan_memory(
 
 def compute_buffers(
     model: ShardSet, n_ctx: int, rams: Sequence[int], cards: Sequence[int]
-) -> tuple[dict[int, int], str]:
-    """llama.cpp's compute buffer in memory by context: at ``n_ctx``, others, and the largest for each memory.
+) -> tuple[dict[str, Any], str]:
+    """llama.cpp's compute buffers by context, as `place` takes them: at ``n_ctx``, others, and the largest.
 
-    All layers lie in memory, with flash attention where there are cards: with layers on cards it is smaller.
-    It grows with the context, so the largest that these buffers allow is planned, too, until it stays. Plans
-    are kept, but those of copied headers. The text says why llama.cpp plans none.
+    With cards all layers are planned on one, with flash attention. If llama.cpp finds none here, all lie in
+    memory: ``compute`` is then larger than beside a card, and ``on_card`` is empty. Buffers grow with the
+    context, so the largest that they allow for each memory is planned, too, until it stays. Plans are kept,
+    but those of copied headers. The text says why llama.cpp plans none.
     """
     shape, copied = Sizes(model.as_one), isinstance(model, Outline) and (model.glued or model.places)
-    most, found = shape.n_context or 1 << 20, dict[int, int]()
+    most = shape.n_context or 1 << 20
+    found: dict[str, Any] = {"compute": {}, "on_card": {}}
     contexts = {n_ctx, min(256, most), max(1, most // 8), most}
 
-    def plan(n_ctx: int) -> int:
-        settings = OpenSettings(n_ctx=n_ctx, flash_attn=bool(cards))
+    def plan(n_ctx: int) -> Plan:
+        settings = OpenSettings(n_ctx=n_ctx, flash_attn=bool(cards), n_gpu_layers=-bool(cards))
 
         def ask() -> Plan:
             return plan_memory(model.paths[0], [settings], worker)[0]
 
-        answer = ask() if copied else _kept("plan", model.paths, settings.as_dict(), ask)
-        return int(answer["compute_bytes"])
+        return ask() if copied else _kept("plan", model.paths, settings.as_dict(), ask)
 
     try:
         with child.Worker(MODULE) as worker:
             while contexts:  # each round adds one of at most 513 contexts, so it ends; mostly after two
-                found |= {n: plan(n) for n in sorted(contexts)}
+                plans = {n: plan(n) for n in sorted(contexts)}
+                found["compute"] |= {n: it["compute_bytes"] for n, it in plans.items()}
+                on_card = {n: it["card_compute_bytes"] for n, it in plans.items() if it["card_layers"]}
+                found["on_card"] |= on_card
                 asked = [(ram, cards, paged) for ram in rams for paged in (False, True)]
-                contexts = {largest_context(shape, *each, compute=found) for each in asked} - {0, *found}
+                largest = {largest_context(shape, *each, **found) for each in asked}
+                contexts = largest - {0, *found["compute"]}
     except ModelError as error:
         return {}, error.what
     return found, ""

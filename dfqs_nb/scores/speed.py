@@ -29,7 +29,7 @@ def with_roof(speeds: pd.DataFrame, model: Model, bandwidth: float) -> pd.DataFr
     weights fit in the cache (`CACHE_BYTES`) or layers lie on a GPU, because memory then sets no roof.
     """
     weights = parameters(model.header, in_bytes=True)
-    from_memory = weights.total >= CACHE_BYTES and not model.loaded["offloaded_layers"]
+    from_memory = weights.total >= CACHE_BYTES and not model.loaded.get("offloaded_layers")
     timed = speeds.assign(roof=bandwidth / weights.active)
     timed["roof"] = timed["roof"].where((timed["phase"] == "decode") & from_memory)
     return timed.assign(utilisation=timed["median"] / timed["roof"])

@@ -288,8 +288,8 @@ def _settings(
     # context grows while no weights leave the cards.
     model, here = memory.Sizes(shards.as_one), available_memory().available_bytes
     cards = gpu_memories() if n_gpu_layers != 0 else []
-    compute, _ = compute_buffers(shards, n_ctx or FIT_N_CTX, [here], cards)
-    options: dict[str, Any] = {"whole": target.whole_layers, "compute": compute}
+    buffers, _ = compute_buffers(shards, n_ctx or FIT_N_CTX, [here], cards)
+    options: dict[str, Any] = {"whole": target.whole_layers, **buffers}
     largest = partial(memory.largest_context, model, here, cards, **options)
     fits = max(256, largest() or largest(paged=True))
     few, most = (max(least, min(n, fits, model.n_context or n)) for n in (FIT_N_CTX, MOST_N_CTX))
@@ -306,7 +306,8 @@ def _settings(
     if n_gpu_layers:  # on a card that holds just these
         sizes = zip(model.dense[:-1], model.experts[:-1], model.caches(n_ctx)[:-1], strict=True)
         cards, options["whole"] = [memory.SPARE_BYTES + sum(map(sum, [*sizes][-n_gpu_layers:]))], True
-    options["compute"], reason = compute_buffers(shards, n_ctx, [here], cards)
+    buffers, reason = compute_buffers(shards, n_ctx, [here], cards)
+    options |= {**buffers, **({"on_card": None} if n_gpu_layers else {})}
     placed = memory.place(model, n_ctx, here, cards, **options)
     layers = n_gpu_layers or placed.n_gpu_layers - len(placed.in_ram)
     own: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads_for(model.header), "n_gpu_layers": layers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -105,7 +106,7 @@ def _outlook(shards: ShardSet, glued: bool, is_far: bool) -> dict[str, Any]:
         fits = gguf.memory.check_fits(needs) or "fits, weights and all"
     except (HeaderError, SpaceError) as error:
         fits = error.what
-    fits += " (graphics cards not counted; `dfqs-nb plan MODEL --vram 24GiB` counts one)"
+    fits += " (graphics cards not counted; `dfqs-nb plan MODEL` counts them)"
     return {"llama.cpp": verdict, f"memory, {OUTLOOK_N_CTX:,} tokens": fits}
 
 
@@ -205,7 +206,7 @@ def quantize(
 def plan(
     model: Place,
     ram: str = Option("", metavar="64GiB,96GiB", help="Memory; the first is planned. Default: what is free."),
-    vram: str = Option("", metavar="24GiB,24GiB", help="Memory of each graphics card. GB here means GiB."),
+    vram: str = Option("", metavar="24GiB,24GiB", help="Memory of each card; 0: none. Default: the same."),
     context: int = Option(8192, min=1, metavar="TOKENS", help="Length of the context."),
     ram_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of memory. 0: measured here."),
     gpu_gbs: float = Option(0.0, min=0, metavar="GB/S", help="Bandwidth of a card's memory. 0: unknown."),
@@ -219,10 +220,12 @@ def plan(
     """
     import pandas as pd
 
-    from dfqs_nb.core.machine import available_memory
+    from dfqs_nb.core.machine import available_memory, gpu_memories
     from dfqs_nb.llama.timing import forecast
 
-    cards, machines = ([text for text in sizes.split(",") if text.strip()] for sizes in (vram, ram))
+    if not (vram or ram) and platform.system() != "Darwin":  # whose GPU has no memory of its own
+        vram = ",".join(f"{free >> 20}MiB" for free in gpu_memories())
+    cards, machines = ([text for text in sizes.split(",") if text.strip(" 0")] for sizes in (vram, ram))
     vram_bytes, rams = (list(map(gguf.memory.size_of, texts)) for texts in (cards, machines))
     rams = rams or [available_memory().available_bytes]
     with models.outline(model) as known:
@@ -234,8 +237,8 @@ def plan(
         say(f"{models.shown(model)}: {size(known.nbytes)}, {header.architecture}")
         if not machines and known.nbytes > rams[0]:
             machines, rams = MACHINES, rams + list(map(gguf.memory.size_of, MACHINES))
-        compute = _runtime_rows(known, context, rams, vram_bytes)
-        placed = gguf.memory.place(shape, context, rams[0], vram_bytes, compute=compute)
+        buffers = _runtime_rows(known, context, rams, vram_bytes)
+        placed = gguf.memory.place(shape, context, rams[0], vram_bytes, **buffers)
         outlook = None
         if placed.works and placed.disk_token_bytes and not (far or known.glued or cards):
             room = placed.ram.capacity_bytes - placed.ram.cache_bytes - (placed.ram.compute_bytes or 0)
@@ -250,8 +253,8 @@ def plan(
         if note := gguf.memory.kv_cache_bytes(header, context).note:
             say(f"the cache is an estimate: {note}")
         note = "a longer context leaves fewer layers on cards" if cards else NO_CARDS
-        note += "" if compute else "; llama.cpp's compute buffer not counted"
-        first, *more = gguf.memory.context_limits(shape, context, rams[0], vram_bytes, compute=compute)
+        note += "" if buffers else "; llama.cpp's compute buffer not counted"
+        first, *more = gguf.memory.context_limits(shape, context, rams[0], vram_bytes, **buffers)
         say(f"{first} ({note})", *more)
         say(*_advice(placed, speeds, outlook))
         if placed.works:
@@ -262,12 +265,12 @@ def plan(
             say(f"\n{shlex.join(words)}")
         if len(machines) > 1:
             names = ["+".join([text, *cards]) for text in machines]
-            table = gguf.memory.machines_table(shape, context, names, speeds, compute=compute)
+            table = gguf.memory.machines_table(shape, context, names, speeds, **buffers)
             say(f"\n{table.drop(columns='flags').to_string(float_format='{:.2f}'.format)}")
 
 
-def _runtime_rows(known: Any, n_ctx: int, rams: list[int], cards: list[int]) -> dict[int, int]:
-    """Say whether llama.cpp knows the model; `compute_buffers`, where it plans one."""
+def _runtime_rows(known: Any, n_ctx: int, rams: list[int], cards: list[int]) -> dict[str, Any]:
+    """Say whether llama.cpp knows the model; `compute_buffers`, where it plans them."""
     from dfqs_nb.llama.check import compute_buffers, loader_verdict
 
     if known.glued:
@@ -275,10 +278,10 @@ def _runtime_rows(known: Any, n_ctx: int, rams: list[int], cards: list[int]) -> 
         say(f"  its shards are glued together: {when}dfqs-nb repair makes one model of them")
     verdict = loader_verdict(known.paths[0])
     say(f"  {verdict.sentence}")
-    compute, reason = compute_buffers(known, n_ctx, rams, cards) if verdict.accepted else ({}, "")
+    buffers, reason = compute_buffers(known, n_ctx, rams, cards) if verdict.accepted else ({}, "")
     if reason:
         say(f"  its compute buffer is not known: {reason}")
-    return compute
+    return buffers
 
 
 def _advice(placed: Any, speeds: dict[str, float], outlook: Any) -> list[str]:
@@ -298,10 +301,10 @@ def _advice(placed: Any, speeds: dict[str, float], outlook: Any) -> list[str]:
         lines.append(f"memory does not hold all weights: a token reads at least {least} from the disk")
         lines.append("opened here, the paging help keeps it at that; for llama-server leave mlock off,")
         lines.append(f"and lower n_ubatch and read-ahead ({command} as root)")
-    if placed.devices[1:]:
+    if placed.devices[1:] and placed.devices[0].compute_bytes is None:
         lines.append("a card's compute buffer is unknown: 2 GiB of each card are left for it and the driver")
         lines.append("there, llama-server also places without these flags (--fit), and plans that buffer")
-        lines.append("DeepSeek-V4-Flash needs no more up to 262,144 tokens with -fa on, 32,768 without it")
+        lines.append("a context above 262,144 tokens, or one without -fa on, can need more")
     return lines
 
 

@@ -228,3 +228,19 @@ def test_the_benchmark_of_a_card_asks_about_every_placement(monkeypatch):
     for table in (card_memory.placements, card_memory.fits):
         assert len(table("program", path, [GB], contexts, 8 * GB)) >= len(contexts)
     assert [words.split()[0] for words in asked[:2]] == ["n_ctx=256", "n_ctx=512"]
+
+
+# of 10 layers of that shape on an H100, with flash attention: what llama.cpp planned
+ON_CARD = {8192: 306_718_966, 262_144: 543 << 20, 1_048_576: 1_841_655_972}
+
+
+def test_a_card_keeps_more_free_where_llama_cpp_plans_a_larger_buffer(flash):
+    model, card = memory.Sizes(flash), 10_249 << 20
+    for n_ctx, spare in ((8192, memory.SPARE_BYTES), (1_048_576, ON_CARD[1_048_576] + memory.DRIVER_BYTES)):
+        unknown, known = (memory.place(model, n_ctx, 128 * GB, [card], on_card=it) for it in (None, ON_CARD))
+        (before, _), (gpu, _) = unknown.devices, known.devices
+        assert (before.compute_bytes, gpu.compute_bytes) == (None, ON_CARD[n_ctx])
+        assert gpu.left_bytes + gpu.compute_bytes >= spare
+        assert (known.flags == unknown.flags) == (before.left_bytes >= spare), n_ctx
+    between = memory.place(model, 500_000, 128 * GB, [card], on_card=ON_CARD).devices[0].compute_bytes
+    assert ON_CARD[262_144] < between < ON_CARD[1_048_576]

@@ -197,6 +197,27 @@ def test_a_card_that_is_too_small_is_named_with_what_is_free():
     assert "(before the load: CUDA0" in error.what, "the weights took some of it since"
 
 
+def test_buffers_are_planned_with_all_layers_on_the_card_that_llama_cpp_finds(monkeypatch):
+    """What an H100's dry run gave of 14 layers of qwen3moe with flash attention, and without a card."""
+    asked, card = list[OpenSettings](), {"card_layers": 15, "card_compute_bytes": 356_526_326}
+    none = {"card_layers": 0, "card_compute_bytes": 0}
+
+    def plan(found: dict[str, int]) -> dict[str, dict[int, int]]:
+        def answer(_path: object, rows: list[OpenSettings], _worker: object) -> list[dict[str, int]]:
+            asked.extend(rows)
+            return [{"kv_bytes": 0, "compute_bytes": 276_834_550, **found}]
+
+        monkeypatch.setattr(check, "plan_memory", answer)
+        monkeypatch.setattr(check, "_kept", lambda _kind, _paths, _facts, make: make())
+        return check.compute_buffers(open_shards(NANO), 8192, [1 << 34], [1 << 33])[0]
+
+    buffers = plan(card)
+    assert set(buffers["on_card"]) == set(buffers["compute"]) >= {256, 8192, 65536}
+    assert set(buffers["on_card"].values()) == {356_526_326}
+    assert {(each.n_gpu_layers, each.flash_attn) for each in asked} == {(-1, True)}
+    assert plan(none)["on_card"] == {}
+
+
 # ---- is there a card? ----
 
 

@@ -359,6 +359,16 @@ def test_plan_prints_the_command_and_other_machines_only_if_asked():
     assert done.returncode == 1 and "give --context" in done.stderr
 
 
+def test_a_plan_for_this_machine_counts_its_cards(tmp_path, monkeypatch):
+    (tool := tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 8192\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for words, layers in (((), 99), (("--vram", "0"), 0), (("--ram", "64GB"), 0)):
+        done = dfqs("plan", FIRST, "--context", "1024", "--ram-gbs", "10", *words)
+        assert f" -ngl {layers} " in done.stdout, done.stdout + done.stderr
+        assert ("GPU 0 " in done.stdout) == ("cards not counted" not in done.stdout) == (layers > 0)
+
+
 def test_the_largest_context_of_a_plan_is_one_that_fits_and_does_not_depend_on_the_question():
     """The first needs 4 MiB of weights and more for cache and buffer, by the context."""
 
