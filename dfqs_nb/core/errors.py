@@ -78,9 +78,5 @@ class PromptError(DfqsError):
     """A set of prompts or questions is missing, broken, or not usable here."""
 
 
-class ComparisonError(DfqsError):
-    """Two runs cannot be compared."""
-
-
 class StageError(DfqsError):
     """A notebook needs a file that an earlier notebook writes."""

@@ -31,10 +31,6 @@ TAIL = 0.99  # of the tokens lie below the tail that stands beside the mean KL d
 STEP = 128  # tokens whose logits are held at once
 
 
-class TextError(DfqsError):
-    """A text to measure on is missing, or too short."""
-
-
 @dataclass(frozen=True)
 class Text:
     """A text of this name, as documents: ``(text,)``, or ``(question, answer)`` for a chat."""
@@ -56,13 +52,13 @@ class Text:
     def chunks(self, model: Model, size: int, limit: int = 0, *, least: int = 1) -> list[list[int]]:
         """Whole pieces of ``size`` tokens, at most ``limit`` (0: all); BOS replaces the first token of each.
 
-        A `TextError`: there are fewer than ``least``.
+        A `DfqsError`: there are fewer than ``least``.
         """
         tokens, first = self.tokens(model), [model.bos] if model.bos >= 0 else []
         starts = range(0, len(tokens) - size + 1, size)
         if len(starts) < least:
             what = f"{len(tokens):,} tokens of {self.name} fill fewer than {least} chunks of {size:,}"
-            raise TextError(what, hint="take a longer text, or smaller chunks")
+            raise DfqsError(what, hint="take a longer text, or smaller chunks")
         return [[*first, *tokens[at + len(first) : at + size]] for at in starts[: limit or None]]
 
 
@@ -76,7 +72,7 @@ class Documents(PromptSet):
 def load_text(source: str | Path, part: str = "held_out") -> Text:
     """The part ``"calibration"`` or ``"held_out"`` of a frozen set, or a whole text file by its path.
 
-    A `TextError`: the file cannot be read. A `PromptError`: there is no such set.
+    A `DfqsError`: the file cannot be read. A `PromptError`: there is no such set.
     """
     path = Path(source)
     if path.suffix or path.is_file():
@@ -84,7 +80,7 @@ def load_text(source: str | Path, part: str = "held_out") -> Text:
             return Text(path.name, ((path.read_text(encoding="utf-8"),),))
         except (OSError, UnicodeDecodeError) as error:
             what = f"cannot be read as text ({error})"
-            raise TextError(what, where=path, hint="give a UTF-8 file") from error
+            raise DfqsError(what, where=path, hint="give a UTF-8 file") from error
     prompts = load_prompts(str(source), Documents)
     name = f"{prompts.name} ({part.replace('_', ' ')}, {prompts.sha256[:12]})"
     return Text(name, getattr(prompts, part))

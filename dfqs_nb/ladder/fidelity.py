@@ -34,10 +34,6 @@ MEASURES = {
 }
 
 
-class RecordError(errors.DfqsError):
-    """A record is broken, or does not fit the model."""
-
-
 Token = Annotated[int, Ge(0)]
 LogProb = Annotated[float, Ge(-1e4), Le(1e-3)]  # natural
 
@@ -77,7 +73,7 @@ class Record:
 
     @classmethod
     def load(cls, path: str | Path) -> Record:
-        """Read a record that somebody else may have written; a `RecordError` names line and field."""
+        """Read a record that somebody else may have written; a `DfqsError` names line and field."""
         number, lines = 1, list[Line]()
         try:
             first, *rest = Path(path).read_bytes().splitlines()
@@ -90,13 +86,15 @@ class Record:
             what = f"line {number}: {'.'.join(map(str, fault['loc'])) or 'no object'}: {fault['msg']}"
             hint = f'its first line must name the format, "record": "{FORMAT}"; docs/fidelity.md describes it'
             hint = hint if number == 1 else "it is cut or damaged: copy it again, or make it again"
-            raise RecordError(what, where=paths.tilde(path), hint=hint) from error
+            raise errors.DfqsError(what, where=paths.tilde(path), hint=hint) from error
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is empty"
             hint = "make one with: dfqs-nb record MODEL -o record.jsonl"
-            raise RecordError(f"cannot be read ({why})", where=paths.tilde(path), hint=hint) from error
+            raise errors.DfqsError(f"cannot be read ({why})", where=paths.tilde(path), hint=hint) from error
         if not lines:
-            raise RecordError("the record holds no prompt", where=paths.tilde(path), hint="make it again")
+            raise errors.DfqsError(
+                "the record holds no prompt", where=paths.tilde(path), hint="make it again"
+            )
         return cls(head, lines)
 
 
@@ -123,7 +121,7 @@ def write_record(
     rows = [row for row in kept.rows() if row["steps"]]  # a model that ends at once predicted nothing
     if not rows:
         hint = "give another question set with --prompts"
-        raise RecordError("every answer ended at once", where=model.path, hint=hint)
+        raise errors.DfqsError("every answer ended at once", where=model.path, hint=hint)
     head = Head(**about, n_vocab=model.n_vocab, date=date.today().isoformat())
     with files.whole_file(path) as file:
         for row in [head.model_dump(), *rows]:
@@ -178,14 +176,14 @@ def compare_record(model: Model, record: Record) -> pd.DataFrame:
     """Predict a record's answers with an open model, whose context holds at least one of them.
 
     A row a token: ``id`` of the prompt, ``position`` (from 0), ``bytes``, ``nll_reference``, ``nll`` (nats),
-    ``same_top``, ``kl_low``, ``kl_high``. A `RecordError`: the model has another vocabulary.
+    ``same_top``, ``kl_low``, ``kl_high``. A `DfqsError`: the model has another vocabulary.
     """
     n_vocab = min(model.n_vocab, record.head.n_vocab)
     for line in record.lines:
         largest = max(*line.prompt, *(token for top in line.steps for token, _ in top))
         if largest >= n_vocab or model.text(line.answer) != line.text:
             what = f"the model has another vocabulary than the record (prompt {line.id!r})"
-            raise RecordError(what, where=model.path, hint="record the original of this very model")
+            raise errors.DfqsError(what, where=model.path, hint="record the original of this very model")
     n_ctx, rows = model.settings.n_ctx, list[dict[str, Any]]()
     # a prompt that does not fit is left out; the number of prompts shows it
     fitting = [line for line in record.lines if len(line.prompt) + len(line.steps) <= n_ctx]
@@ -196,7 +194,7 @@ def compare_record(model: Model, record: Record) -> pd.DataFrame:
             rows.append({"id": line.id, "position": at, "bytes": n_bytes, **_compared(top, ours)})
     if not rows:
         hint = f"open the model with a larger context than {n_ctx:,} tokens: --n-ctx"
-        raise RecordError("no prompt of the record fits", where=model.path, hint=hint)
+        raise errors.DfqsError("no prompt of the record fits", where=model.path, hint=hint)
     return pd.DataFrame(rows)
 
 

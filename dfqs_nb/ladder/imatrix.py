@@ -36,10 +36,6 @@ LEAST_ROWS = 16  # llama-imatrix passes over smaller products of dense weights
 SUMS, COUNTS = ".in_sum2", ".counts"
 
 
-class ImatrixError(DfqsError):
-    """An importance matrix cannot be read, collected, or used."""
-
-
 @dataclass(frozen=True)
 class Entry:
     """One weight's sums of squares."""
@@ -62,7 +58,7 @@ class Entry:
 class ImportanceMatrix:
     """An importance matrix: ``entries`` by the weight's name, and the texts, chunks and file it comes from.
 
-    An `ImatrixError`: a value is negative or not finite, for which llama.cpp would blame the model's weights.
+    A `DfqsError`: a value is negative or not finite, for which llama.cpp would blame the model's weights.
     """
 
     entries: Mapping[str, Entry] = field(repr=False)
@@ -76,13 +72,13 @@ class ImportanceMatrix:
             if not (np.isfinite(entry.sums).all() and (entry.sums >= 0).all() and (entry.counts >= 0).all()):
                 what = f"the importance matrix has values for {name} that are not finite or negative"
                 hint = "collect it again; if that repeats, get the model again"
-                raise ImatrixError(what, where=self.path or None, hint=hint)
+                raise DfqsError(what, where=self.path or None, hint=hint)
 
     def fitting(self, header: GGUFHeader, pattern: re.Pattern[str]) -> list[str]:
         """The names of the entries that a model's tensors can use, and whose name contains a match.
 
         llama-quantize refuses an entry that has not a value for each column (and expert) of its tensor, as of
-        ``attn_output_a`` of ``deepseek4``, whose columns llama.cpp multiplies in groups. An `ImatrixError`:
+        ``attn_output_a`` of ``deepseek4``, whose columns llama.cpp multiplies in groups. A `DfqsError`:
         most entries do not fit.
         """
         sizes = {t.name: t.shape[0] * (t.shape[2] if len(t.shape) > 2 else 1) for t in header.tensors}
@@ -91,7 +87,7 @@ class ImportanceMatrix:
             what = f"{len(odd):,} of {len(self.entries):,} entries, as of {odd[0]}, do not fit this model"
             what = f"the importance matrix is of another model: {what}"
             hint = "collect one on this model: `--calibrate calibration-nano` does, or llama-imatrix"
-            raise ImatrixError(what, where=self.path or None, hint=hint)
+            raise DfqsError(what, where=self.path or None, hint=hint)
         return [name for name in self.entries if pattern.search(name) and name not in odd]
 
     def coverage(self) -> pd.DataFrame:
@@ -127,9 +123,9 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     header = read_header(path)
     check_layout(header)
 
-    def broken(what: str) -> ImatrixError:
+    def broken(what: str) -> DfqsError:
         hint = "collect one with llama-imatrix, or with --calibrate"
-        return ImatrixError(f"not an importance matrix ({what})", where=path, hint=hint)
+        return DfqsError(f"not an importance matrix ({what})", where=path, hint=hint)
 
     if header.get("general.type") != "imatrix":
         raise broken(f"a GGUF of type {header.get('general.type', header.architecture or 'unknown')}")
@@ -227,7 +223,7 @@ def collect(
     ``source``: the model, in the precision that the quantization starts from. ``text``: or the name of a
     prompt set or a text file. ``path``: the file that it is written to; one from the same text and model is
     read, unless ``fresh``. ``n_chunks``: the most; 0: all. ``n_threads``: 0: as suits the model's size. A
-    `TextError` or `PromptError`: there is no such text, or it is too short.
+    `DfqsError`: there is no such text, or it is too short.
     """
     text, path = load_text(text, "calibration") if isinstance(text, str) else text, Path(path)
     shards = open_shards(source)
@@ -250,7 +246,7 @@ def collect(
             deque(model.logits(piece), maxlen=0)  # of every token: only those pass the last layer
     if collector.error or not collector.totals:
         why = f"the collector failed ({collector.error})" if collector.error else "no weight was used"
-        raise ImatrixError(why, hint="report the architecture") from collector.error
+        raise DfqsError(why, hint="report the architecture") from collector.error
     entries = {
         name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
         for name, (sums, counts) in collector.totals.items()

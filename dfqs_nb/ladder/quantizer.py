@@ -47,10 +47,6 @@ TENSOR = re.compile(
 )  # a line of llama.cpp's log
 
 
-class QuantizeError(DfqsError):
-    """A recipe does not fit a model, or llama.cpp refuses it."""
-
-
 def file_types() -> dict[str, int]:
     """llama.cpp's file types by name, as this build numbers them."""
     import llama_cpp.llama_cpp as api
@@ -113,27 +109,27 @@ class Recipe:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by its name, in any case, or by the path of its file; a `QuantizeError` if it is none."""
+    """A recipe by its name, in any case, or by the path of its file; a `DfqsError` if it is none."""
     path, folder = Path(name), data_dir() / "quantize"
     if path.suffix != ".toml":
         path = folder / f"{str(name).lower()}.toml"
         if not path.exists():
             known = ", ".join(sorted(file.stem.upper() for file in folder.glob("*.toml")))
             hint = f"there are: {known}; or give a .toml file"
-            raise QuantizeError(f"no recipe is called {str(name)!r}", hint=hint)
+            raise DfqsError(f"no recipe is called {str(name)!r}", hint=hint)
     try:
         raw = path.read_bytes()
         return Recipe(**tomllib.loads(raw.decode("utf-8")), sha256=hashlib.sha256(raw).hexdigest())
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
-        raise QuantizeError(what, where=path, hint="check the path") from error
+        raise DfqsError(what, where=path, hint="check the path") from error
     except (ValueError, TypeError) as error:  # TypeError: the file gives its own sha256
         what = str(error)
         if isinstance(error, pydantic.ValidationError):
             at = ".".join(map(str, (first := error.errors()[0])["loc"]))
             what = f"{at}: {first['msg']}" if at else first["msg"].removeprefix("Value error, ")
         hint = "see data/quantize/ for the format"
-        raise QuantizeError(f"not a recipe ({what})", where=tilde(path), hint=hint) from error
+        raise DfqsError(f"not a recipe ({what})", where=tilde(path), hint=hint) from error
 
 
 @dataclass(frozen=True)
@@ -172,8 +168,8 @@ def plan(
     """Ask llama.cpp in a dry run what it would make of a model by a recipe. Writes nothing.
 
     ``source``: of F32, F16 or BF16 weights. ``imatrix``: an importance matrix that lies in a file; a recipe
-    with ``weights`` uses it. ``run``: does the child's job, for several calls. A `QuantizeError`: the recipe
-    does not fit the model, or a type needs an importance matrix. An `ImatrixError`: that is of another model.
+    with ``weights`` uses it. ``run``: does the child's job, for several calls. A `DfqsError`: the recipe
+    does not fit the model, a type needs an importance matrix, or that is of another model.
     A `ModelError`: llama.cpp dies on the source.
     """
     recipe, shards = load_recipe(recipe) if isinstance(recipe, str) else recipe, open_shards(source)
@@ -181,7 +177,7 @@ def plan(
     _check_source(shards)
     for rule in recipe.idle_rules(header):
         what = f"no tensor matches {rule.pattern.pattern!r} of the recipe {recipe.name}"
-        raise QuantizeError(what, where=where, hint="correct the pattern, or say optional = true")
+        raise DfqsError(what, where=where, hint="correct the pattern, or say optional = true")
     before = {tensor.name: tensor for tensor in shards.tensors}
     types = {name: rule.type if rule else before[name].type for name, rule in recipe.chosen(header).items()}
     job: dict[str, Any] = {
@@ -205,7 +201,7 @@ def plan(
     answer = run({**job, "dry_run": True}, where=where)
     if {name for name, _ in answer["tensors"]} != set(before):
         what = "llama.cpp's dry run names other tensors than the header"
-        raise QuantizeError(what, where=where, hint=REPORT)
+        raise DfqsError(what, where=where, hint=REPORT)
     tensors = []
     for name, kind in answer["tensors"]:
         code, block, nbytes = BLOCKS[kind]
@@ -224,7 +220,7 @@ def _check_source(shards: ShardSet) -> None:
         what = f"its tensors are aligned to {alignment:,} bytes: llama.cpp would write a file that it refuses"
         hint = f"write the source again with an alignment of {DEFAULT_ALIGNMENT}"
     if what:
-        raise QuantizeError(what, where=shards.paths[0], hint=hint)
+        raise DfqsError(what, where=shards.paths[0], hint=hint)
 
 
 def check_output(output: Path, shards: ShardSet, overwrite: bool) -> None:
@@ -308,7 +304,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         hint = f"correct the recipe, or check the source: `dfqs-nb verify {display.quoted(job['source'])}`"
         if re.search("imatrix|importance matrix", reason):
             hint = "add --calibrate with a text, or --imatrix with a file of llama-imatrix"
-        raise QuantizeError(reason, where=job["source"], hint=hint)
+        raise DfqsError(reason, where=job["source"], hint=hint)
     return {"tensors": [(name, (new or old).upper()) for name, old, new in TENSOR.findall(log)]}
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from dfqs_nb.context import paired
 from dfqs_nb.core.display import cell, one_line, plain
-from dfqs_nb.core.errors import ComparisonError, DfqsError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import write_table, write_text
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.core.paths import tilde
@@ -70,7 +70,7 @@ class ReportComparison:
 def compare_reports(paths: Sequence[str | Path]) -> ReportComparison:
     """Compare runs, by their folders or reports, with the first of them, item by item.
 
-    A ReportError or ComparisonError says where reports, conditions or items do not fit.
+    A DfqsError says where reports, conditions or items do not fit.
     """
     runs, table = [read_answers(path) for path in paths], list[Row]()
     if len({run.label for run in runs}) < len(runs):
@@ -89,20 +89,20 @@ def compare_reports(paths: Sequence[str | Path]) -> ReportComparison:
 
 
 def _differing_templates(runs: Sequence[RunItems]) -> list[str]:
-    """The conditions of chat templates that differ; a ComparisonError where reports do not fit."""
+    """The conditions of chat templates that differ; a DfqsError where reports do not fit."""
     if len(runs) < 2:
-        raise ComparisonError(f"{len(runs)} report given", hint="give two or more")
+        raise DfqsError(f"{len(runs)} report given", hint="give two or more")
     if len({run.path.resolve() for run in runs}) < len(runs):
-        raise ComparisonError("the same report is given twice", hint="give reports of different runs")
+        raise DfqsError("the same report is given twice", hint="give reports of different runs")
     if len({run.report["tier"] for run in runs}) > 1:
         each = ", ".join(f"{tilde(run.path)} is {run.report['tier']}" for run in runs)
-        raise ComparisonError(f"tiers never mix: {each}", hint="run both on one tier")
+        raise DfqsError(f"tiers never mix: {each}", hint="run both on one tier")
     refused, templates = list[str](), dict[str, None]()
     kinds = list(dict.fromkeys(kind for run in runs for kind in run.report["conditions"]))
     for run in runs:
         if lacking := [kind for kind in kinds if kind not in run.report["conditions"]]:
             what = f"has no {' and no '.join(lacking)}, and others do".replace("_", " ")
-            raise ComparisonError(what, where=tilde(run.path), hint=rerun(lacking, run.report["command"]))
+            raise DfqsError(what, where=tilde(run.path), hint=rerun(lacking, run.report["command"]))
     for run in runs:
         differ = differing_fields(runs[0].report["conditions"], run.report["conditions"])
         templates |= dict.fromkeys(name for name in differ if name.split(".")[-1] == TEMPLATE)
@@ -111,7 +111,7 @@ def _differing_templates(runs: Sequence[RunItems]) -> list[str]:
             refused.append(f"{tilde(run.path)}: {_named({it: differ[it] for it in wrong}, '{} and {}')}")
     if refused:
         what = f"the conditions differ from those of {tilde(runs[0].path)} in {' | '.join(refused)}"
-        raise ComparisonError(what, hint="run all again under the same conditions")
+        raise DfqsError(what, hint="run all again under the same conditions")
     return list(templates)
 
 

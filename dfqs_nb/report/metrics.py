@@ -15,7 +15,7 @@ from typing import Any
 from dfqs_nb import __version__
 from dfqs_nb.core import machine
 from dfqs_nb.core.display import size
-from dfqs_nb.core.errors import ModelError
+from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file, there_is
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import NOTEBOOKS
@@ -25,7 +25,7 @@ from dfqs_nb.gguf.memory import KvCacheBytes, kv_cache_bytes
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.report import reading
 from dfqs_nb.report.claims import check_claims, relation
-from dfqs_nb.report.reading import BOUNDARY, CURVE, SPEED, Command, ReportError, Run, settings_of
+from dfqs_nb.report.reading import BOUNDARY, CURVE, SPEED, Command, Run, settings_of
 from dfqs_nb.report.requirements import check_requirements
 from dfqs_nb.report.template import FEW_TEXTS, GB, spec_table
 from dfqs_nb.stats import LEVEL
@@ -45,7 +45,7 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
 
     A metric whose stage is missing or incomplete is withheld: null, with the reason in ``details``. The
     artifact's statements are part of its report, and of the reference model's as a demonstration.
-    ``ask_llama_cpp``: let it plan buffers, in child processes. A StageError or ReportError says that the run
+    ``ask_llama_cpp``: let it plan buffers, in child processes. A DfqsError says that the run
     cannot be trusted (see `read_run`), or that its model is gone.
     """
     folder = Path(folder)
@@ -199,10 +199,10 @@ def _header(run: Run) -> GGUFHeader:
     file, again = run["merge"]["model"], f"put it back, or run {NOTEBOOKS['merge']} again"
     path = Path(file.get("path", ""))
     if not there_is(path) or not path.is_file():
-        raise ReportError("the model of this run is gone", where=tilde(path), hint=again)
+        raise DfqsError("the model of this run is gone", where=tilde(path), hint=again)
     if (nbytes := path.stat().st_size) != file.get("nbytes"):
         what = f"is not the model of this run: it has {nbytes:,} bytes, not {file.get('nbytes', 0):,}"
-        raise ReportError(what, where=tilde(path), hint=again)
+        raise DfqsError(what, where=tilde(path), hint=again)
     return read_header(path)
 
 

@@ -41,10 +41,6 @@ COLUMNS = {"set": str, "id": str, "family": str, "guess": float, "grade": str}
 Run = dict[str, Any]  # stages by name, in the order of the notebooks; without those that did not run
 
 
-class ReportError(DfqsError):
-    """A run, or a report, that cannot be trusted as it lies there."""
-
-
 def fault_in(value: Any, schema: str, part: str = "") -> str:
     """Where a value does not follow a schema of ``data/spec/``, or a part of it, and why; "" if it does."""
     from jsonschema import Draft202012Validator, exceptions
@@ -62,44 +58,44 @@ def read_run(folder: str | Path) -> Run:
     """The stages of a run, each checked: its seal, the hashes of its files, its fields, its model, its tier.
 
     Raises:
-        StageError, ReportError: a stage is damaged, edited, or of another model or tier; or there is no run.
+        DfqsError: a stage is damaged, edited, or of another model or tier; or there is no run.
     """
     folder = Path(folder)
     run = stages_in(folder, sealed=True)
     if "merge" not in run:
         own = quoted(folder.absolute().name)
         hint = f"notebook 01 begins a run: `dfqs-nb run --run {own} --model MODEL`"
-        raise ReportError("this folder has no run", where=tilde(folder), hint=hint)
+        raise DfqsError("this folder has no run", where=tilde(folder), hint=hint)
     drawn = {name: stage for name, stage in run.items() if name in DRAWN_ON}
     own = sha256_of(run["merge"])
     if other := next((name for name in drawn if sha256_of(drawn[name]) != own), ""):
         theirs = sha256_of(drawn[other]) or "unknown"
         what = f"is about another model ({theirs:.12}) than merge.json ({own:.12})"
         hint = f"run {NOTEBOOKS[other]} again, or give each model a run_name of its own"
-        raise ReportError(what, where=tilde(folder / f"{other}.json"), hint=hint)
+        raise DfqsError(what, where=tilde(folder / f"{other}.json"), hint=hint)
     tiers = {name: stage["tier"] for name, stage in drawn.items() if stage.get("tier")}
     if len({*tiers.values()}) > 1:
         listed = ", ".join(f"{name} is {tier}" for name, tier in tiers.items())
         what = f"its stages are of different tiers ({listed})"
-        raise ReportError(what, where=tilde(folder), hint="run notebooks 05 and 06 with the same tier")
+        raise DfqsError(what, where=tilde(folder), hint="run notebooks 05 and 06 with the same tier")
     return run
 
 
 def stages_in(folder: Path, *, sealed: bool = False) -> Run:
     """The stages that a folder has, each with the fields of its schema; ``sealed``: check the seals, too.
 
-    A StageError or ReportError names one that is damaged.
+    A DfqsError names one that is damaged.
     """
     there = [name for name in (*DRAWN_ON, *BESIDE) if (folder / f"{name}.json").exists()]
     return checked({name: read_stage(folder, name, sealed=sealed) for name in there}, folder)
 
 
 def checked(run: Run, folder: Path = Path()) -> Run:
-    """Stages as they were written; a ReportError names a field that is missing or of another type."""
+    """Stages as they were written; a DfqsError names a field that is missing or of another type."""
     for name, stage in run.items():
         if fault := fault_in(stage, "stages", name):
             where, hint = tilde(folder / f"{name}.json"), f"run {NOTEBOOKS[name]} again"
-            raise ReportError(fault.removeprefix("$."), where=where, hint=hint)
+            raise DfqsError(fault.removeprefix("$."), where=where, hint=hint)
     return run
 
 
@@ -174,13 +170,13 @@ def sealed(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """A report, from its file or its folder, checked: schema, hashes, contradictions; else a ReportError."""
+    """A report, from its file or its folder, checked: schema, hashes, contradictions; else a DfqsError."""
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
         report: dict[str, Any] = read_json(path)
     except FileNotFoundError:
         hint = f"run {NOTEBOOKS['dfqs_report']}, or `dfqs-nb report RUN`"
-        raise ReportError("there is no report", where=tilde(path), hint=hint) from None
+        raise DfqsError("there is no report", where=tilde(path), hint=hint) from None
     except (OSError, ValueError) as error:
         raise stale(path, f"is not JSON ({error})") from error
     check_report(report, path)
@@ -188,7 +184,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 
 def check_report(report: Any, path: str | Path) -> None:
-    """Check a report against the schema, its own hashes and itself; a ReportError names the first fault."""
+    """Check a report against the schema, its own hashes and itself; a DfqsError names the first fault."""
     if fault := fault_in(report, "report"):
         wrong = f"does not follow the schema at {fault} (edited, or of another version of the workbook)"
     elif sealed(report)["integrity"] != report["integrity"]:
@@ -202,10 +198,10 @@ def check_report(report: Any, path: str | Path) -> None:
     raise stale(path, wrong)
 
 
-def stale(path: str | Path, what: str) -> ReportError:
+def stale(path: str | Path, what: str) -> DfqsError:
     """The error for a file of a report that was edited, or is of another time than the others."""
     again = f"`dfqs-nb report {quoted(Path(path).absolute().parent.name)}`"
-    return ReportError(what, where=tilde(path), hint=f"write the report again: {again}")
+    return DfqsError(what, where=tilde(path), hint=f"write the report again: {again}")
 
 
 def stated(report: Mapping[str, Any], metric: str) -> Any:
@@ -241,7 +237,7 @@ class RunItems:
 def read_answers(path: str | Path) -> RunItems:
     """A report, from its file or its run's folder, with its answers.
 
-    A ReportError where answers are missing, were edited, or do not give the report's numbers.
+    A DfqsError where answers are missing, were edited, or do not give the report's numbers.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     report, folder = read_report(path), path.parent
@@ -256,8 +252,8 @@ def read_answers(path: str | Path) -> RunItems:
     return RunItems(name, path, report, scores, _context(report, folder))
 
 
-def _refused(where: Path, what: str) -> ReportError:
-    return ReportError(what, where=tilde(where), hint="run notebooks 05 to 07 again")
+def _refused(where: Path, what: str) -> DfqsError:
+    return DfqsError(what, where=tilde(where), hint="run notebooks 05 to 07 again")
 
 
 def _scores(details: Mapping[str, Any], folder: Path) -> dict[str, SetRun]:

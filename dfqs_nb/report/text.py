@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from dfqs_nb.core.display import NONE, counted, duration, plain
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import is_file, sha256_of_file, write_json, write_text
 from dfqs_nb.core.paths import tilde
 from dfqs_nb.core.stage import NOTEBOOKS, Stage, read_stage
 from dfqs_nb.report import reading, requirements
 from dfqs_nb.report.metrics import METRICS
-from dfqs_nb.report.reading import BESIDE, BOUNDARY, CURVE, FILE, SCORES, SPEED, ReportError, rerun
+from dfqs_nb.report.reading import BESIDE, BOUNDARY, CURVE, FILE, SCORES, SPEED, rerun
 from dfqs_nb.report.requirements import MET, NOT_APPLICABLE, NOT_MET, NOT_TESTED
 from dfqs_nb.report.template import FEW_QUESTIONS, GB, link, render, sentence, spec_table
 
@@ -265,7 +266,7 @@ def _figure(folder: Path, name: str) -> str:
     """A figure as the address of itself."""
     file = folder / f"{name}.svg"
     if not file.is_file():
-        raise ReportError("the figure is missing", where=tilde(file), hint="run its notebook again")
+        raise DfqsError("the figure is missing", where=tilde(file), hint="run its notebook again")
     return f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 

@@ -30,7 +30,7 @@ from dfqs_nb.gguf.shards import Files, open_shards
 from dfqs_nb.llama.settings import OpenSettings, llama_version
 from dfqs_nb.routing import verdict
 from dfqs_nb.routing.plan import IDENTICAL, LEFT_OUT, Condition, conditions, fit, read_texts
-from dfqs_nb.routing.trace import RoutingError, Trace, differences, load_trace
+from dfqs_nb.routing.trace import Trace, differences, load_trace
 
 FORMAT = 7  # of a kept trace; a new number makes old ones be recorded again
 NOT_IN_NAMES = re.compile(r"[^\w.]+")
@@ -232,7 +232,7 @@ class _Runs:
             return LEFT_OUT if self.status[base] == LEFT_OUT else f"not comparable: {base!r} did not run"
         trace, file = None, self._file(each)
         if not self.fresh:
-            with contextlib.suppress(RoutingError):  # there is none, or it is damaged
+            with contextlib.suppress(DfqsError):  # there is none, or it is damaged
                 trace = load_trace(file)
         if trace is None:
             if each.settings.use_extra_bufts and has_amx():

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.build import default_params, refusal, set_context
 from dfqs_nb.llama.generate import next_tokens
 from dfqs_nb.llama.graph import Router, Tensor, Watch, ggml_function, read
 from dfqs_nb.llama.log import LOG
 from dfqs_nb.llama.model import Model, open_model
 from dfqs_nb.llama.settings import OpenSettings
-from dfqs_nb.routing.trace import RoutingError, Trace
+from dfqs_nb.routing.trace import Trace
 
 FLUSH_BYTES = 1 << 20  # of copies, before they are reduced to ids and margins
 LOGIT_SAMPLE = 1024  # logits kept of each token; all of them for a small vocabulary
@@ -47,7 +48,7 @@ class _Layer:
             ranked = np.take_along_axis(scores, order, axis=1)  # minus infinity for excluded groups
             margins = ranked[:, :k].min(axis=1) - ranked[:, k:].max(axis=1, initial=-np.inf)
             if (margins < 0).any():
-                raise RoutingError("chosen experts do not score highest", hint=REPORT)
+                raise DfqsError("chosen experts do not score highest", hint=REPORT)
         self.ids, self.scores = [], []
         return order[:, :k].astype(np.uint16), margins
 
@@ -81,11 +82,11 @@ class Recorder(Watch):
         self._listening = False
         if self.error is not None:
             error, self.error = self.error, None
-            raise RoutingError(f"the recorder failed ({error})", hint=REPORT) from error
+            raise DfqsError(f"the recorder failed ({error})", hint=REPORT) from error
         for number, layer in self._layers.items():
             if layer.n_tokens != self._expected:
                 what = f"layer {number} routed {layer.n_tokens:,} of {self._expected:,} tokens"
-                raise RoutingError(what, hint="this architecture has no common expert block once a layer")
+                raise DfqsError(what, hint="this architecture has no common expert block once a layer")
         if self._raw_bytes > FLUSH_BYTES:
             self._reduce()
         return self._inputs
@@ -101,7 +102,7 @@ class Recorder(Watch):
     def arrays(self) -> dict[str, Any]:
         """What was recorded since `reset`, as fields of a `Trace`.
 
-        A `RoutingError` if a choice contradicts its scores: they were overwritten before they were read.
+        A `DfqsError` if a choice contradicts its scores: they were overwritten before they were read.
         """
         if self._raw_bytes:
             self._reduce()
@@ -142,7 +143,7 @@ class Recorder(Watch):
             return
         k, n, width = router.ids.ne[0], router.ids.ne[1], router.reads[0].ne[0]
         if self._k not in (0, k):
-            raise RoutingError(f"layer {router.layer} chooses {k} experts, and others {self._k}")
+            raise DfqsError(f"layer {router.layer} chooses {k} experts, and others {self._k}")
         self._k, layer = k, self._layers.setdefault(router.layer, _Layer(router.hashed, width))
         for tensor, copies in zip(router.reads, (layer.ids, layer.scores), strict=False):
             size = 4 * n * tensor.ne[0]
@@ -190,7 +191,7 @@ class RecordedModel:
         self.recorder.reset()
 
     def feed(self, tokens: Sequence[int]) -> np.ndarray:
-        """As `Model.logits`, of at most ``n_batch`` tokens; a `RoutingError` if a layer was not heard.
+        """As `Model.logits`, of at most ``n_batch`` tokens; a `DfqsError` if a layer was not heard.
 
         We ask for the logits of every token, because llama.cpp routes only those through its last layer.
         """
@@ -292,7 +293,7 @@ class Together:
     """Several sequences of one context, evaluated side by side and recorded.
 
     Whose a routed row is follows from the order in which llama.cpp evaluates a batch. Two small batches find
-    its rule (or a `RoutingError`); every batch is checked against the tokens that the graph evaluates.
+    its rule (or a `DfqsError`); every batch is checked against the tokens that the graph evaluates.
     """
 
     def __init__(self, recorded: RecordedModel) -> None:
@@ -305,7 +306,7 @@ class Together:
             _, seen = self.decode(slots, [0, 1, 2, 3], [0, 1, 2, 0])
             possible = [rule for rule in possible if cut(slots, self._n_ubatch, rule) == seen]
         if not possible:
-            raise RoutingError("llama.cpp cuts batches in an unknown way", hint=REPORT)
+            raise DfqsError("llama.cpp cuts batches in an unknown way", hint=REPORT)
         self.rule = possible[0]
         recorded.clear()
 
@@ -351,7 +352,7 @@ class Together:
             rows, seen = self.decode(slots, tokens, positions)
             order = cut(slots, self._n_ubatch, self.rule)
             if [tokens[entry] for entry in order] != seen:
-                raise RoutingError("llama.cpp cut a batch unexpectedly", hint=REPORT)
+                raise DfqsError("llama.cpp cut a batch unexpectedly", hint=REPORT)
             self.recorder.keep_logits(rows[order])
             places.append(np.array(entries)[order])
             best = dict(zip(slots, rows.argmax(axis=1).tolist(), strict=True))  # after the last entry of each

@@ -31,10 +31,6 @@ COMPARED = (  # the values of `compare`
 NOTHING = np.zeros(0)  # where nothing was kept
 
 
-class RoutingError(DfqsError):
-    """Routing was not recorded, or two records cannot be compared."""
-
-
 @dataclass(frozen=True)
 class Trace:
     """The routing of a run over ``n`` tokens, ``L`` layers with routed experts, ``k`` experts a token.
@@ -86,14 +82,14 @@ class Trace:
 
 
 def load_trace(path: str | Path) -> Trace:
-    """Read what ``Trace.save`` wrote; a `RoutingError` if the file is missing or is no trace."""
+    """Read what ``Trace.save`` wrote; a `DfqsError` if the file is missing or is no trace."""
     try:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in _ARRAYS}
             about = json.loads(stored["conditions"].tobytes())
             return Trace(**arrays, n_experts=int(stored["n_experts"]), conditions=about)
     except _DAMAGED as error:
-        raise RoutingError(f"not a routing trace ({error})", where=path, hint="record it again") from error
+        raise DfqsError(f"not a routing trace ({error})", where=path, hint="record it again") from error
 
 
 def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
@@ -109,10 +105,10 @@ def joined(traces: Sequence[Trace], **conditions: Any) -> Trace:
 def differences(a: Trace, b: Trace) -> np.ndarray:
     """Whether the expert sets differ, bool ``(tokens, layers)``; other tokens or routers are an error."""
     if not np.array_equal(a.tokens, b.tokens):
-        raise RoutingError("the traces are of different prompts", hint="use the same tokens")
+        raise DfqsError("the traces are of different prompts", hint="use the same tokens")
     routers = [(t.layers.tolist(), t.hashed.tolist(), t.experts.shape, t.n_experts) for t in (a, b)]
     if routers[0] != routers[1]:
-        raise RoutingError("the traces are of models with different routers", hint="compare like with like")
+        raise DfqsError("the traces are of models with different routers", hint="compare like with like")
     return np.asarray((np.sort(a.experts, axis=2) != np.sort(b.experts, axis=2)).any(axis=2))
 
 

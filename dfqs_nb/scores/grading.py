@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dfqs_nb.core.errors import ComparisonError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.llama.generate import answer_start
 from dfqs_nb.stats import detectable, mcnemar, paired_bootstrap, wilson
@@ -191,21 +191,21 @@ def compare_runs(a: SetRun, b: SetRun) -> SimpleNamespace:
 
     Returns ``n``, the scores ``a`` and ``b``, their ``difference`` (b minus a) with its 95 % interval ``low``
     to ``high``, the items that one run alone got right (``only_a``, ``only_b``), and ``p`` of the exact
-    McNemar test. A `ComparisonError` names conditions that differ, or items without results.
+    McNemar test. A `DfqsError` names conditions that differ, or items without results.
     """
     if differing := differing_fields(a.conditions, b.conditions):
         named = ", ".join(f"{key} ({mine} and {theirs})" for key, (mine, theirs) in differing.items())
         hint = "run both again under the same conditions"
-        raise ComparisonError(f"the conditions differ in {named}", hint=hint)
+        raise DfqsError(f"the conditions differ in {named}", hint=hint)
     values = []
     for run in (a, b):
         if run.score.value is None:
             what = f"{run.score.n_missing} items of {run.name} lack a result"
-            raise ComparisonError(what, hint="let the run finish: it continues where it stopped")
+            raise DfqsError(what, hint="let the run finish: it continues where it stopped")
         values.append(run.score.value)
     both = a.answered[["id", "family", "correct"]].merge(b.answered[["id", "correct"]], on="id")
     if not len(a.answered) == len(b.answered) == len(both):
-        raise ComparisonError("the two runs did not answer the same items", hint="score both with --fresh")
+        raise DfqsError("the two runs did not answer the same items", hint="score both with --fresh")
     right_a, right_b = both["correct_x"].to_numpy(bool), both["correct_y"].to_numpy(bool)
     families = both["family"].to_numpy() if a.kind == "reasoning" else None
     low, high = paired_bootstrap(right_b.astype(float) - right_a, families)

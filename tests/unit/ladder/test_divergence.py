@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from scipy.special import log_softmax
 
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.ladder import divergence
-from dfqs_nb.ladder.divergence import TextError
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama import settings as llama_settings
 from dfqs_nb.routing import open_recorded
@@ -125,9 +125,9 @@ def test_a_text_file_is_one_document_and_a_short_one_is_refused(model, tmp_path)
     path.write_text("Here we go. " * 5)
     text = divergence.load_text(path)
     assert text.tokens(model) == model.with_bos(model.tokenize("Here we go. " * 5, special=False))
-    with pytest.raises(TextError, match="own.txt fill fewer than 2 chunks of 128"):
+    with pytest.raises(DfqsError, match="own.txt fill fewer than 2 chunks of 128"):
         text.chunks(model, 128, least=2)
-    with pytest.raises(TextError, match="cannot be read"):
+    with pytest.raises(DfqsError, match="cannot be read"):
         divergence.load_text(tmp_path / "missing.txt")
 
 

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.ladder import RUNGS, fidelity, quantize
 from dfqs_nb.ladder.divergence import log_probs
-from dfqs_nb.ladder.fidelity import Record, RecordError
+from dfqs_nb.ladder.fidelity import Record
 from dfqs_nb.ladder.imatrix import collect
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
@@ -101,7 +102,7 @@ def test_another_vocabulary_is_refused(original, record):
     first = loaded.lines[0]
     for change in ({"text": first.text + "."}, {"prompt": [original.n_vocab]}):
         changed = dataclasses.replace(loaded, lines=[first.model_copy(update=change)])
-        with pytest.raises(RecordError, match="another vocabulary .*record the original of this very model"):
+        with pytest.raises(DfqsError, match="another vocabulary .*record the original of this very model"):
             fidelity.compare_record(original, changed)
 
 
@@ -143,7 +144,7 @@ def test_a_resumed_record_asks_changed_prompts_again(original, questions, tmp_pa
 
 def test_a_model_that_ends_at_once_gives_no_record(original, questions, tmp_path, monkeypatch):
     monkeypatch.setattr(fidelity, "continuation", lambda *_: [])
-    with pytest.raises(RecordError, match="every answer ended at once.*--prompts"):
+    with pytest.raises(DfqsError, match="every answer ended at once.*--prompts"):
         fidelity.write_record(original, questions, tmp_path / "record.jsonl")
 
 
@@ -165,7 +166,7 @@ def test_a_broken_record_names_its_line(record, tmp_path, change, message):
     path = tmp_path / "broken.jsonl"
     lines = change(record.read_text(encoding="utf-8").splitlines())
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
-    with pytest.raises(RecordError, match=message):
+    with pytest.raises(DfqsError, match=message):
         Record.load(path)
 
 
@@ -173,7 +174,7 @@ def test_a_record_without_a_fitting_prompt_is_refused(original, record):
     loaded = Record.load(record)
     for line in loaded.lines:
         line.prompt = line.prompt * 200
-    with pytest.raises(RecordError, match="no prompt of the record fits"):
+    with pytest.raises(DfqsError, match="no prompt of the record fits"):
         fidelity.compare_record(original, loaded)
 
 

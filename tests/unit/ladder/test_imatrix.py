@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from dfqs_nb import routing
-from dfqs_nb.core.errors import HeaderError
+from dfqs_nb.core.errors import DfqsError, HeaderError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.ladder import divergence, imatrix
-from dfqs_nb.ladder.imatrix import Entry, ImatrixError, ImportanceMatrix
+from dfqs_nb.ladder.imatrix import Entry, ImportanceMatrix
 from dfqs_nb.llama import model as llama_model
 from dfqs_nb.llama import settings as llama_settings
 
@@ -107,7 +107,7 @@ def test_an_expert_that_was_never_chosen_weighs_all_columns_alike():
 
 
 def test_what_is_no_importance_matrix_is_refused(tmp_path, matrix):
-    with pytest.raises(ImatrixError, match="a GGUF of type model"):
+    with pytest.raises(DfqsError, match="a GGUF of type model"):
         imatrix.read_imatrix(F16)
     with pytest.raises(HeaderError, match="cannot be read"):
         imatrix.read_imatrix(tmp_path / "missing")
@@ -126,16 +126,14 @@ def test_values_that_no_sum_of_squares_has_blame_the_importance_matrix(tmp_path,
     """llama.cpp would say that the weights hold NaN."""
     broken = {name: Entry(entry.sums.copy(), entry.counts) for name, entry in matrix.entries.items()}
     next(iter(broken.values())).sums[0, 0] = value
-    with pytest.raises(
-        ImatrixError, match="the importance matrix has values for blk.* not finite or negative"
-    ):
+    with pytest.raises(DfqsError, match="the importance matrix has values for blk.* not finite or negative"):
         ImportanceMatrix(broken)
     written = Path(matrix.save(tmp_path / "m.gguf").path)
     header = read_header(written)
     with written.open("rb+") as file:
         file.seek(header.data_offset)
         file.write(struct.pack("<f", value))
-    with pytest.raises(ImatrixError, match="m.gguf: the importance matrix has values for"):
+    with pytest.raises(DfqsError, match="m.gguf: the importance matrix has values for"):
         imatrix.read_imatrix(written)
 
 
@@ -149,12 +147,12 @@ def test_sums_without_counts_are_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ImatrixError, match="a.counts is missing"):
+    with pytest.raises(DfqsError, match="a.counts is missing"):
         imatrix.read_imatrix(tmp_path / "m.gguf")
 
 
 def test_too_short_a_text_is_refused(tmp_path):
-    with pytest.raises(divergence.TextError, match="tokens of t fill fewer than 1 chunks of 128"):
+    with pytest.raises(DfqsError, match="tokens of t fill fewer than 1 chunks of 128"):
         text = divergence.Text("t", (("one two",),))
         imatrix.collect(F16, text, tmp_path / "m.gguf", chunk_tokens=128, n_threads=1)
 

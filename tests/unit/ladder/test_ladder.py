@@ -20,7 +20,6 @@ from dfqs_nb.core.paths import data_dir
 from dfqs_nb.core.stage import read_stage
 from dfqs_nb.gguf.shards import open_shards
 from dfqs_nb.ladder import divergence, figures, run, tables
-from dfqs_nb.ladder.quantizer import QuantizeError
 from dfqs_nb.ladder.run import Ladder, Rung, Settings
 from dfqs_nb.ladder.tables import SAME
 from dfqs_nb.llama.settings import OpenSettings
@@ -288,5 +287,5 @@ def test_a_climb_is_cut_in_the_stated_order():
     assert rungs == ["Q8_0", "IQ1_S-XL"], "the first and the last"
     assert (least.max_items, least.n_chunks) == (1, 4)
     assert "2 quantized rungs in place of 7" in fitted.left_out
-    with pytest.raises(QuantizeError, match="no recipe is called 'Q9'"):
+    with pytest.raises(DfqsError, match="no recipe is called 'Q9'"):
         ladder.within_budget(settings, F16, ["Q8_0", "Q9"], math.inf)

@@ -17,14 +17,14 @@ import pytest
 from gguf_fixtures import linked, split_like_llama
 
 from dfqs_nb.core import files
-from dfqs_nb.core.errors import IntegrityError, OutputError, SpaceError
+from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.facts import class_of
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.gguf.shards import ShardSet, open_shards
 from dfqs_nb.ladder import RUNGS, imatrix, quantizer
-from dfqs_nb.ladder.imatrix import Entry, ImatrixError, ImportanceMatrix
-from dfqs_nb.ladder.quantizer import QuantizeError, Recipe, Rule, load_recipe, plan, quantize
+from dfqs_nb.ladder.imatrix import Entry, ImportanceMatrix
+from dfqs_nb.ladder.quantizer import Recipe, Rule, load_recipe, plan, quantize
 from dfqs_nb.llama import check
 
 REFERENCE = data_dir() / "reference"
@@ -168,7 +168,7 @@ def test_a_long_text_is_cut_between_characters(tmp_path):
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused(tmp_path, recipe, message):
-    with pytest.raises(QuantizeError, match=message):
+    with pytest.raises(DfqsError, match=message):
         quantize(F16, recipe, tmp_path / "out.gguf", **QUIET)
     assert not list(tmp_path.iterdir())
 
@@ -181,10 +181,10 @@ def test_an_optional_rule_may_match_nothing():
 def test_the_importance_matrix_of_another_model_is_refused(flat):
     """Named, with an entry that does not fit; llama.cpp would pass over most of them without a word."""
     others = {f"x.{name}": entry for name, entry in flat.entries.items()}
-    with pytest.raises(ImatrixError, match=r"of another model: \d+ of \d+ entries, as of x.blk"):
+    with pytest.raises(DfqsError, match=r"of another model: \d+ of \d+ entries, as of x.blk"):
         plan(F16, "IQ1_S-XL", dataclasses.replace(flat, entries=others))
     wider = {name: Entry(np.tile(entry.sums, 2), entry.counts) for name, entry in flat.entries.items()}
-    with pytest.raises(ImatrixError, match="of another model: .* do not fit this model"):
+    with pytest.raises(DfqsError, match="of another model: .* do not fit this model"):
         plan(F16, "Q4_K_M", ImportanceMatrix(wider))
 
 
@@ -196,13 +196,13 @@ def test_entries_that_do_not_fit_are_not_used(flat):
 def test_a_matrix_that_lacks_a_tensor_is_refused_for_the_types_that_need_it(flat, tmp_path):
     kept = {name: entry for name, entry in flat.entries.items() if re.match("blk.[01].", name)}
     fewer = dataclasses.replace(flat, entries=kept).save(tmp_path.parent / "fewer.gguf")
-    with pytest.raises(QuantizeError, match=r"blk.2.ffn_\w+_exps.weight"):
+    with pytest.raises(DfqsError, match=r"blk.2.ffn_\w+_exps.weight"):
         quantize(F16, "IQ1_S-XL", tmp_path / "out.gguf", imatrix=fewer, **QUIET)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_quantized_source_is_refused():
-    with pytest.raises(QuantizeError, match="is quantized already .Q8_0."):
+    with pytest.raises(DfqsError, match="is quantized already .Q8_0."):
         plan(REFERENCE / "DFQS-Nano-Q8_0-00001-of-00002.gguf", "Q6_K")
 
 
@@ -267,7 +267,7 @@ def test_what_llama_cpp_cannot_load_is_an_error_with_its_words(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(QuantizeError, match="key not found in model: deepseek4"):
+    with pytest.raises(DfqsError, match="key not found in model: deepseek4"):
         quantize(source, Recipe("r", "Q8_0"), tmp_path / "out.gguf", **QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
 
@@ -281,7 +281,7 @@ def test_a_source_of_another_alignment_is_refused_before_the_work(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(QuantizeError, match="aligned to 64 bytes"):
+    with pytest.raises(DfqsError, match="aligned to 64 bytes"):
         quantize(source, Recipe("r", "Q8_0"), tmp_path / "out.gguf", **QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
 
@@ -292,7 +292,7 @@ def test_a_source_of_another_alignment_is_refused_before_the_work(tmp_path):
 def test_the_shipped_recipes_are_found_by_name_in_any_case():
     assert all(load_recipe(name).name == name for name in RUNGS)
     assert load_recipe("iq1_s-XL") == load_recipe(data_dir() / "quantize" / "iq1_s-xl.toml")
-    with pytest.raises(QuantizeError, match="no recipe is called 'q1'; there are: .*Q8_0"):
+    with pytest.raises(DfqsError, match="no recipe is called 'q1'; there are: .*Q8_0"):
         load_recipe("q1")
 
 
@@ -317,7 +317,7 @@ def test_the_shipped_recipes_are_found_by_name_in_any_case():
 def test_a_broken_recipe_file_is_refused(tmp_path, text, message):
     path = tmp_path / "r.toml"
     path.write_text(text)
-    with pytest.raises(QuantizeError, match=f"not a recipe .*{message}"):
+    with pytest.raises(DfqsError, match=f"not a recipe .*{message}"):
         load_recipe(path)
     assert not list(tmp_path.glob("*.gguf"))
 

@@ -22,7 +22,6 @@ from dfqs_nb.core.errors import DfqsError, StageError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.core.stage import NOTEBOOKS, Stage
 from dfqs_nb.report import metrics, reading, text
-from dfqs_nb.report.reading import ReportError
 from dfqs_nb.report.template import spec_table
 from dfqs_nb.scores import item_sets
 from dfqs_nb.workbook import cli
@@ -344,37 +343,37 @@ def test_edited_or_missing_table_is_refused(own):
 def test_stages_of_two_models_are_refused(merged_reference, tmp_path):
     conditions = {**recorded("scores")["conditions"], "model": "b" * 64}
     folder = make_run(tmp_path / "r", merged_reference, scores={"conditions": conditions})
-    with pytest.raises(ReportError, match="another model"):
+    with pytest.raises(DfqsError, match="another model"):
         reading.read_run(folder)
 
 
 def test_mixed_tiers_are_refused(merged_reference, tmp_path):
     folder = make_run(tmp_path / "r", merged_reference, scores={"tier": "standard"})
-    with pytest.raises(ReportError, match="long_context is nano, scores is standard"):
+    with pytest.raises(DfqsError, match="long_context is nano, scores is standard"):
         reading.read_run(folder)
 
 
 def test_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ReportError, match="has no run.*`dfqs-nb run --run .* --model MODEL`"):
+    with pytest.raises(DfqsError, match="has no run.*`dfqs-nb run --run .* --model MODEL`"):
         reading.read_run(tmp_path)
 
 
 def test_model_that_is_gone_or_another_is_refused(merged_reference, tmp_path):
     model = tmp_path / "m.gguf"
     folder = make_run(tmp_path / "r", model)
-    with pytest.raises(ReportError, match="is gone"):
+    with pytest.raises(DfqsError, match="is gone"):
         report.build_report(folder)
     shutil.copy(merged_reference, model)
     with model.open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ReportError, match="not the model of this run"):
+    with pytest.raises(DfqsError, match="not the model of this run"):
         report.build_report(folder)
 
 
 def test_edited_report_is_refused_on_reading(made, own):
     path = store(own, made)
     edit(path, lambda c: c["metrics"].update(code_score=1.0))
-    with pytest.raises(ReportError, match="edited after it was written"):
+    with pytest.raises(DfqsError, match="edited after it was written"):
         report.read_report(own)
 
 
@@ -396,7 +395,7 @@ def test_edited_report_is_refused_on_reading(made, own):
 def test_report_against_the_schema_is_refused_even_with_a_right_hash(change, where, made, own):
     wrong = copy.deepcopy(made)
     change(wrong)
-    with pytest.raises(ReportError, match=f"schema at .*{where}"):
+    with pytest.raises(DfqsError, match=f"schema at .*{where}"):
         store(own, resealed(wrong))
 
 
@@ -411,26 +410,26 @@ def test_report_against_the_schema_is_refused_even_with_a_right_hash(change, whe
 def test_a_report_that_contradicts_itself_is_refused_even_with_a_right_hash(change, made, own):
     wrong = copy.deepcopy(made)
     change(wrong)
-    with pytest.raises(ReportError, match="contradicts itself"):
+    with pytest.raises(DfqsError, match="contradicts itself"):
         store(own, resealed(wrong))
 
 
 def test_conditions_that_do_not_have_their_hash_are_refused(made, own):
     wrong = copy.deepcopy(made)
     wrong["conditions"]["scores"]["n_threads"] = 64
-    with pytest.raises(ReportError, match="conditions do not have the hash"):
+    with pytest.raises(DfqsError, match="conditions do not have the hash"):
         store(own, resealed(wrong))
 
 
 @pytest.mark.parametrize("content", ["", "not json", "[]", '{"model": 1}'])
 def test_foreign_report_is_refused(content, tmp_path):
     (tmp_path / reading.FILE).write_text(content)
-    with pytest.raises(ReportError):
+    with pytest.raises(DfqsError):
         report.read_report(tmp_path)
 
 
 def test_no_report_is_refused_with_what_to_run(tmp_path):
-    with pytest.raises(ReportError, match="there is no report.*07_write_dfqs_report"):
+    with pytest.raises(DfqsError, match="there is no report.*07_write_dfqs_report"):
         report.read_report(tmp_path)
 
 
@@ -695,7 +694,7 @@ def test_every_verdict_on_what_fits_has_a_mark(made, run):
 
 def test_a_figure_that_is_missing_is_said(made, run):
     shown = {**made, "sources": {**made["sources"], "context_curve.png": "0" * 64}}
-    with pytest.raises(ReportError, match="figure is missing"):
+    with pytest.raises(DfqsError, match="figure is missing"):
         page_of(shown, run)
 
 
@@ -703,7 +702,7 @@ def test_a_report_that_cannot_be_drawn_leaves_the_one_before_as_it_was(copied):
     before = {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
     body = report.read_report(copied) | {"created": "2020-01-01T00:00:00+00:00"}
     body["sources"] = body["sources"] | {"context_curve.png": "0" * 64}
-    with pytest.raises(ReportError, match="the figure is missing"):
+    with pytest.raises(DfqsError, match="the figure is missing"):
         report.write_report(copied, resealed(body))
     assert before == {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
 
@@ -846,7 +845,7 @@ def test_a_stage_beside_the_metrics_with_fields_of_another_type_is_refused(copie
     core_files.write_json(copied / "ladder.json", content | {"seal": core_files.canonical_sha256(content)})
     body = report.read_report(copied)
     for reader in (report.check_run, lambda folder: report.write_report(folder, body)):
-        with pytest.raises(ReportError, match=r"ladder.json: (summary|left_out).*run 08_"):
+        with pytest.raises(DfqsError, match=r"ladder.json: (summary|left_out).*run 08_"):
             reader(copied)
 
 
@@ -864,7 +863,7 @@ def test_twelve_lines_of_forgery_are_refused(copied):
     body["metrics"]["reasoning_score"] = body["details"]["reasoning_score"]["value"] = 0.992
     body["details"]["reasoning_score"] |= {"low": 0.97, "high": 1.0}
     report.write_report(copied, resealed(body))
-    with pytest.raises(ReportError, match="its items give reasoning_score value"):
+    with pytest.raises(DfqsError, match="its items give reasoning_score value"):
         report.check_run(copied)
 
 
@@ -908,7 +907,7 @@ def test_a_report_with_a_right_hash_and_any_field_gone_or_of_another_type_is_rea
         try:
             reading.check_report(forged, run)
             report.verdict(forged), markdown(forged, run)
-        except ReportError as error:
+        except DfqsError as error:
             assert "schema at $" in str(error) or "contradicts itself" in str(error), path
             refused += 1
     assert refused > 100
@@ -1060,7 +1059,3 @@ def test_a_score_that_cannot_be_guessed_stands_without_a_mark(made):
     assert "nano-code cannot be guessed and has no part in the mark" in line.caveat
     body["details"]["reasoning_score"] |= {"value": 0.5, "low": 0.4, "high": 0.6}
     assert line_of(body, "What does it score").mark == "yes"
-
-
-def test_report_errors_are_the_package_s_own():
-    assert issubclass(ReportError, DfqsError)

@@ -15,14 +15,14 @@ import pytest
 from report_builder import CONDITIONS, make_run, reseal
 
 from dfqs_nb import stats
-from dfqs_nb.core.errors import ComparisonError, DfqsError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import Journal
 from dfqs_nb.report import compare as report_compare
 from dfqs_nb.report.compare import RETRIEVAL, compare_reports
-from dfqs_nb.report.reading import ReportError, read_answers
+from dfqs_nb.report.reading import read_answers
 from dfqs_nb.workbook import cli
 
-REFUSED = (ComparisonError, ReportError)
+REFUSED = DfqsError
 LENGTHS = (64, 128, 256, 512, 1024)
 
 
@@ -203,7 +203,7 @@ def test_only_a_chat_template_may_differ_and_that_is_said_first(tmp_path):
     assert "through its own chat template" in str(compared).split("\n| ")[0]
     conditions["scores"]["n_ctx"] = 4096
     other = make_run(tmp_path / "three", "Three", conditions=conditions)
-    with pytest.raises(ComparisonError, match=r"scores.n_ctx \(1,024 and 4,096\)") as caught:
+    with pytest.raises(DfqsError, match=r"scores.n_ctx \(1,024 and 4,096\)") as caught:
         compare_reports([pair[0], other])
     assert "nano-reasoning" not in str(caught.value)
 
@@ -277,7 +277,7 @@ def test_multiple_choice_is_counted_again(pair):
         path.write_text(json.dumps(report))
         reseal(pair[0], rehash=True)
         if change:
-            with pytest.raises(ReportError, match="its items give choice_score"):
+            with pytest.raises(DfqsError, match="its items give choice_score"):
                 read_answers(path)
         else:
             assert read_answers(path).scores["choice_score"].score.value == 0.6

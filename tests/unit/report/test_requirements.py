@@ -11,13 +11,14 @@ import pytest
 from gguf_fixtures import Spec, field, gguf_bytes, real_size_header
 from sealed_run import recorded
 
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.stage import NOTEBOOKS
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.report import requirements
 from dfqs_nb.report.metrics import details_of
-from dfqs_nb.report.reading import DRAWN_ON, ReportError, checked
+from dfqs_nb.report.reading import DRAWN_ON, checked
 from dfqs_nb.report.requirements import MET, NOT_APPLICABLE, NOT_MET, NOT_TESTED, check_requirements
 from dfqs_nb.report.template import sentence, spec_table
 
@@ -324,7 +325,7 @@ def test_a_setting_that_a_stage_does_not_state_is_not_tested_and_named(header):
     ],
 )
 def test_a_field_of_another_type_is_an_error_with_its_name_and_notebook_not_a_verdict(stages, message):
-    with pytest.raises(ReportError, match=f"{message}; run 0"):
+    with pytest.raises(DfqsError, match=f"{message}; run 0"):
         checked(stages)
 
 
@@ -370,6 +371,6 @@ def test_repeated_runs_are_counted_with_their_processes(header):
     ],
 )
 def test_a_condition_of_another_type_is_refused_with_its_stage_and_field(stage, key, value):
-    with pytest.raises(ReportError, match="conditions") as caught:
+    with pytest.raises(DfqsError, match="conditions") as caught:
         checked(changed(stage, "conditions", key, to=value))
     assert f"{stage}.json" in str(caught.value) and "\n" not in caught.value.what

@@ -15,13 +15,14 @@ from llama_cpp_tools import Unavailable, tool
 from moe_models import ARCHITECTURES, VOCAB, PlainReader, choose, write_model
 from test_memory import smollm2
 
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.build import default_params
 from dfqs_nb.llama.graph import Router
 from dfqs_nb.llama.model import ContextFullError, open_model
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing.recorder import Recorder, _Layer, calls, open_recorded, record
-from dfqs_nb.routing.trace import RoutingError, load_trace
+from dfqs_nb.routing.trace import load_trace
 
 NANO = data_dir() / "reference" / "DFQS-Nano-IQ1_S-XL-00001-of-00002.gguf"
 # batches that do not divide the text, micro-batches that do not divide a batch, then decode
@@ -142,7 +143,7 @@ def test_a_file_that_is_no_trace_is_an_error(tmp_path, content):
     path = tmp_path / "trace.npz"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(RoutingError, match="not a routing trace"):
+    with pytest.raises(DfqsError, match="not a routing trace"):
         load_trace(path)
 
 
@@ -153,7 +154,7 @@ def test_a_damaged_trace_is_an_error(tmp_path, nano):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         try:
             load_trace(path)  # a few of these bytes mean nothing
-        except RoutingError as error:
+        except DfqsError as error:
             n_refused += "not a routing trace" in str(error)
     assert n_refused > 200
 
@@ -201,7 +202,7 @@ def test_layers_that_choose_unlike_others_are_an_error():
     recorder, router = Recorder(), object.__new__(Router)
     recorder._listening, recorder._k = True, 2
     router.layer, router.ids, router.reads = 5, SimpleNamespace(ne=(4, 1)), [SimpleNamespace(ne=(8, 1))]
-    with pytest.raises(RoutingError, match="layer 5 chooses 4 experts, and others 2"):
+    with pytest.raises(DfqsError, match="layer 5 chooses 4 experts, and others 2"):
         recorder._chosen(router)
 
 
@@ -210,7 +211,7 @@ def test_scores_that_contradict_the_choice_are_an_error():
     recorder.begin(1)
     recorder._k = 1
     stage(recorder, 0, np.array([[1, 0]]), np.array([[0.9, 0.1]]))
-    with pytest.raises(RoutingError, match="do not score highest"):
+    with pytest.raises(DfqsError, match="do not score highest"):
         recorder.arrays()
 
 
@@ -218,7 +219,7 @@ def test_a_layer_that_was_not_heard_is_an_error():
     recorder = Recorder()
     recorder.begin(2)
     stage(recorder, 3, np.array([[1, 0]]), np.array([[0.9, 0.1]]))
-    with pytest.raises(RoutingError, match="layer 3 routed 1 of 2 tokens"):
+    with pytest.raises(DfqsError, match="layer 3 routed 1 of 2 tokens"):
         recorder.end()
 
 
@@ -238,7 +239,7 @@ def test_llama_cpps_own_random_models_are_read_as_the_plain_reader_reads_them(tm
     assert len(paths) == 12
     for path in paths:
         if path.name.startswith("grovemoe"):  # asks a second router a layer
-            with pytest.raises(RoutingError, match="of 32 tokens"):
+            with pytest.raises(DfqsError, match="of 32 tokens"):
                 recorded(path)
             continue
         trace, plain = recorded(path), read_plainly(path)

@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 from test_memory import smollm2
 
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.llama.settings import OpenSettings
 from dfqs_nb.routing import experiment as routing_experiment
 from dfqs_nb.routing.experiment import Condition, run_experiment
 from dfqs_nb.routing.recorder import calls, open_recorded, record
-from dfqs_nb.routing.trace import COMPARED, RoutingError, Trace, compare, differences
+from dfqs_nb.routing.trace import COMPARED, Trace, compare, differences
 from dfqs_nb.routing.verdict import advice, claims, judge, sensitivities
 from dfqs_nb.stats import at_most
 
@@ -100,7 +101,7 @@ def test_hash_layers_are_not_counted():
     ],
 )
 def test_traces_that_answer_different_questions_are_refused(other, says):
-    with pytest.raises(RoutingError, match=says):
+    with pytest.raises(DfqsError, match=says):
         compare(A, other)
 
 

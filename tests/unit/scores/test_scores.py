@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from dfqs_nb.core.errors import ComparisonError, ModelError, PromptError
+from dfqs_nb.core.errors import DfqsError, ModelError, PromptError
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama.generate import Completion, generate
 from dfqs_nb.llama.model import ChatTemplate, DecodeError, open_model
@@ -369,11 +369,9 @@ def test_two_runs_are_compared_item_by_item(tmp_path):
 def test_other_conditions_are_refused_by_name(tmp_path):
     a = collect(Oracle(), tmp_path / "a")
     b = collect(Oracle(), tmp_path / "b", conditions={"n_ctx": 2048, "n_batch": 64})
-    with pytest.raises(
-        ComparisonError, match=r"differ in n_batch \(absent and 64\), n_ctx \(1024 and 2048\)"
-    ):
+    with pytest.raises(DfqsError, match=r"differ in n_batch \(absent and 64\), n_ctx \(1024 and 2048\)"):
         compare_runs(a, b)
-    with pytest.raises(ComparisonError, match="part"):
+    with pytest.raises(DfqsError, match="part"):
         compare_runs(a, collect(Oracle(), tmp_path / "c", limit=5))
 
 
