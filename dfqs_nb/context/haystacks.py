@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import islice, product
 from typing import NamedTuple
 
-from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.prompts import PromptSet, load_prompts
 from dfqs_nb.llama.generate import chat_text
 from dfqs_nb.llama.model import Model
@@ -101,7 +101,7 @@ def around(model: Model) -> tuple[str, str]:
 
 
 def probe_of(name: str) -> Probe:
-    """A probe by its name or tier; a `PromptError` says that there is none."""
+    """A probe by its name or tier; a `DfqsError` says that there is none."""
     return load_prompts(PROBES.get(name, name), Probe)
 
 
@@ -128,7 +128,7 @@ class _Fact(NamedTuple):
 
 
 class Haystacks:
-    """All texts of a probe for one model; a `PromptError`: ``shortest`` tokens cannot hold the keys."""
+    """All texts of a probe for one model; a `DfqsError`: ``shortest`` tokens cannot hold the keys."""
 
     def __init__(self, model: Model, probe: Probe, shortest: int | None = None) -> None:
         before, after = around(model)
@@ -144,7 +144,7 @@ class Haystacks:
         self.least_tokens = len(self._head) + self.question_tokens + facts + beside
         if shortest is not None and shortest < self.least_tokens:
             what = f"{shortest} tokens cannot hold the keys of {probe.name}"
-            raise PromptError(what, hint=f"use lengths from {self.least_tokens} tokens on")
+            raise DfqsError(what, hint=f"use lengths from {self.least_tokens} tokens on")
 
     def case(self, number: int, length: int) -> Case:
         """The text of this number at this length, with a question for every key."""

@@ -219,7 +219,7 @@ def make_plan(
     """Plan lengths ``shortest * 2^k`` to ``longest`` (0: what the context holds), and time a model's prefill.
 
     ``prompt_set``: a probe's name, or a tier. ``shortest``: by default 256 tokens, or 64 for a single key,
-    doubled until it holds the keys. A `PromptError`: there is no such probe, or ``shortest`` cannot hold its
+    doubled until it holds the keys. A `DfqsError`: there is no such probe, or ``shortest`` cannot hold its
     keys; a `DfqsError`: ``longest`` is below it.
     """
     probe, began = probe_of(prompt_set), time.monotonic()
@@ -284,7 +284,7 @@ def settings_for(
 
     ``longest``: tokens, at most the model's own limit; 0: that limit (or `NO_LIMIT`), and what the budget
     holds at the prefill speed of notebook 03. That is kept as `Stage.plan` keeps a plan: in a context of
-    another size no earlier answer would count. A `PromptError`: there is no such prompt set.
+    another size no earlier answer would count. A `DfqsError`: there is no such prompt set.
     """
     probe_of(prompt_set)
     shards = open_shards(model)

@@ -74,9 +74,5 @@ class ModelError(DfqsError):
     """llama.cpp rejects the model, or dies on it."""
 
 
-class PromptError(DfqsError):
-    """A set of prompts or questions is missing, broken, or not usable here."""
-
-
 class StageError(DfqsError):
     """A notebook needs a file that an earlier notebook writes."""

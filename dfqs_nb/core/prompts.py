@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from dfqs_nb.core.display import one_line
-from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir, tilde
 
 AnySet = TypeVar("AnySet", bound="PromptSet")
@@ -49,8 +49,8 @@ def load_prompts(name: str, kind: type[AnySet]) -> AnySet:
         return kind(**content, sha256=hashlib.sha256(raw).hexdigest())
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem.replace("_", "-") for file in folder.glob("*.json")))
-        raise PromptError(f"no prompt set is called {name!r}", hint=f"there are: {known or 'none'}") from None
+        raise DfqsError(f"no prompt set is called {name!r}", hint=f"there are: {known or 'none'}") from None
     except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
         what = f"{name} is of another kind, or damaged ({one_line(error):.100})"
         hint = "name another prompt set, or restore it with git"
-        raise PromptError(what, where=tilde(folder), hint=hint) from error
+        raise DfqsError(what, where=tilde(folder), hint=hint) from error

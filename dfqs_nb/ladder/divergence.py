@@ -72,7 +72,7 @@ class Documents(PromptSet):
 def load_text(source: str | Path, part: str = "held_out") -> Text:
     """The part ``"calibration"`` or ``"held_out"`` of a frozen set, or a whole text file by its path.
 
-    A `DfqsError`: the file cannot be read. A `PromptError`: there is no such set.
+    A `DfqsError`: the file cannot be read, or there is no such set.
     """
     path = Path(source)
     if path.suffix or path.is_file():

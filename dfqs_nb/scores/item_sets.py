@@ -19,7 +19,7 @@ from pydantic import Field, SkipValidation, TypeAdapter
 
 from dfqs_nb.core import files, paths
 from dfqs_nb.core.display import did_you_mean
-from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.scores.grading import code_in, names_in, normalised, parsed
 from dfqs_nb.scores.sandbox import Candidate
 
@@ -90,35 +90,35 @@ class ItemSet:
 
     @classmethod
     def load(cls, name: str | Path) -> ItemSet:
-        """A set by its file's path, or a shipped one by its name; or a `PromptError`."""
+        """A set by its file's path, or a shipped one by its name; or a `DfqsError`."""
         if Path(name).suffix == ".jsonl":
             return _read(Path(name))
         known = {path.stem.replace("_", "-"): path for path in (paths.data_dir() / "prompts").glob("*.jsonl")}
         if str(name) not in known:
             hint = f"{did_you_mean(str(name), known)}there are: {', '.join(sorted(known))}, or a .jsonl file"
-            raise PromptError(f"no question set {str(name)!r}", hint=hint)
+            raise DfqsError(f"no question set {str(name)!r}", hint=hint)
         return _read(known[str(name)])
 
     @classmethod
     def load_all(cls, names: Iterable[str | Path]) -> list[ItemSet]:
-        """Several sets. Tables tell them by their names, so two of one name are a `PromptError`."""
+        """Several sets. Tables tell them by their names, so two of one name are a `DfqsError`."""
         sets = [cls.load(name) for name in names]
         name, times = Counter(each.name for each in sets).most_common(1)[0]
         if times > 1:
-            raise PromptError(f"two sets have the name {name!r}", hint="change it in the first line of one")
+            raise DfqsError(f"two sets have the name {name!r}", hint="change it in the first line of one")
         return sets
 
     @classmethod
     def of_tier(cls, tier: str, folder: str | Path | None = None, *, choices: bool = False) -> list[ItemSet]:
-        """The sets of a tier, then the user's own from ``folder``; a `PromptError` as `load_all`.
+        """The sets of a tier, then the user's own from ``folder``; a `DfqsError` as `load_all`.
 
         ``choices``: before them the first one as multiple choice, which takes the least time.
         """
         if tier not in TIERS:
-            raise PromptError(f"no tier is called {tier!r}", hint=f"there are: {', '.join(TIERS)}")
+            raise DfqsError(f"no tier is called {tier!r}", hint=f"there are: {', '.join(TIERS)}")
         own = sorted(Path(folder).expanduser().glob("*.jsonl")) if folder else []
         if folder and not own:
-            raise PromptError("no folder with question sets (*.jsonl)", where=paths.tilde(folder))
+            raise DfqsError("no folder with question sets (*.jsonl)", where=paths.tilde(folder))
         return cls.load_all([*[f"{TIERS[tier][0]}-choices"] * choices, *TIERS[tier], *own])
 
     def identity(self) -> dict[str, Any]:
@@ -149,14 +149,14 @@ HEAD, ITEM = TypeAdapter(ItemSet), TypeAdapter(Item)
 
 
 def _read(path: Path) -> ItemSet:
-    """A set from its file; a `PromptError` names the line and its fault."""
+    """A set from its file; a `DfqsError` names the line and its fault."""
     if files.there_is(path) and not path.is_file():
-        raise PromptError("not a regular file", where=paths.tilde(path), hint="give the path of a JSONL file")
+        raise DfqsError("not a regular file", where=paths.tilde(path), hint="give the path of a JSONL file")
     try:
         raw = path.read_bytes()
     except OSError as error:
         hint = "give the path of a JSONL file, or the name of a set"
-        raise PromptError(f"cannot be read ({error.strerror})", where=paths.tilde(path), hint=hint) from error
+        raise DfqsError(f"cannot be read ({error.strerror})", where=paths.tilde(path), hint=hint) from error
     (first, *lines), number, items = raw.split(b"\n"), 1, dict[str, Item]()
     try:
         if not raw.strip():
@@ -180,7 +180,7 @@ def _read(path: Path) -> ItemSet:
             raise ValueError("there are no items")
     except ValueError as error:
         hint = "data/prompts/README.md shows the format"
-        raise PromptError(f"line {number}: {_reason(error)}", where=paths.tilde(path), hint=hint) from None
+        raise DfqsError(f"line {number}: {_reason(error)}", where=paths.tilde(path), hint=hint) from None
     mode = head.mode or ("chat" if head.kind == "reasoning" else "complete")
     facts: dict[str, Any] = {"sha256": hashlib.sha256(raw).hexdigest(), "items": tuple(items.values())}
     return replace(head, mode=mode, n_whole=len(items), **facts)

@@ -56,10 +56,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.thinking not in THINKING:
             hint = f"use one of {', '.join(THINKING)}"
-            raise errors.PromptError(f"thinking is {self.thinking!r}", hint=hint)
+            raise errors.DfqsError(f"thinking is {self.thinking!r}", hint=hint)
         for name in ("limit", "thinking_tokens"):
             if getattr(self, name) < 0:
-                raise errors.PromptError(f"{name} is {getattr(self, name)}", hint="use 0 or more")
+                raise errors.DfqsError(f"{name} is {getattr(self, name)}", hint="use 0 or more")
 
     @property
     def sampling(self) -> Sampling:
@@ -136,7 +136,7 @@ class Answerer:
         off = replace(first, options=replace(options, thinking="off"))
         if first.chat and options.thinking == "on" and first.rendered(model) == off.rendered(model):
             what = "thinking is 'on', but the model's chat template has no switch for it"
-            raise errors.PromptError(what, where=model.path, hint="leave thinking at 'template'")
+            raise errors.DfqsError(what, where=model.path, hint="leave thinking at 'template'")
         return replace(answerer, opens_thinking=first.chat and opens_thinking(first.rendered(model)))
 
     def request(self, item_set: ItemSet, item: Item, options: Options = DEFAULTS) -> Request:
@@ -209,11 +209,11 @@ def score_set(
 ) -> SetRun:
     """Answer and judge a set with a model in this process; see `Answerer.score`.
 
-    A `PromptError`: the model was opened with fewer tokens of context than the longest item needs.
+    A `DfqsError`: the model was opened with fewer tokens of context than the longest item needs.
     """
     if (n := least_context(model, item_set, options)) > model.settings.n_ctx:
         hint = f"--n-ctx {n} or more (of a notebook or `run`: n_ctx={n}), not {model.settings.n_ctx}"
-        raise errors.PromptError(f"the set {item_set.name} needs {n:,} tokens of context", hint=hint)
+        raise errors.DfqsError(f"the set {item_set.name} needs {n:,} tokens of context", hint=hint)
     return Answerer.of(model, item_set, options, model_id).score(item_set, folder, options)
 
 
@@ -318,13 +318,13 @@ def plan_questions(
 ) -> QuestionPlan:
     """Time a few tokens, and plan the sets that these seconds hold a dozen answers of, at least two.
 
-    Answers count at their full length, and prompts by four characters a token. A `PromptError`: no set has
+    Answers count at their full length, and prompts by four characters a token. A `DfqsError`: no set has
     items that fit the model's context.
     """
     needs = {each.name: least_context(model, each, options) for each in item_sets}
     missing = [f"the set {it}: it needs n_ctx={n}" for it, n in needs.items() if n > model.settings.n_ctx]
     if len(missing) == len(needs):
-        raise errors.PromptError(f"no set fits n_ctx={model.settings.n_ctx}: {'; '.join(missing)}")
+        raise errors.DfqsError(f"no set fits n_ctx={model.settings.n_ctx}: {'; '.join(missing)}")
     fits = [each for each in item_sets if needs[each.name] <= model.settings.n_ctx]
     pace, sets = probe(model), [each.part(options.limit) for each in fits]
 

@@ -27,7 +27,7 @@ from dfqs_nb.context.plan import (
     settings_for,
     side_by_side,
 )
-from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import REPOSITORY
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.gguf.header import read_header
@@ -86,7 +86,7 @@ def test_the_model_memory_and_budget_bound_the_context(tmp_path):
     assert settings_for(NANO, 0, own, short, "nano", fresh=True)[0].n_ctx == LEAST_CONTEXT + 64
     other = dataclasses.replace(own, n_threads=2)
     assert settings_for(NANO, 0, other, stage, "nano")[0].n_ctx - 64 >= 10 * stage.seconds_left - 1
-    with pytest.raises(PromptError, match="no prompt set"):
+    with pytest.raises(DfqsError, match="no prompt set"):
         settings_for(NANO, 0, own, stage, "none")
 
 

@@ -11,7 +11,7 @@ import pytest
 from test_memory import NANO
 
 from dfqs_nb.context.haystacks import PROBES, Haystacks, Probe, Question, probe_of
-from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.prompts import load_prompts
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
@@ -65,7 +65,7 @@ def test_both_tiers_have_one_probe():
 
 
 def test_unknown_prompt_set_names_the_known():
-    with pytest.raises(PromptError, match="there are: .*long-context-nano"):
+    with pytest.raises(DfqsError, match="there are: .*long-context-nano"):
         probe_of("long-context")
 
 
@@ -83,7 +83,7 @@ def test_a_broken_set_names_its_field(tmp_path, monkeypatch, change, message):
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "broken.json").write_text(json.dumps(content))
     monkeypatch.setenv("DFQS_DATA", str(tmp_path))
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(DfqsError, match=message):
         probe_of("broken")
 
 
@@ -149,7 +149,7 @@ def test_texts_are_fresh_for_each_length_and_the_same_for_every_tokenizer(many_k
 
 @pytest.mark.parametrize("shortest", [32, 100, 120])
 def test_a_length_that_cannot_hold_the_keys_is_refused(shortest):
-    with pytest.raises(PromptError, match="cannot hold the keys.*use lengths from"):
+    with pytest.raises(DfqsError, match="cannot hold the keys.*use lengths from"):
         Haystacks(READER, probe_of("standard"), shortest)
 
 

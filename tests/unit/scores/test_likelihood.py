@@ -19,7 +19,7 @@ from report_builder import append_damaged
 from scipy.special import log_softmax
 from scipy.stats import binomtest
 
-from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.model import ReuseCheck, open_model
 from dfqs_nb.llama.settings import OpenSettings
@@ -272,19 +272,19 @@ def test_choices_of_a_question_differ_in_what_it_asks_for():
     ],
 )
 def test_a_broken_set_names_line_and_field(own, head, items, message):
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(DfqsError, match=message):
         ItemSet.load(own(head, items))
 
 
 def test_what_cannot_be_asked_is_refused(model, own, tmp_path):
     close = r"no question set 'nano-code-choices'; did you mean nano-reasoning-choices\?"
-    with pytest.raises(PromptError, match=close):
+    with pytest.raises(DfqsError, match=close):
         ItemSet.load("nano-code-choices")
-    with pytest.raises(PromptError, match="cannot be read"):
+    with pytest.raises(DfqsError, match="cannot be read"):
         ItemSet.load(tmp_path / "missing.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(PromptError, match="not a regular file"):
+    with pytest.raises(DfqsError, match="not a regular file"):
         ItemSet.load(tmp_path / "pipe.jsonl")
     long = ItemSet.load(own(HEAD, [{**ITEMS[0], "prompt": "The sky is blue. " * 300}]))
-    with pytest.raises(PromptError, match="needs .* tokens of context"):
+    with pytest.raises(DfqsError, match="needs .* tokens of context"):
         score_set(model, long, tmp_path, QUIET)

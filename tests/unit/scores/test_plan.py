@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.generate import Completion
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
@@ -54,7 +54,7 @@ def test_a_set_that_does_not_fit_the_context_is_left_out_before_the_first_questi
     results, missing = plan.ask(tmp_path)
     assert [run.name for run in results.runs] == [NANO_CHOICES.name]
     assert len(missing) == 1 and missing[0].startswith("the set long: it needs n_ctx=5")
-    with pytest.raises(PromptError, match="no set fits n_ctx=512: the set long: it needs n_ctx=5"):
+    with pytest.raises(DfqsError, match="no set fits n_ctx=512: the set long: it needs n_ctx=5"):
         plan_questions(model, [long], Options(limit=2), math.inf)
 
 

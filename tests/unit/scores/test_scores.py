@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from dfqs_nb.core.errors import DfqsError, ModelError, PromptError
+from dfqs_nb.core.errors import DfqsError, ModelError
 from dfqs_nb.llama import generate as llama_generate
 from dfqs_nb.llama.generate import Completion, generate
 from dfqs_nb.llama.model import ChatTemplate, DecodeError, open_model
@@ -181,7 +181,7 @@ def test_a_stop_text_counts_only_behind_the_thinking(model, monkeypatch, opened,
 def test_a_setting_that_means_nothing_is_refused():
     """A limit of -1 would leave out the last question without a word."""
     for wrong in ({"thinking": "yes"}, {"limit": -1}, {"thinking_tokens": -1}):
-        with pytest.raises(PromptError):
+        with pytest.raises(DfqsError):
             Options(**wrong)
 
 
@@ -277,7 +277,7 @@ def test_without_a_sandbox_code_is_not_even_asked(model, tmp_path, monkeypatch):
 
 
 def test_a_set_that_does_not_fit_is_refused(model, tmp_path):
-    with pytest.raises(PromptError, match=r"needs .* tokens of context; --n-ctx \d+ or more"):
+    with pytest.raises(DfqsError, match=r"needs .* tokens of context; --n-ctx \d+ or more"):
         score_set(model, dataclasses.replace(QUESTIONS, max_tokens=400), tmp_path, Options(progress=False))
 
 
@@ -313,7 +313,7 @@ def test_thinking_is_told_to_the_template_and_found_where_it_begins_it(model, mo
 
 def test_a_template_without_a_switch_cannot_be_told_to_think(model, monkeypatch):
     with_template(model, monkeypatch, "{{ messages[0]['content'] }}A:")
-    with pytest.raises(PromptError, match="has no switch for it; leave thinking at 'template'"):
+    with pytest.raises(DfqsError, match="has no switch for it; leave thinking at 'template'"):
         Answerer.of(model, QUESTIONS, Options(thinking="on"))
     Answerer.of(model, QUESTIONS, Options(thinking="off"))
 

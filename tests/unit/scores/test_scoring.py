@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from no_hang import no_hang
 
-from dfqs_nb.core.errors import PromptError
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.llama.generate import MARKS, answer_start, opens_thinking
 from dfqs_nb.scores import ItemSet, item_sets
@@ -504,7 +504,7 @@ def test_a_broken_set_is_refused_with_its_line_and_field(tmp_path, lines, messag
         for line in lines
     ]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(raw))
-    with pytest.raises(PromptError, match=re.escape(message)):
+    with pytest.raises(DfqsError, match=re.escape(message)):
         ItemSet.load(tmp_path / "x.jsonl")
 
 
@@ -525,10 +525,10 @@ def test_a_set_of_ones_own_is_found_in_its_folder(tmp_path):
     sets = ItemSet.of_tier("nano", tmp_path)
     assert [each.name for each in sets] == ["nano-reasoning-hard", "nano-code", "mine"]
     assert sets[-1].tier == "own"
-    with pytest.raises(PromptError, match="there are: .*nano-code"):
+    with pytest.raises(DfqsError, match="there are: .*nano-code"):
         ItemSet.load("theirs")
     for folder in (tmp_path / "missing", tmp_path / "mine.jsonl"):
-        with pytest.raises(PromptError, match=f"{folder.name}: no folder with question sets"):
+        with pytest.raises(DfqsError, match=f"{folder.name}: no folder with question sets"):
             ItemSet.of_tier("nano", folder)
 
 
@@ -540,7 +540,7 @@ def test_two_sets_of_one_name_are_never_asked_together(tmp_path):
         lambda: ItemSet.of_tier("nano", tmp_path),
         lambda: ItemSet.load_all(sorted(tmp_path.glob("*"))),
     ):
-        with pytest.raises(PromptError, match="two sets have the name 'mine'"):
+        with pytest.raises(DfqsError, match="two sets have the name 'mine'"):
             load()
 
 
