@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dfqs_nb.core.display import counted, markdown
 from dfqs_nb.core.errors import StageError, shorten_interrupts
@@ -41,6 +41,17 @@ COMMAND = ".command.json"  # in a run's folder: how it was started, for the comm
 UNSEALED = (".gguf", ".manifest.json", ".ipynb")
 
 
+class LeftOut(NamedTuple):
+    """Something that was not measured: ``why``, where it is not the budget alone, and what it ``needs``."""
+
+    what: str
+    why: str = ""
+    needs: str = ""
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.what, self.why, self.needs and f"it needs {self.needs}")))
+
+
 class Stage:
     """The folder ``outputs/<run>/`` as one notebook sees it.
 
@@ -54,7 +65,7 @@ class Stage:
         if budget_minutes < 0:
             hint = "give budget_minutes=0 for no limit, or more"
             raise StageError(f"the parameter budget_minutes is {budget_minutes:g}", hint=hint)
-        self.budget_seconds, self.left_out = 60 * budget_minutes or math.inf, list[str]()
+        self.budget_seconds, self.left_out = 60 * budget_minutes or math.inf, list[LeftOut]()
         self._started = time.monotonic()
         self.name, self.folder = name, run_name if isinstance(run_name, Path) else run_dir(run_name)
         self._record = self.folder / f".{name}.files"
@@ -68,9 +79,10 @@ class Stage:
         """Seconds left of the budget; infinite without one."""
         return max(0.0, self._started + self.budget_seconds - time.monotonic())
 
-    def leave_out(self, sentences: Iterable[str]) -> None:
+    def leave_out(self, missing: Iterable[LeftOut | str]) -> None:
         """Note what the budget (or the context) did not allow; the stage file and its summary list it."""
-        self.left_out = list(dict.fromkeys([*self.left_out, *sentences]))
+        rows = (LeftOut(it) if isinstance(it, str) else it for it in missing)
+        self.left_out = list(dict.fromkeys([*self.left_out, *rows]))
 
     def plan(
         self, conditions: Mapping[str, Any], make: Callable[[], Mapping[str, Any]], *, fresh: bool = False
@@ -141,12 +153,12 @@ class Stage:
         It also holds the SHA-256 of each file that the stage wrote, and one of its own content, the ``seal``.
         It catches accidents, not forgers.
         """
-        missing = [f"not measured in full: {'; '.join(self.left_out)}"] if self.left_out else []
+        missing = [f"not measured in full: {'; '.join(map(str, self.left_out))}"] if self.left_out else []
         content = {"stage": self.name, "conditions": conditions, "summary": [*summary, *missing], **facts}
         if self.budget_seconds < math.inf:
             seconds = round(time.monotonic() - self._started, 1)
             content["budget"] = {"seconds": self.budget_seconds, "used_seconds": seconds}
-            content["left_out"] = self.left_out
+            content["left_out"] = [row._asdict() for row in self.left_out]
         # JSON has no NaN and no infinity: null
         content = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
         content["files"] = {
@@ -155,8 +167,7 @@ class Stage:
             if not name.endswith(UNSEALED) and (self.folder / name).is_file()
         }
         path = write_json(self.folder / f"{self.name}.json", {**content, "seal": canonical_sha256(content)})
-        self._record.unlink(missing_ok=True)
-        self._files.clear()
+        self._record.unlink(missing_ok=True)  # of the disk alone: who finishes again seals the same files
         return path
 
 

@@ -22,6 +22,7 @@ from scipy.special import log_softmax
 from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
 from dfqs_nb.core.display import duration
+from dfqs_nb.core.stage import LeftOut
 from dfqs_nb.llama.generate import GREEDY, Sampling, answer_start, chat_text, generate, opens_thinking
 from dfqs_nb.llama.model import PLAIN_STOP, Model, Prefix, check_reuse
 from dfqs_nb.llama.timing import Pace, probe
@@ -290,9 +291,9 @@ class QuestionPlan:
     sentence: str  # the plan for people: what all answers would take at their full length
     pace: Pace
     options: Options
-    missing: Sequence[str]  # the sets whose items do not fit, and what they need
+    missing: Sequence[LeftOut]  # the sets whose items do not fit, and what they need
 
-    def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[str]]:
+    def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[LeftOut]]:
         """Ask each set in its share of the time (see `Options.shares`); the results, and what was left out.
 
         Questions come spread evenly over the families. The answer at which the time ends is cut there.
@@ -304,12 +305,12 @@ class QuestionPlan:
             run = score_set(self.model, each, folder, options, model_id=model_id)
             n, most = len(run.answered), len(each.items)
             if number >= self.n_sets and not n:
-                missing.append(f"the set {each.name}")
+                missing.append(LeftOut(f"the set {each.name}"))
                 continue
             runs.append(run)
             if n < most:
                 cut = "; 1 was cut off" if n < len(run.items) else ""
-                missing.append(f"only {n} of {most} questions of {each.name} answered{cut}")
+                missing.append(LeftOut(f"the set {each.name}", f"only {n} of {most} questions answered{cut}"))
         return Results(runs), missing
 
 
@@ -322,9 +323,10 @@ def plan_questions(
     items that fit the model's context.
     """
     needs = {each.name: least_context(model, each, options) for each in item_sets}
-    missing = [f"the set {it}: it needs n_ctx={n}" for it, n in needs.items() if n > model.settings.n_ctx]
+    most = model.settings.n_ctx
+    missing = [LeftOut(f"the set {it}", needs=f"n_ctx={n}") for it, n in needs.items() if n > most]
     if len(missing) == len(needs):
-        raise errors.DfqsError(f"no set fits n_ctx={model.settings.n_ctx}: {'; '.join(missing)}")
+        raise errors.DfqsError(f"no set fits n_ctx={most}: {'; '.join(map(str, missing))}")
     fits = [each for each in item_sets if needs[each.name] <= model.settings.n_ctx]
     pace, sets = probe(model), [each.part(options.limit) for each in fits]
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dfqs_nb.core.display import duration
-from dfqs_nb.core.stage import Stage, fit, read_stage
+from dfqs_nb.core.stage import LeftOut, Stage, fit, read_stage
 
 CUTS = ({"repetitions": 3}, {"tokens": 32}, {"repetitions": 1})
 
@@ -45,10 +45,15 @@ def test_what_a_budget_left_out_stands_in_the_stage_and_in_its_summary(outputs):
     stage = Stage("mine", "scores", budget_minutes=2)
     assert 0 < stage.seconds_left <= 120
     stage.leave_out(["4 questions in place of 8", "4 questions in place of 8"])
+    stage.leave_out([LeftOut("the set a", needs="n_ctx=512"), LeftOut("the set b", "1 of 2 answered")])
     stage.finish(conditions={}, summary=["a"])
     content = read_stage(outputs, "scores", sealed=True)
-    assert content["summary"] == ["a", "not measured in full: 4 questions in place of 8"]
-    assert content["left_out"] == ["4 questions in place of 8"] and content["budget"]["seconds"] == 120
+    sets = "the set a: it needs n_ctx=512; the set b: 1 of 2 answered"
+    assert content["summary"] == ["a", f"not measured in full: 4 questions in place of 8; {sets}"]
+    rows = [("4 questions in place of 8", "", ""), ("the set a", "", "n_ctx=512")]
+    rows += [("the set b", "1 of 2 answered", "")]
+    assert content["left_out"] == [dict(zip(("what", "why", "needs"), row, strict=True)) for row in rows]
+    assert content["budget"]["seconds"] == 120
 
 
 def test_a_plan_is_kept_until_its_conditions_change_or_the_budget_doubles(outputs):

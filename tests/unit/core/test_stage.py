@@ -71,6 +71,13 @@ def test_a_kernel_that_restarts_half_way_does_not_shrink_the_seal(outputs):
     assert finished(Stage("nano", "scores"))["files"] == {}, "a finished stage begins anew"
 
 
+def test_a_last_cell_that_runs_again_seals_the_same_files(outputs):
+    stage = Stage("nano", "scores")
+    stage.table("answers", TABLE)
+    first = finished(stage)
+    assert finished(stage) == first and set(first["files"]) == {"answers.csv"}
+
+
 def test_two_stages_at_work_in_one_process_keep_their_files_apart(outputs):
     first, second = Stage("nano", "routing"), Stage("nano", "scores")
     second.table("scores", TABLE)

@@ -53,7 +53,7 @@ def test_a_set_that_does_not_fit_the_context_is_left_out_before_the_first_questi
     plan = plan_questions(model, [long, NANO_CHOICES], Options(limit=2, progress=False), math.inf)
     results, missing = plan.ask(tmp_path)
     assert [run.name for run in results.runs] == [NANO_CHOICES.name]
-    assert len(missing) == 1 and missing[0].startswith("the set long: it needs n_ctx=5")
+    assert len(missing) == 1 and str(missing[0]).startswith("the set long: it needs n_ctx=5")
     with pytest.raises(DfqsError, match="no set fits n_ctx=512: the set long: it needs n_ctx=5"):
         plan_questions(model, [long], Options(limit=2), math.inf)
 
@@ -188,9 +188,9 @@ def test_sets_share_the_time_and_what_is_missing_is_said(planned, monkeypatch, t
     _, missing = replace(made, n_sets=2).ask(tmp_path)
     assert shares[:2] == pytest.approx([50, 100], abs=1), "what the first does not use, the second gets"
     assert missing == [
-        f"only 1 of 120 questions of {SETS[0].name} answered; 1 was cut off",
-        f"only 1 of 164 questions of {SETS[1].name} answered; 1 was cut off",
-        f"the set {SETS[2].name}",
+        (f"the set {SETS[0].name}", "only 1 of 120 questions answered; 1 was cut off", ""),
+        (f"the set {SETS[1].name}", "only 1 of 164 questions answered; 1 was cut off", ""),
+        (f"the set {SETS[2].name}", "", ""),
     ]
 
 
@@ -206,7 +206,7 @@ def test_a_smaller_budget_takes_no_earlier_answer_away(model, tmp_path):
     assert (
         nothing.items.empty
         and len(nothing.runs) == 1
-        and missing[1:] == [f"the set {each.name}" for each in sets[1:]]
+        and missing[1:] == [(f"the set {each.name}", "", "") for each in sets[1:]]
     )
 
 
@@ -215,9 +215,8 @@ def test_choices_end_at_their_time_and_are_spread_over_the_families(model, tmp_p
     monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=itertools.count(0.0).__next__))
     results, missing = planned.ask(tmp_path)
     n = len(results.items)
-    assert 1 <= n < 12 and missing == [
-        f"only {n} of {len(choices.items)} questions of {choices.name} answered"
-    ]
+    (row,) = missing
+    assert 1 <= n < 12 and row.why == f"only {n} of {len(choices.items)} questions answered"
     monkeypatch.undo()
     results, missing = plan_questions(model, [choices], Options(limit=12), math.inf).ask(tmp_path)
     assert len(results.items) == 12 and not missing and results.runs[0].n_resumed == n
