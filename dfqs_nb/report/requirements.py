@@ -1,13 +1,13 @@
 """The requirements of DFQS 1.0, each judged by what a run recorded.
 
-``data/spec/requirements.toml`` has them, with the sentences. Without the stages that a check needs, a
+``data/spec/requirements.toml`` has them, with the sentences and the stages that each needs: without those, a
 requirement is "not tested". One that is about experts is "not applicable" to a dense model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -37,31 +37,37 @@ def judged(verdict: str | bool, names: str = "met", /, **values: Any) -> Judgeme
     return met, names, values
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What requirements are judged by: a run, its model's header, its metrics (None for one withheld)."""
+
+    run: Run
+    header: GGUFHeader | None
+    metrics: Mapping[str, Any]
+    declared: int | None  # the context in tokens that the header declares
+    command: Command  # how the run was started, for the commands that evidence names
+
+
 def check_requirements(
     run: Run, header: GGUFHeader | None, metrics: Mapping[str, Any], command: Command = reading.UNKNOWN
 ) -> pd.DataFrame:
-    """Judge every requirement of DFQS 1.0 by the stages of one run: a row each, columns `COLUMNS`.
-
-    ``header`` is of the model that was run; ``metrics`` are the required ones by name, None for one withheld.
-    ``command`` is how the run was started, for the commands that evidence names.
-    """
+    """Judge every requirement of DFQS 1.0 by the `Facts` of one run: a row each, columns `COLUMNS`."""
     rows, generate, declared = [], run.get("generate", {}), header.arch("context_length") if header else None
-    is_dense = header is not None and not experts(header).moe_layers
-    given = {**run, "run": run, "header": header, "metrics": metrics, "declared": declared}
-    known = {"file": run.get("merge", {}).get("model"), "at": settings_of(generate), "declared": declared}
+    facts = Facts(run, header, metrics, declared, command)
+    known = {"file": run.get("merge", {}).get("model"), "at": settings_of(generate)}
+    known |= {
+        "declared": declared,
+        "layers": reading.on_gpu(generate),
+        "on_cpu": reading.on_cpu(command),
+    }
     known["answered"] = sentence("answered", generate) or "no prompt got text"
-    known |= {"layers": reading.on_gpu(generate), "on_cpu": reading.on_cpu(command)}
     absent = [what for what, names in MEASURED.items() if all(metrics.get(name) is None for name in names)]
     for row in spec_table("requirements")["requirements"]:
-        check = CHECKS[row["check"]]
-        needs = signature(check).parameters
-        missing = [name for name in needs if name not in given]
-        if missing and not (is_dense and check is routing):
+        if missing := [name for name in row["needs"] if name not in run]:
             verdict, evidence = NOT_TESTED, reading.not_run(missing, run, command)
         else:
-            verdict, names, values = check(**{name: given.get(name, {}) for name in needs})
-            if is_dense and check is routing and verdict != NOT_APPLICABLE:
-                verdict, names = NOT_APPLICABLE, "dense"
+            check = CHECKS[row["check"]]
+            verdict, names, values = check(facts)
             told = known | values
             evidence = "; ".join(filled(row["evidence"][name], told).rstrip(".") for name in names.split())
             if absent and check in CONDITIONS and verdict == MET:
@@ -71,93 +77,103 @@ def check_requirements(
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def answers(generate: Any) -> Judgement:
+def answers(facts: Facts) -> Judgement:
     """Met where notebook 03's prompts were answered; open where its time ran out before."""
-    given = generate.get("answers", [])
+    given = facts.run["generate"].get("answers", [])
     if any(answer["tokens"] > 0 for answer in given):
         return judged(MET)
     is_late = any(answer.get("finish_reason") == "time" for answer in given)
     return judged(NOT_TESTED if is_late else NOT_MET, "silent")
 
 
-def single_file(header: GGUFHeader | None, merge: Any, generate: Any) -> Judgement:
+def single_file(facts: Facts) -> Judgement:
     """One file was made, and that file ran."""
-    n_shards = header.get("split.count", 0) if header is not None else 0
+    n_shards = facts.header.get("split.count", 0) if facts.header is not None else 0
     if n_shards > 1:
         return judged(NOT_MET, "shard", n_shards=n_shards)
-    return answers(generate) if sha256_of(generate) == sha256_of(merge) else judged(NOT_TESTED, "other")
+    is_same = sha256_of(facts.run["generate"]) == sha256_of(facts.run["merge"])
+    return answers(facts) if is_same else judged(NOT_TESTED, "other")
 
 
-def cpu_only(generate: Any) -> Judgement:
+def cpu_only(facts: Facts) -> Judgement:
     """Ran with no layer on a GPU."""
-    return judged(NOT_TESTED, "gpu") if reading.on_gpu(generate) else answers(generate)
+    return judged(NOT_TESTED, "gpu") if reading.on_gpu(facts.run["generate"]) else answers(facts)
 
 
-def routing(routing: Any) -> Judgement:
+def routing(facts: Facts) -> Judgement:
     """The verdict of notebook 04. Only loads can meet the demand; a difference without any fails it."""
-    it = routing.get("verdict")
-    if it is None or not it["n_runs"] or it["failed_runs"]:
+    it = facts.run.get("routing", {}).get("verdict")
+    is_whole = it and it["n_runs"] and not it["failed_runs"]
+    is_dense = facts.header is not None and not experts(facts.header).moe_layers
+    if is_dense or (is_whole and not it["routed"]):
+        return judged(
+            NOT_APPLICABLE, "dense moved" if is_whole and it.get("load_sentence") else "dense", it=it
+        )
+    if "routing" not in facts.run:
+        return judged(NOT_TESTED, "absent", absent=reading.not_run(["routing"], facts.run, facts.command))
+    if not is_whole:
         failed = "; ".join(it["failed_runs"] if it else ())
         mark = NOT_MET if it and it["n_differ"] else NOT_TESTED
         return judged(mark, "broken" if failed else "none", failed=failed)
-    if not it["routed"]:
-        return judged(NOT_APPLICABLE, "dense moved" if it.get("load_sentence") else "dense", it=it)
     if (load := it.get("load_passed")) is not None:
         return judged(it["passed"] and load, "loads", it=it)
     return judged(NOT_TESTED if it["passed"] else NOT_MET, "alone", it=it)
 
 
-def metrics(run: Run, metrics: Mapping[str, Any]) -> Judgement:
+def metrics(facts: Facts) -> Judgement:
     """Every metric is there. Its type is that of the specification, or it would be withheld."""
-    if missing := [name for name in spec_table("requirements")["metrics"] if metrics.get(name) is None]:
+    given = facts.metrics
+    if missing := [name for name in spec_table("requirements")["metrics"] if given.get(name) is None]:
         return judged(NOT_MET, "missing", missing=", ".join(missing))
-    boundary = sentence("reached", run["long_context"]["boundary"])
-    return judged(MET, n_points=len(metrics[CURVE]), boundary=boundary, **metrics)
+    boundary = sentence("reached", facts.run["long_context"]["boundary"])
+    return judged(MET, n_points=len(given[CURVE]), boundary=boundary, **given)
 
 
-def llama_cpp(generate: Any) -> Judgement:
+def llama_cpp(facts: Facts) -> Judgement:
     """llama.cpp opened the file and generated."""
-    name = settings_of(generate)["runtime"] or "not stated"
-    return answers(generate) if "llama" in name.lower() else judged(NOT_TESTED, "other", name=name)
+    name = settings_of(facts.run["generate"])["runtime"] or "not stated"
+    return answers(facts) if "llama" in name.lower() else judged(NOT_TESTED, "other", name=name)
 
 
-def long_context(long_context: Any, declared: int | None) -> Judgement:
+def long_context(facts: Facts) -> Judgement:
     """An analysis from the lengths on that the paper names, or of the whole context that the model has."""
-    if why := long_context.get("not_measured"):
+    stage = facts.run["long_context"]
+    if why := stage.get("not_measured"):
         return judged(NOT_TESTED, "missing", why=why)
-    rows, boundary = [*long_context["curve"], *long_context.get("refined", [])], long_context.get("boundary")
-    if not long_context["curve"] or boundary is None:
+    rows, boundary = [*stage["curve"], *stage.get("refined", [])], stage.get("boundary")
+    if not stage["curve"] or boundary is None:
         return judged(NOT_MET, "empty")
     lengths = [row["length"] for row in rows]
     values = {"start": LONG_FROM, "end": LONG_TO, "longest": max(lengths), "least": min(lengths)}
     values |= {"n": len(lengths), "answers": sum(row["n"] for row in rows)}
-    is_long = max(lengths) >= min(LONG_FROM, declared or LONG_FROM)
+    is_long = max(lengths) >= min(LONG_FROM, facts.declared or LONG_FROM)
     verdict, name = (MET, "met") if is_long else (NOT_TESTED, "short")
     return judged(verdict, name, reach=sentence("boundary", boundary), **values)
 
 
-def gpu(generate: Any) -> Judgement:
+def gpu(facts: Facts) -> Judgement:
     """An option: whether this run used it."""
-    return judged(MET) if reading.on_gpu(generate) else judged(NOT_MET, "unused")
+    return judged(MET) if reading.on_gpu(facts.run["generate"]) else judged(NOT_MET, "unused")
 
 
-def beyond_64k(run: Run, declared: int | None) -> Judgement:
+def beyond_64k(facts: Facts) -> Judgement:
     """An option: what the header declares, and what was measured."""
-    curve = run.get("long_context", {}).get("curve", [])
+    curve = facts.run.get("long_context", {}).get("curve", [])
     longest = max((row["length"] for row in curve), default=0)
-    verdict = NOT_MET if 0 < (declared or 0) <= LONG_TO else NOT_TESTED
+    verdict = NOT_MET if 0 < (facts.declared or 0) <= LONG_TO else NOT_TESTED
     return judged(MET if longest > LONG_TO else verdict, longest=longest)
 
 
-def identical_conditions(run: Run, long_context: Any, scores: Any) -> Judgement:
+def identical_conditions(facts: Facts) -> Judgement:
     """The stages that measured ran one model with one runtime and one set of settings."""
-    first, second = settings_of(long_context), settings_of(scores)
+    context, scores = facts.run["long_context"], facts.run["scores"]
+    first, second = settings_of(context), settings_of(scores)
     pairs = {name: (first[name], second[name]) for name in SHARED}
     silent = [name for name, pair in pairs.items() if None in pair]
     differ = [f"{name} ({a} and {b})" for name, (a, b) in pairs.items() if a != b and name not in silent]
     if any(speed["n_threads"] != second["n_threads"] for speed in scores.get("speeds", [])):
         differ.append("n_threads of the speed")
-    if sha256_of(long_context) != (sha256_of(scores) or sha256_of(run.get("merge", {}))):
+    if sha256_of(context) != (sha256_of(scores) or sha256_of(facts.run.get("merge", {}))):
         differ.append("the model")
     if differ or silent:
         verdict, name = (NOT_MET, "differ") if differ else (NOT_TESTED, "unstated")
@@ -165,23 +181,25 @@ def identical_conditions(run: Run, long_context: Any, scores: Any) -> Judgement:
     return judged(MET, n=len(SHARED), names=", ".join(SHARED), curve=first, scores=second)
 
 
-def cpu_baseline(long_context: Any, scores: Any) -> Judgement:
+def cpu_baseline(facts: Facts) -> Judgement:
     """No layer on a GPU, or it is stated. The CPU's speed allows no other: then it was not measured."""
-    at = {"curve": settings_of(long_context), "scores": settings_of(scores)}
+    context, scores = facts.run["long_context"], facts.run["scores"]
+    at = {"curve": settings_of(context), "scores": settings_of(scores)}
     if layers := reading.on_gpu(scores):
         return judged(NOT_TESTED, "scores", layers=layers, **at)
-    return judged(MET, "curve" if reading.on_gpu(long_context) else "met", **at)
+    return judged(MET, "curve" if reading.on_gpu(context) else "met", **at)
 
 
-def runtime(long_context: Any, scores: Any) -> Judgement:
+def runtime(facts: Facts) -> Judgement:
     """The runtime that the stages recorded is llama.cpp's."""
-    names = sorted({settings_of(stage)["runtime"] or "not stated" for stage in (long_context, scores)})
+    runtimes = (settings_of(facts.run[name])["runtime"] for name in ("long_context", "scores"))
+    names = sorted({runtime or "not stated" for runtime in runtimes})
     return judged(all("llama" in name.lower() for name in names), "judged", names=", ".join(names))
 
 
-def prompt_sets(run: Run, long_context: Any, scores: Any) -> Judgement:
+def prompt_sets(facts: Facts) -> Judgement:
     """The curve and each score name a set and its hash."""
-    recorded = sets_of(run)
+    recorded = sets_of(facts.run)
     named = [it for it in recorded if it.get("prompt_set_sha256")]
     if n := len(recorded) - len(named):
         return judged(NOT_MET, "unknown", n=n, total=len(recorded))
@@ -189,11 +207,12 @@ def prompt_sets(run: Run, long_context: Any, scores: Any) -> Judgement:
     return judged(MET, sets=sets)
 
 
-def reproducible(run: Run, routing: Any, long_context: Any, scores: Any) -> Judgement:
+def reproducible(facts: Facts) -> Judgement:
     """Greedy decoding, one seed, and a repetition that gave the same."""
-    seeds = sorted({str(settings_of(stage)["seed"]) for stage in (scores, routing, long_context)})
-    hottest = max(it.get("sampling", {}).get("temperature", 0.0) for it in sets_of(run))
-    it = routing.get("verdict") or {"n_runs": 0}
+    asked = ("scores", "routing", "long_context")
+    seeds = sorted({str(settings_of(facts.run[name])["seed"]) for name in asked})
+    hottest = max(it.get("sampling", {}).get("temperature", 0.0) for it in sets_of(facts.run))
+    it = facts.run["routing"].get("verdict") or {"n_runs": 0}
     wrong, verdict = ["seeds"] * (len(seeds) > 1) + ["hot"] * bool(hottest), NOT_MET
     if not it["n_runs"]:
         verdict, wrong = NOT_MET if wrong else NOT_TESTED, [*wrong, "alone"]
@@ -212,6 +231,4 @@ def sets_of(run: Run) -> list[Mapping[str, Any]]:
 
 CONDITIONS = (identical_conditions, cpu_baseline, runtime, prompt_sets, reproducible)
 PROPERTIES = (single_file, cpu_only, routing, metrics, llama_cpp, long_context, gpu, beyond_64k)
-# A check is given what its parameters name: stages, the run of all, the model's header, the metrics, and the
-# context in tokens that the header declares.
-CHECKS: dict[str, Callable[..., Judgement]] = {check.__name__: check for check in (*PROPERTIES, *CONDITIONS)}
+CHECKS: dict[str, Callable[[Facts], Judgement]] = {it.__name__: it for it in (*PROPERTIES, *CONDITIONS)}

@@ -119,7 +119,11 @@ def test_the_two_documents_have_about_a_hundred_statements(nano_table):
 @pytest.mark.parametrize(
     ("name", "needed", "more"),
     [
-        ("requirements", {"id", "level", "text", "source", "how", "check", "notebook", "evidence"}, set()),
+        (
+            "requirements",
+            {"id", "level", "text", "source", "how", "check", "needs", "notebook", "evidence"},
+            set(),
+        ),
         ("claims", {"id", "document", "section", "text", "source"}, {*UNSTATED}),
     ],
 )
