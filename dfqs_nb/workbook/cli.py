@@ -74,7 +74,7 @@ def run(
         hint = "write -p n_ctx=4096, or `make run PARAMS=n_ctx=4096`"
         raise DfqsError(f"{odd[0]!r} is not of the form name=value", hint=hint)
     texts = {name.strip(): text for name, _, text in (given.partition("=") for given in parameter)}
-    options = {"model": model, "run_name": run, "budget_minutes": budget_minutes}
+    options = {"model": model, "run_name": run, "tier": tier, "budget_minutes": budget_minutes}
     own = {name: str(value) for name, value in options.items() if value not in ("", None)}
     if twice := sorted({*texts} & {*own}):
         raise DfqsError(f"{twice[0]} is given twice, as an option and with -p", hint="give one of the two")
@@ -89,7 +89,7 @@ def run(
         words += ["--model", model or "MODEL"] if model or name != "nano" else []
         begin = f"to begin it: `{' '.join(map(quoted, words))}`"
         raise DfqsError("notebook 01 did not run here", where=tilde(run_folder(name, begin)), hint=begin)
-    result = workbook.run_workbook(name, values, paths, fresh, sys.stderr, tier, tell=say)
+    result = workbook.run_workbook(name, values, paths, fresh, sys.stderr, say)
     say(f"\n{workbook.summary_text(result)}")
     raise typer.Exit(int(any(notebook.failed for notebook in result.notebooks)))
 

@@ -157,15 +157,13 @@ def run_workbook(
     notebooks: Sequence[Path] | None = None,
     fresh: bool = False,
     watch: IO[str] | None = None,
-    tier: str = "",
-    budget_minutes: float = BUDGET_MINUTES,
     tell: Callable[[str], object] = lambda line: None,
 ) -> WorkbookRun:
     """Execute notebooks (by default all) in order into ``outputs/<run>/``, and write ``summary.md`` there.
 
-    Each notebook gets the parameters that it declares; ``run`` is its ``run_name``. ``tier`` sets those that
-    are not given. ``budget_minutes`` (also as a parameter) is of the whole run, divided among the notebooks
-    that obey a budget. ``watch`` shows what goes on; ``tell`` gets the plan and what is done.
+    Each notebook gets the parameters that it declares; ``run`` is its ``run_name``. ``tier`` among them is of
+    all notebooks, and sets those that are not given. ``budget_minutes`` is of the whole run, divided among
+    the notebooks that obey a budget. ``watch`` shows what goes on; ``tell`` gets the plan and what is done.
 
     `DfqsError`: no notebook declares a parameter, or a cell fails; what earlier notebooks wrote stays.
     """
@@ -173,52 +171,66 @@ def run_workbook(
     declared = {path: declared_parameters(path) for path in dict.fromkeys([*find_notebooks(), *paths])}
     check_parameters(parameters or {}, chain(*declared.values()))
     given = {name: _absolute(name, value) for name, value in (parameters or {}).items()}
-    budget_minutes = given.pop("budget_minutes", budget_minutes)
-    if not budget_minutes >= 1:
-        raise DfqsError(f"the budget is {budget_minutes:g} minutes", hint="give a run 1 minute or more")
     folder, begin, done = run_dir(run).absolute(), time.monotonic(), list[NotebookRun]()
-    options = [word for name in given if name != "model" for word in ("-p", f"{name}={given[name]}")]
-    options, before = [*options, *(["--tier", tier] if tier else [])], _options_before(folder)
-    was = before[-1] if before[-2:-1] == ["--tier"] and "model" not in given else ""
-    tier = tier or was or tier_of(given.get("model"), run)
+    command = _command(folder, given)
+    if not (minutes := command["budget_minutes"]) >= 1:
+        raise DfqsError(f"the budget is {minutes:g} minutes", hint="give a run 1 minute or more")
+    tier = command["tier"] or tier_of(given.get("model"), run)
     settings = {name: value for name, value in settings_of(tier).items() if name not in given}
     values = {**settings, "run_name": run, **({"fresh": True} if fresh else {}), **given}
     with alone(folder):
         limit = any("budget_minutes" in declared[path] for path in paths)  # else nothing is cut to it
-        most = f", at most about {duration(60 * budget_minutes)}" if limit else ""
+        most = f", at most about {duration(60 * minutes)}" if limit else ""
         tell(f"run {run}: {tier} tier, {counted(len(paths), 'notebooks')}{most}")
-        write_json(folder / COMMAND, {"options": options or before, "budget_minutes": budget_minutes})
+        write_json(folder / COMMAND, command)
         if settings:
             tell("  " + ", ".join(f"{name}={value}" for name, value in settings.items()))
         for number, path in enumerate(paths):
             tell(f"{path.stem} ...")
             # Kernel, imports and figures of the notebooks to come are in no plan: about the shortest so far.
             beside = min((notebook.seconds for notebook in done), default=0.0) * len(paths[number:])
-            left = budget_minutes - (time.monotonic() - begin + beside) / 60
+            left = minutes - (time.monotonic() - begin + beside) / 60
             budget = budget_of(path.stem, left, [later.stem for later in paths[number:]])
-            now, names = {"budget_minutes": round(budget, 1), **values}, declared[path]
-            chosen, target = {name: now[name] for name in now if name in names}, folder / path.name
+            values["budget_minutes"] = round(budget, 1)
+            chosen, reason = {name: values[name] for name in values if name in declared[path]}, ""
+            if "ladder_source" in declared[path] and not chosen.get("ladder_source"):
+                chosen["ladder_source"], reason = _ladder_source(folder, command["ladder_source"])
+            target = folder / path.name
             live = Live(target, chosen.get("budget_minutes", 0.0), watch)
-            try:
-                if "ladder_source" in names and not chosen.get("ladder_source"):
-                    chosen["ladder_source"] = ladder.source_of(folder)
-            except StageError:
-                raise
-            except DfqsError as error:
-                Stage(folder, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
-                done.append(NotebookRun(target, left_out=str(error)))
-            else:
-                done.append(_executed(path, target, chosen, live))
-            _, seconds, left_out, _ = done[-1]
-            tell(f"{path.stem}: " + (f"left out: {left_out}" if left_out else f"{seconds:.1f} s"))
+            own = NotebookRun(target, left_out=reason) if reason else _executed(path, target, chosen, live)
+            tell(f"{path.stem}: " + (f"left out: {own.left_out}" if own.left_out else f"{own.seconds:.1f} s"))
+            done.append(own)
         return _summed_up(folder, done)
 
 
-def _options_before(folder: Path) -> list[str]:
-    """The options that a run was given when its command was kept; a part of it keeps them, and its tier."""
+def _command(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run is started; the file `COMMAND` keeps it for its other parts, and for what its report prints.
+
+    What is not given stays as the run had it, if it had the same model.
+    """
+    command: dict[str, Any] = {"model": "", "tier": "", "ladder_source": "", "options": []}
     with suppress(OSError, ValueError, LookupError, TypeError):
-        return list(map(str, read_json(folder / COMMAND)["options"]))
-    return []
+        kept = read_json(folder / COMMAND)
+        before = {name: type(it)(kept.get(name, it)) for name, it in command.items()}
+        command = before if given.get("model", before["model"]) == before["model"] else command
+    apart = ("model", "tier", "budget_minutes")
+    options = [word for name in given if name not in apart for word in ("-p", f"{name}={given[name]}")]
+    command |= {"options": options or command["options"], "budget_minutes": BUDGET_MINUTES}
+    return command | {name: given[name] for name in command if name in given}
+
+
+def _ladder_source(folder: Path, before: str) -> tuple[str, str]:
+    """What to climb: what this run climbed before, or else `ladder.source_of`; or why there is nothing."""
+    try:
+        return before if there_is(before) else ladder.source_of(folder), ""
+    except StageError:
+        raise
+    except DfqsError as error:
+        with suppress(StageError):  # none was climbed
+            if read_stage(folder, "ladder").get("rungs"):
+                return "", f"{error}; the ladder that was climbed before stays"
+        Stage(folder, "ladder").finish(conditions={}, summary=[f"not climbed: {error}"])
+        return "", str(error)
 
 
 def _summed_up(folder: Path, done: list[NotebookRun]) -> WorkbookRun:

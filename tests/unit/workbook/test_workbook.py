@@ -10,10 +10,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from gguf_fixtures import Spec, field, gguf_bytes
 from sealed_run import make_run
 
 from dfqs_nb import report
 from dfqs_nb.core.errors import DfqsError, OutputError
+from dfqs_nb.core.stage import Stage, read_stage
 from dfqs_nb.gguf import broken as specimens
 from dfqs_nb.merge import merge_model
 from dfqs_nb.workbook import cli
@@ -107,11 +109,66 @@ def test_an_unknown_parameter_fails_and_names_the_known(outputs, pair):
     assert not (outputs / "mine").exists()
 
 
-def test_a_part_that_runs_again_keeps_the_tier_of_its_run(outputs, pair):
-    for tier, expected in (("standard", "standard"), ("", "standard"), ("nano", "nano"), ("", "nano")):
+@pytest.fixture
+def executed(monkeypatch):
+    """The parameters of each notebook; nothing is executed."""
+    seen = []
+
+    def note(path, target, parameters, live):
+        seen.append(parameters)
+        return workbook.NotebookRun(target, 1.0)
+
+    monkeypatch.setattr(workbook, "_executed", note)
+    return seen
+
+
+def test_a_part_that_runs_again_keeps_the_tier_of_its_run(outputs, pair, executed):
+    """Whatever else its parts are given; and the same command goes on, also with the model in it."""
+    for given, expected in (
+        ({"tier": "standard"}, "standard"), ({}, "standard"), ({"n_ctx": 512}, "standard"), ({}, "standard"),
+        ({"model": "dfqs-nano-q8_0"}, "nano"), ({"tier": "standard"}, "standard"),
+        ({"model": "dfqs-nano-q8_0"}, "standard"), ({"tier": "nano"}, "nano"), ({}, "nano"),
+        ({"model": "hf://owner/repo/another.gguf"}, "standard"),
+    ):  # fmt: skip
         told = []
-        workbook.run_workbook("mine", {}, pair[:1], tier=tier, tell=told.append)
-        assert told[0].startswith(f"run mine: {expected} tier"), told
+        workbook.run_workbook("mine", given, pair[:1], tell=told.append)
+        assert told[0].startswith(f"run mine: {expected} tier"), (given, told)
+    kept = json.loads((outputs / "mine" / ".command.json").read_text())
+    assert kept["tier"] == "" and kept["options"] == []
+
+
+def test_a_tier_among_the_parameters_is_the_tier_of_all_notebooks(outputs, pair, executed, capsys):
+    """One of notebook 06 alone would mix tiers in one run, and no report is written of that."""
+    told = []
+    workbook.run_workbook("mine", {"tier": "standard"}, pair[:1], tell=told.append)
+    assert "standard tier" in told[0] and "prompt_set=long-context-standard" in told[1]
+    assert cli.main(["run", "--tier", "nano", "-p", "tier=standard"]) == 1
+    assert "tier is given twice, as an option and with -p" in capsys.readouterr().err
+
+
+def test_the_same_command_never_erases_a_climbed_ladder(outputs, tmp_path, executed):
+    """The run's own model is quantized: a ladder needs the file that was named for it once."""
+    parameters = f'{PARAMETERS}\nladder_source: str = ""  # what to climb'
+    climb = write_notebook(tmp_path / "nb" / "08_climb.ipynb", parameters=parameters)
+    source, told = tmp_path / "F16.gguf", []
+    source.write_bytes(b"GGUF")
+    model, kinds = tmp_path / "q4.gguf", [field("general.architecture", "STRING", "llama")]
+    model.write_bytes(gguf_bytes(kinds, [Spec("output.weight", "Q4_K", (256, 64))]))
+    Stage("mine", "merge").finish(conditions={}, summary=[], model={"path": str(model)})
+
+    def run(**given):
+        workbook.run_workbook("mine", {"tier": "standard"} | given, [climb], tell=told.append)
+        return executed[-1]["ladder_source"] if executed else ""
+
+    assert not run() and "is quantized already" in told[-1]
+    assert "not climbed" in read_stage(outputs / "mine", "ladder")["summary"][0]
+    assert run(ladder_source=str(source)) == run() == str(source), "the run remembers it"
+    assert len(executed) == 2
+    Stage("mine", "ladder").finish(conditions={}, summary=["four hours of work"], rungs=[1, 2])
+    source.unlink()
+    run()
+    assert "the ladder that was climbed before stays" in told[-1] and len(executed) == 2
+    assert read_stage(outputs / "mine", "ladder")["summary"] == ["four hours of work"]
 
 
 def test_two_runs_in_one_folder_are_refused_and_the_first_keeps_its_command(outputs, pair):
