@@ -205,7 +205,7 @@ def refresh_notebooks(notebooks: Sequence[Path], outputs: Path) -> None:
 
 
 SAMPLE_FOLDER = REPOSITORY / "docs" / "sample_report"
-ANSWERS = ("score_items.csv", "long_context_items.jsonl")
+ANSWERS = ("score_items.csv", "long_context_items.csv")
 SAMPLE = ("report.json", "report.md", "report.html", *ANSWERS)
 
 

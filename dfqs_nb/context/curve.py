@@ -18,13 +18,13 @@ from dfqs_nb.context.boundary import Boundary, Counts, search_lengths
 from dfqs_nb.context.haystacks import N_STRATA, Case, Haystacks, Question
 from dfqs_nb.context.plan import CHECK_TOKENS, Meter, Plan, RuntimeFailure, crew, side_by_side
 from dfqs_nb.core.display import counted, duration, tqdm
-from dfqs_nb.core.files import parse_json
-from dfqs_nb.core.journal import ROW_HASH, Journal, holds
+from dfqs_nb.core.journal import Journal, holds
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.llama.generate import next_tokens
 from dfqs_nb.llama.model import DecodeError, Model, ReuseCheck, check_reuse
 
 JOURNAL, REUSE = "long_context_items.jsonl", "restored"  # and the row of the check of reuse in it
+ANSWERS = "long_context_items"  # the stage's table of the curve's answers
 ITEM = {  # what an answer in it holds; ``another_key``: it is right for another key of the text
     **dict.fromkeys(("task", "question", "expected", "answer"), str),
     **dict.fromkeys(("haystack", "length", "n_needles", "n_evaluated"), int),
@@ -92,10 +92,10 @@ class Run:
             self.journal.add(f"{text}/{question.name}", **row, n_needles=len(case.questions))
             bar.update()
 
-    def hand_on(self, stage: Stage, conditions: dict[str, Any]) -> list[str]:
+    def hand_on(self, stage: Stage, conditions: dict[str, Any], longest: int = 0) -> list[str]:
         """Write ``long_context.json`` with its seal, and return its summary lines.
 
-        ``conditions``: of the open model.
+        ``conditions``: of the open model. ``longest``: the tokens that were asked for; 0: the model's limit.
         """
         counts, boundary, plan, wrong = self.counts(), self.boundary(), self.plan, self.items
         curve, measured, lines = counts.curve(), boundary.status != "not measured", [boundary.sentence]
@@ -107,7 +107,7 @@ class Run:
             of += f"{counted(boundary.n_items, 'answers')} in {counted(int(curve['texts'].sum()), 'texts')}"
             guessed = f"{guess['another_key']} of {guess['wrong']} wrong answers are another key's"
             lines.append(f"{of}, guess rate {guess['rate']:.2f} ({guessed})")
-        stage.add(self.journal.path)
+        stage.table(ANSWERS, self.items)
         late = [f"{length:,}" for length in plan.grid if length not in set(counts.lengths.tolist())]
         if self.budget_hit and plan.n_haystacks and late:
             stage.leave_out([f"lengths: {', '.join(late)} tokens"])
@@ -117,6 +117,7 @@ class Run:
             summary=lines,
             model=stage.model,
             tier=plan.probe.tier,
+            longest=longest,
             context_stability_curve=planned["curve"].tolist(),
             failure_boundary_tokens=boundary.tokens if measured else None,
             curve=planned.to_dict("records"),
@@ -141,22 +142,6 @@ def _is_whole(row: dict[str, Any]) -> bool:
     """Whether a row of the journal is as `measure` writes it: an answer, a text, or the check of reuse."""
     fields = ITEM if "question" in row else CHECK if "largest_difference" in row else {"n_evaluated": int}
     return holds({"another_key": False, **row}, fields)
-
-
-def read_answers(folder: str | Path) -> list[pd.DataFrame]:
-    """The answers that a folder's journal holds, a frame for each set of conditions, the newest first.
-
-    Raises an `OSError` or, where a line is not what a run writes, a `ValueError`.
-    """
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for line in (Path(folder) / JOURNAL).read_bytes().splitlines():
-        row = parse_json(line)
-        if not isinstance(row, dict) or not _is_whole(row):
-            raise ValueError(f"not an answer: {line[:80].decode('utf-8', 'replace')}")
-        row.pop(ROW_HASH, None)
-        runs.setdefault(str(row.pop("conditions", "")), []).append({"id": "", **row})
-    frames = [item_frame(rows) for rows in reversed(runs.values())]
-    return [frame for frame in frames if len(frame)]
 
 
 def depth_table(items: pd.DataFrame) -> pd.DataFrame:

@@ -147,7 +147,8 @@ def _safe(cell: Any) -> Any:
     """A cell with an apostrophe before what a spreadsheet would run, and without what steers a terminal."""
     if not isinstance(cell, str):
         return cell
-    cell = STEERING.sub("\ufffd", cell)
+    # Python's csv quotes a line's end, but not a lone carriage return, which readers take for one
+    cell = STEERING.sub("\ufffd", re.sub("\r\n?", "\n", cell))
     return f"'{cell}" if FORMULA.match(cell) else cell
 
 

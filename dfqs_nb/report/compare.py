@@ -236,6 +236,8 @@ class Leaderboard:
     def write(self) -> list[Path]:
         """Write ``leaderboard.csv`` and ``leaderboard.md`` into the folder, each whole or not at all."""
         rounded = self.table.map(lambda cell: float(f"{cell:.6g}") if isinstance(cell, float) else cell)
+        for name in ("size_bytes", BOUNDARY):  # a missing one makes floats of them
+            rounded[name] = self.table[name].astype("Int64")
         table = write_table(self.folder / "leaderboard.csv", rounded, index=False)
         return [table, write_text(self.folder / "leaderboard.md", f"{self}\n")]
 

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ VERSIONS = ("Python", *machine.PACKAGES)
 DIGITS = 10  # of every float in report.json: more than any measurement has
 # The files with one row an answer, from which scores and curve are counted again.
 ITEMS = dict.fromkeys(("reasoning", "code", "choices"), reading.SCORE_ITEMS)
-ITEMS["long_context"] = "long_context*.jsonl"
+ITEMS["long_context"] = reading.CONTEXT_ITEMS
 FITS, PAGED, DOES_NOT_FIT, NOT_KNOWN = "fits", "fits, paged", "does not fit", "not known"
 CONTEXTS = (8192, 16384, 32768, 131072, 1048576)
 Detail = dict[str, Any]
@@ -73,8 +72,8 @@ def build_report(folder: str | Path, *, ask_llama_cpp: bool = True) -> dict[str,
         "conditions": conditions,
         "conditions_sha256": canonical_sha256(_rounded(conditions)),  # as they will stand in the file
         "items": {
-            kind: [{"file": file, "sha256": sources[file]} for file in sources if fnmatch(file, form)]
-            for kind, form in ITEMS.items()
+            kind: [{"file": file, "sha256": sources[file]}] if file in sources else []
+            for kind, file in ITEMS.items()
         },
         "routing": run.get("routing", {}).get("verdict"),
         "conformance": check_requirements(run, header, metrics, command).to_dict("records"),
@@ -129,9 +128,9 @@ def _score(stage: Mapping[str, Any], name: str) -> Detail:
     if score is None:
         unsafe = kind == "code" and stage.get("sandbox") in (None, "", "none")
         why = ": without a sandbox no generated code is run" if unsafe else ""
-        left_out = [str(it) for it in stage.get("left_out") or () if own in str(it)]
-        if left_out and not why:
-            why = f": {left_out[0].partition(': ')[2] or 'the budget left it out'}"
+        for row in stage.get("left_out") or ():
+            if row["what"] == f"the set {own}" and not unsafe:
+                why = f": it needs {row['needs']}" if row["needs"] else ": the budget left it out"
         return {"withheld": f"the set {own} was not answered{why}", **chosen}
     detail = {key: value for key, value in score.items() if key not in ("name", "n_missing")} | chosen
     if score["value"] is None:
@@ -145,6 +144,7 @@ def _score(stage: Mapping[str, Any], name: str) -> Detail:
 def _curve(stage: Mapping[str, Any], name: str) -> Detail:
     planned, value = stage["curve"], stage.get(name)
     detail = {
+        "longest": stage.get("longest") or 0,
         "lengths": [row["length"] for row in planned],
         "points": sorted(planned + stage.get("refined", []), key=lambda row: row["length"]),
     }
@@ -182,7 +182,7 @@ def _speed_of(row: Mapping[str, Any]) -> Detail:
     """A row of speeds as a metric's details have it."""
     rates = {"value": row["median"], "low": row["min"], "high": row["max"], "n": row["repetitions"]}
     rates["contended"] = row.get("contended", False)
-    return rates | {name: row[name] for name in ("depth", "n_threads", "tokens") if name in row}
+    return rates | {name: row[name] for name in ("depth", "n_threads", "tokens", "values") if name in row}
 
 
 # Stage, unit, type in the hub's model-index (which takes no curve), and the function that gives the details.

@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import nan
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dfqs_nb import context
 from dfqs_nb.context import Counts
 from dfqs_nb.core.display import cell, counted, one_line, quoted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import canonical_sha256, is_file, read_json, sha256_of_file
 from dfqs_nb.core.paths import data_dir, tilde
-from dfqs_nb.core.stage import COMMAND, NOTEBOOKS, read_stage
+from dfqs_nb.core.stage import COMMAND, NOTEBOOKS, LeftOut, read_stage
 from dfqs_nb.scores import SetRun
 
 DRAWN_ON = ("merge", "header", "generate", "routing", "long_context", "scores")
@@ -32,12 +32,19 @@ MEASURING = DRAWN_ON[2:]  # stages that open the model
 BESIDE = ("ladder", "serving")  # shown in the texts, and no part of the five metrics
 SCORES = ("reasoning_score", "code_score")
 CURVE, BOUNDARY, SPEED = "context_stability_curve", "failure_boundary_tokens", "cpu_tokens_per_sec"
-FILE, JOURNAL = "report.json", "long_context_items.jsonl"
-SCORE_ITEMS = "score_items.csv"
+FILE, SCORE_ITEMS, CONTEXT_ITEMS = "report.json", "score_items.csv", "long_context_items.csv"
 Command = Mapping[str, Any]  # how a run was started
-UNKNOWN: Command = {"run": "RUN", "model": "MODEL", "options": [], "budget_minutes": None}
+UNKNOWN: Command = {"run": "RUN", "model": "MODEL", "options": [], "tier": "", "budget_minutes": None}
 LONGEST_NAME = 80  # characters, in tables and figures
+# What is read of an answer to a question of a set, and to one about a long text.
 COLUMNS = {"set": str, "id": str, "family": str, "guess": float, "grade": str}
+CONTEXT_COLUMNS = {
+    **dict.fromkeys(("question", "expected"), str),
+    **dict.fromkeys(("haystack", "length", "n_needles"), int),
+    **dict.fromkeys(("planned", "correct"), bool),
+}
+INTERVAL = ("n", "value", "low", "high", "guess_rate")
+POINT = ["length", "n", "accuracy", "low", "high"]  # of the curve, in a report
 Run = dict[str, Any]  # stages by name, in the order of the notebooks; without those that did not run
 
 
@@ -93,6 +100,8 @@ def stages_in(folder: Path, *, sealed: bool = False) -> Run:
 def checked(run: Run, folder: Path = Path()) -> Run:
     """Stages as they were written; a DfqsError names a field that is missing or of another type."""
     for name, stage in run.items():
+        if isinstance(rows := stage.get("left_out"), list):  # texts, in files of earlier versions
+            stage["left_out"] = [LeftOut(it)._asdict() if isinstance(it, str) else it for it in rows]
         if fault := fault_in(stage, "stages", name):
             where, hint = tilde(folder / f"{name}.json"), f"run {NOTEBOOKS[name]} again"
             raise DfqsError(fault.removeprefix("$."), where=where, hint=hint)
@@ -117,11 +126,12 @@ def sha256_of(stage: Mapping[str, Any]) -> Any:
 
 
 def command_of(folder: Path, run: Run) -> dict[str, Any]:
-    """How a run was started: its name, model, other options, and minutes of budget; None: by hand."""
+    """How a run was started: its name, model, tier, other options, and minutes of budget; None: by hand."""
     kept = dict[str, Any]()
     with suppress(OSError, ValueError, TypeError, LookupError):  # absent, or of another form
         it = read_json(folder / COMMAND)
         kept = {"options": list(map(str, it["options"])), "budget_minutes": float(it["budget_minutes"])}
+        kept["tier"] = str(it.get("tier", ""))
     own = {"run": folder.resolve().name, "model": settings_of(run["merge"])["model"] or "MODEL"}
     return {**UNKNOWN, **kept, **own}
 
@@ -140,7 +150,8 @@ def rerun(stages: Sequence[str], command: Command, *, more: bool = False) -> str
     model = [] if stages else ["--model", command["model"]]
     minutes = (command["budget_minutes"] or 60 * more) * (1 + more)
     budget = ["--budget-minutes", f"{minutes:g}"] if minutes else []
-    words = ["dfqs-nb", "run", *numbers, "--run", command["run"], *model, *command["options"], *budget]
+    tier = ["--tier", command["tier"]] if command.get("tier") else []
+    words = ["dfqs-nb", "run", *numbers, "--run", command["run"], *model, *tier, *command["options"], *budget]
     return f"`{' '.join(map(quoted, words))}`"
 
 
@@ -211,6 +222,9 @@ def stated(report: Mapping[str, Any], metric: str) -> Any:
         return detail["tokens"] if detail["value"] == detail["tokens"] else None
     if metric == CURVE and isinstance(detail["value"], list):
         return detail["value"] if len(detail["value"]) == len(detail["lengths"]) else None
+    if metric == SPEED and (values := detail.get("values")):
+        made = [median(values), min(values), max(values), len(values)]
+        return detail["value"] if same(made, [detail[key] for key in ("value", "low", "high", "n")]) else None
     return detail["value"]
 
 
@@ -219,7 +233,7 @@ class RunItems:
     """A report (at ``path``) with the answers that it was made from; what it withholds has none.
 
     ``label`` is how tables call the model; ``scores`` has by metric the tier's set with its answers and the
-    score that they give; ``context`` the long-context answers of the task that the curve is made of.
+    score that they give; ``context`` the long-context answers.
     """
 
     label: str
@@ -248,52 +262,74 @@ def read_answers(path: str | Path) -> RunItems:
             raise _refused(folder, f"the report's items are missing ({name})")
         if sha256_of_file(file) != digest:
             raise _refused(folder, f"{name} is not the file that the report was made from")
-    name, scores = one_line(report["model"]["name"])[:LONGEST_NAME], _scores(report["details"], folder)
-    return RunItems(name, path, report, scores, _context(report, folder))
+    name, details = one_line(report["model"]["name"])[:LONGEST_NAME], report["details"]
+    return RunItems(
+        name, path, report, _scores(details, folder), _context(details, folder, report["command"])
+    )
 
 
 def _refused(where: Path, what: str) -> DfqsError:
     return DfqsError(what, where=tilde(where), hint="run notebooks 05 to 07 again")
 
 
+def _answers(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, keep_default_na=False, dtype=dict(columns), usecols=list(columns))
+    except (OSError, ValueError, OverflowError) as error:
+        raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
+
+
+def _agree(path: Path, name: str, made: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
+    for key, own in made.items():
+        if not same(own, stated.get(key)):
+            shown = cell(own), cell(stated.get(key))
+            raise _refused(
+                path, "its items give {} {} {}, and the report states {}".format(name, key, *shown)
+            )
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of a report, or lists of numbers, are equal but for the digits that JSON keeps."""
+    with suppress(TypeError, ValueError):  # a text, or none
+        return bool(a == b or (np.shape(a) == np.shape(b) and np.allclose(a, b, atol=1e-9)))
+    return False
+
+
 def _scores(details: Mapping[str, Any], folder: Path) -> dict[str, SetRun]:
-    path = folder / SCORE_ITEMS
     stated = {name: details[name] for name in SCORES if details[name]["value"] is not None}
     if choices := details["reasoning_score"].get("choices"):
         stated["choice_score"] = choices
     if not stated:
         return {}
-    try:
-        items = pd.read_csv(path, keep_default_na=False, dtype=COLUMNS, usecols=list(COLUMNS))
-    except (OSError, ValueError, OverflowError) as error:
-        raise _refused(path, f"cannot be read ({str(error)[:200]})") from error
-    scores = {}
+    path, scores = folder / SCORE_ITEMS, dict[str, SetRun]()
+    items = _answers(path, COLUMNS)
     for name, detail in stated.items():
         own = items[items["set"] == detail["set"]]
         scores[name] = SetRun.of(name.removesuffix("_score"), detail["set"], own, n_items=detail["n"])
-        _agree(path, name, vars(scores[name].score), detail)
+        score = scores[name].score
+        _agree(path, name, {key: getattr(score, key) for key in INTERVAL}, detail)
     return scores
 
 
-def _agree(path: Path, name: str, made: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
-    for key in ("n", "value", "low", "high", "guess_rate"):
-        if made[key] is None or not np.isclose(made[key], stated[key], atol=1e-9):
-            what = f"its items give {name} {key} {cell(made[key])}, and the report states {cell(stated[key])}"
-            raise _refused(path, what)
-
-
-def _context(report: Mapping[str, Any], folder: Path) -> pd.DataFrame:
-    """The answers that give the report's curve; a journal may hold other runs and tasks beside them."""
-    curve = report["metrics"][CURVE]
-    if curve is None:
+def _context(details: Mapping[str, Any], folder: Path, command: Command) -> pd.DataFrame:
+    """The long-context answers, from which curve and boundary follow; no answer shows a runtime failure."""
+    curve, boundary, path = details[CURVE], details[BOUNDARY], folder / CONTEXT_ITEMS
+    if curve["value"] is None and boundary["value"] is None:
         return pd.DataFrame()
-    try:
-        frames = context.read_answers(folder)
-    except (OSError, ValueError) as error:
-        raise _refused(folder / JOURNAL, f"cannot be read ({error})") from error
-    for own in (group for items in frames for _, group in items.groupby("task", sort=False)):
-        rows = Counts.of(own).curve()
-        made = rows.loc[rows["planned"], "curve"].to_numpy()
-        if len(made) == len(curve) and np.allclose(made, curve):
-            return own.reset_index(drop=True)
-    raise _refused(folder / JOURNAL, "its items do not give the report's curve")
+    if not is_file(path):
+        hint = f"{rerun(['long_context'], command)} writes them; it asks again only what was not kept"
+        raise ReportError("the long-context answers of this report are missing", where=tilde(path), hint=hint)
+    items = _answers(path, CONTEXT_COLUMNS)
+    if items.empty or (items[["length", "n_needles"]] < 1).any(axis=None):
+        raise _refused(path, "holds no answers, or some without a length or a key")
+    counts = Counts.of(items)
+    if curve["value"] is not None:
+        rows, points = counts.curve(), pd.DataFrame(curve["points"], columns=POINT)
+        made = {"value": rows.loc[rows["planned"], "curve"].tolist(), "guess_rate": counts.guess_rate}
+        _agree(path, CURVE, made | rows[POINT].to_dict("list"), {**curve, **points.to_dict("list")})
+    if boundary["value"] is not None:
+        found = counts.boundary()
+        if boundary.get("cause") not in (None, "quality"):
+            found = found.capped(boundary["tokens"], boundary["cause"])
+        _agree(path, BOUNDARY, {**asdict(found), "n": found.n_items}, boundary)
+    return items

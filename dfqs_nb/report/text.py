@@ -18,7 +18,7 @@ from dfqs_nb.core.display import NONE, counted, duration, plain
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import is_file, sha256_of_file, write_json, write_text
 from dfqs_nb.core.paths import tilde
-from dfqs_nb.core.stage import NOTEBOOKS, Stage, read_stage
+from dfqs_nb.core.stage import NOTEBOOKS, LeftOut, Stage, read_stage
 from dfqs_nb.report import reading, requirements
 from dfqs_nb.report.metrics import METRICS
 from dfqs_nb.report.reading import BESIDE, BOUNDARY, CURVE, FILE, SCORES, SPEED, rerun
@@ -32,6 +32,7 @@ NEAR_GUESSING = 0.1  # a score is a cross where its interval excludes more than 
 UNMEASURED = ("metrics", NOT_MET)  # the one requirement that is not met because something was not measured
 MARKS = {MET: YES, NOT_MET: NO, NOT_TESTED: UNKNOWN, NOT_APPLICABLE: NOT_APPLICABLE}  # of a requirement
 UNJUDGED = {"verdict": NOT_TESTED, "evidence": "not judged in this report"}
+NANO_LONGEST = ("nano", 2048)  # notebook 05's own default, in tokens: nobody asked for it
 NEEDS = {"kv_bytes": "KV cache", "compute_bytes": "compute buffer", "need_bytes": "with all weights"}
 # By the macro that answers it: the question, the section that has the evidence, and the demand that is it.
 QUESTIONS = {
@@ -98,14 +99,13 @@ def _carries(report: Mapping[str, Any]) -> str:
 
     The whole context is what the header declares, or the longest length that the run was told to measure.
     """
-    boundary, lengths = report["details"][BOUNDARY], report["details"][CURVE].get("lengths")
+    boundary, curve = report["details"][BOUNDARY], report["details"][CURVE]
     is_floor, few = boundary.get("status") == "floor", boundary.get("provisional")
     if boundary["withheld"] or (is_floor and few):  # nobody can tell a few texts from guessing
         return UNKNOWN
-    told = [it.partition("=")[2] for it in report["command"]["options"] if it.startswith("longest=")]
-    limits = report["model"].get("context_length") or 0, int(told[-1]) if told and told[-1].isdigit() else 0
-    whole = min(filter(None, limits), default=inf)
-    is_reached = 2 * max(lengths or [0]) > whole  # lengths double: none of them lies beyond
+    asked = 0 if (report["tier"], curve.get("longest")) == NANO_LONGEST else curve.get("longest")
+    whole = min(filter(None, (report["model"].get("context_length"), asked)), default=inf)
+    is_reached = 2 * max(curve.get("lengths") or [0]) > whole  # lengths double: none of them lies beyond
     held = boundary.get("right_censored") and is_reached and not few
     return NO if is_floor else YES if held else PARTLY
 
@@ -249,7 +249,7 @@ def _beside(report: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]
             taken = f"{duration(used)} of {duration(given)}"
             if given < 90 <= used:  # one unit for both
                 taken = f"{used:,.0f} s of {given:,.0f} s"
-            missing = "".join(f"; cut: {it}" for it in stage.get("left_out") or ())
+            missing = "".join(f"; cut: {LeftOut(**it)}" for it in stage.get("left_out") or ())
             budgets.append(f"{NOTEBOOKS[name].removesuffix('.ipynb')}: {taken}{missing}")
     if any(stage.get("left_out") for stage in stages.values()):
         budgets.append(f"A larger budget measures more: {rerun([], report['command'], more=True)}")
@@ -294,8 +294,9 @@ def write_report(stage: Stage | str | Path, report: Mapping[str, Any]) -> list[P
 def check_run(folder: str | Path) -> list[str]:
     """Check a report and everything that it stands on; a line for each file that was checked.
 
-    Its schema, hashes and contradictions; every stage's seal; its texts, rendered again; its scores and
-    curve, counted again from the answers. A DfqsError names the first fault.
+    Its schema, hashes and contradictions; every stage's seal; its texts, rendered again; its scores, curve
+    and boundary, counted again from the answers; its speed, from the repetitions. A DfqsError names the first
+    fault.
     """
     folder = Path(folder)
     items = reading.read_answers(folder)
@@ -316,9 +317,15 @@ def check_run(folder: str | Path) -> list[str]:
         f"{name}.json: as it was written, with {counted(len(it['files']), 'files')}"
         for name, it in stages.items()
     ]
-    again = ", ".join([*items.scores, *([CURVE] if len(items.context) else [])])
-    again = f"counted again from the answers: {again or 'nothing, every metric is withheld'}"
-    return [f"{FILE}: as it was written", *lines, again]
+    given = [name for name, value in items.report["metrics"].items() if value is not None]
+    again = ", ".join([*items.scores, *(name for name in (CURVE, BOUNDARY) if name in given)])
+    lines.append(f"counted again from the answers: {again or 'nothing'}")
+    if SPEED in given:
+        is_counted = bool(items.report["details"][SPEED].get("values"))
+        lines.append(
+            f"{'counted again from its repetitions' if is_counted else 'not counted again'}: {SPEED}"
+        )
+    return [f"{FILE}: as it was written", *lines]
 
 
 def hub_form(report: Mapping[str, Any]) -> str:

@@ -255,7 +255,7 @@ def test_reports(tmp_path: Path) -> None:
     good = report_builder.make_run(tmp_path / "good", "Good")
     bad = report_builder.make_run(tmp_path / "board/bad", "Bad", seed=2)
     turn = itertools.count()
-    path, items = bad / "report.json", bad / "long_context_items.jsonl"
+    path, items = bad / "report.json", bad / "long_context_items.csv"
     raw, answers = path.read_bytes(), items.read_bytes()
     few = b"\n".join(answers.splitlines()[:4]) + b"\n"
 

@@ -11,7 +11,6 @@ import pandas as pd
 
 from dfqs_nb.context import Counts
 from dfqs_nb.core.files import canonical_sha256, sha256_of_file
-from dfqs_nb.core.journal import Journal
 from dfqs_nb.scores import grading as scoring
 
 LENGTHS = (64, 128, 256, 512, 1024)
@@ -87,7 +86,7 @@ def make_run(
     folder.mkdir(parents=True)
     scores = _score_items(folder, skill, seed, n_code)
     context = _context_items(folder, skill, flat, seed, expected)
-    boundary = Counts.of(context).boundary(n_boot=200)
+    boundary = Counts.of(context).boundary()
     if failure:
         boundary = boundary.capped(failure[1], failure[0])
     curve = Counts.of(context).curve()
@@ -113,6 +112,7 @@ def make_run(
         "low": 0.9 * speed,
         "high": 1.1 * speed,
         "n": 5,
+        "values": [0.9 * speed, 1.1 * speed, *[speed] * 3],
         "depth": 512,
         "contended": contended,
     }
@@ -143,7 +143,7 @@ def make_run(
         "items": {
             "reasoning": [{"file": "score_items.csv"}],
             "code": [{"file": "score_items.csv"}],
-            "long_context": [{"file": "long_context_items.jsonl"}],
+            "long_context": [{"file": "long_context_items.csv"}],
         },
         "routing": None,
         "conformance": CONFORMANCE,
@@ -151,7 +151,7 @@ def make_run(
         "hardware_envelope": ENVELOPE,
         "machine": {**MACHINE, **(machine or {})},
         "versions": {},
-        "sources": {"score_items.csv": "", "long_context_items.jsonl": ""},
+        "sources": {"score_items.csv": "", "long_context_items.csv": ""},
     }
     (folder / "report.json").write_text(json.dumps(report))
     reseal(folder, rehash=True)
@@ -209,7 +209,6 @@ def _score_detail(score: scoring.Score) -> dict:
 
 def _context_items(folder: Path, skill: float, flat: float | None, seed: int, expected: str) -> pd.DataFrame:
     draw, rows = np.random.default_rng([seed, 2]), []
-    journal = Journal(folder / "long_context_items.jsonl", {"seed": seed})
     for haystack in range(15):
         for length in LENGTHS:
             chance = 0.98 / (1 + (length / (350 * 4**skill)) ** 3) if flat is None else flat
@@ -231,8 +230,9 @@ def _context_items(folder: Path, skill: float, flat: float | None, seed: int, ex
                     "seconds": 0.01,
                 }
             )
-            journal.add(f"{haystack}/{length}/key", **rows[-1])
-    return pd.DataFrame(rows)
+    items = pd.DataFrame(rows)
+    items.to_csv(folder / "long_context_items.csv", index=False)
+    return items
 
 
 def reseal(folder: Path, *, rehash: bool = False) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from dfqs_nb.context.boundary import Boundary
 from dfqs_nb.core.files import read_json
 from dfqs_nb.core.stage import Stage
 from dfqs_nb.report.reading import DRAWN_ON, Run, checked
@@ -61,12 +62,11 @@ def with_answers(folder: Path, model: Path) -> Path:
         score |= {key: own[key] for key in ("value", "low", "high", "n", "guess_rate")}
         score["counts"] = {}
     curve, boundary = details["context_stability_curve"], details["failure_boundary_tokens"]
-    names = {"tokens", "low", "high", "right_censored", "status", "cause", "a_0", "threshold", "guess_rate"}
-    context["boundary"] = {key: boundary[key] for key in (*names, "n_haystacks", "n_items")}
+    context["boundary"] = {key: boundary[key] for key in (*Boundary.__dataclass_fields__, "sentence")}
     context["failure_boundary_tokens"] = boundary["value"]
     context["context_stability_curve"] = curve["value"]
-    context["curve"] = curve["points"]
-    items = {"scores": "score_items.csv", "long_context": "long_context_items.jsonl"}
+    context |= {"curve": curve["points"], "refined": []}
+    items = {"scores": "score_items.csv", "long_context": "long_context_items.csv"}
     for name, content in {
         **{kind: recorded(kind) for kind in DRAWN_ON},
         "scores": scores,

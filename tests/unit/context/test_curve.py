@@ -18,8 +18,8 @@ import pytest
 from test_memory import NANO, smollm2
 
 from dfqs_nb.context import curve as curves
-from dfqs_nb.context.boundary import paired
-from dfqs_nb.context.curve import depth_table, measure, read_answers
+from dfqs_nb.context.boundary import Counts, paired
+from dfqs_nb.context.curve import depth_table, measure
 from dfqs_nb.context.haystacks import Haystacks, probe_of
 from dfqs_nb.context.plan import Plan, PrefillSpeed, RuntimeFailure, make_plan
 from dfqs_nb.core.journal import Journal
@@ -169,7 +169,8 @@ def test_a_budget_that_ends_during_the_run_censors(nano, tmp_path):
     stage = Stage(tmp_path, "long_context", 1)
     vars(stage)["model"] = {}
     run.hand_on(stage, {})
-    assert read_stage(tmp_path, "long_context")["left_out"] == ["lengths: 512 tokens"]
+    (row,) = read_stage(tmp_path, "long_context")["left_out"]
+    assert row["what"] == "lengths: 512 tokens"
 
 
 # ---- the run ----
@@ -284,16 +285,6 @@ def test_two_quantizations_are_compared_question_by_question(nano, tmp_path):
     assert (this["expected"] == baseline["expected"]).all()
 
 
-def test_items_are_read_back_by_their_conditions_the_newest_first(nano, tmp_path):
-    measure(nano, one_key(nano, 64, n=2), tmp_path)
-    newest = measure(nano, one_key(nano, 64, n=1), tmp_path)
-    frames = read_answers(tmp_path)
-    assert [len(frame) for frame in frames] == [1, 4]
-    assert frames[0].equals(newest.items)
-    rows = [json.loads(line) for line in (tmp_path / curves.JOURNAL).read_text().splitlines()]
-    assert {"haystack", "length", "depth", "expected", "answer", "correct", "n_evaluated"} <= set(rows[0])
-
-
 def test_the_stage_file_holds_planned_lengths_and_refinements_apart(tmp_path, nano, monkeypatch):
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
     stage = Stage("run", "long_context")
@@ -305,7 +296,10 @@ def test_the_stage_file_holds_planned_lengths_and_refinements_apart(tmp_path, na
     assert len(content["context_stability_curve"]) == 2
     assert all(row["length"] not in (256, 512) for row in content["refined"])
     assert content["boundary"]["provisional"] and "provisional" in content["summary"][0]
-    assert content["guess"]["keys"] == 6 and curves.JOURNAL in content["files"]
+    assert content["guess"]["keys"] == 6 and set(content["files"]) == {"long_context_items.csv"}
+    kept = pd.read_csv(stage.folder / "long_context_items.csv", dtype={"expected": str, "answer": str})
+    assert len(kept) == len(run.items) and (kept["expected"] == run.items["expected"]).all()
+    assert Counts.of(kept).boundary() == run.boundary()
     assert content["conditions"]["protocol"] and content["largest_fall"]["high"] <= 1.5
 
 

@@ -40,6 +40,12 @@ def test_cells_of_a_csv_are_no_formulas_and_numbers_stay(tmp_path):
     assert again["n"].tolist() == [-1.5, 2, 3, 4, 5] and table["a"][0] == "=1+1"
 
 
+def test_a_carriage_return_in_an_answer_ends_no_line_of_a_csv(tmp_path):
+    table = pd.DataFrame({"answer": ["12\r34", "a\r\nb"], "n": [1, 2]})
+    again = pd.read_csv(write_table(tmp_path / "t.csv", table, index=False))
+    assert again["answer"].tolist() == ["12\n34", "a\nb"] and again["n"].tolist() == [1, 2]
+
+
 def test_headings_and_the_index_of_a_csv_are_no_formulas_and_nothing_steers_a_terminal(tmp_path):
     frame = pd.DataFrame({"=1+1": ["\x1b[31mred\x07", "a\nb"]}, index=["@SUM(1)", "-1+1"])
     text = write_table(tmp_path / "t.csv", frame).read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -272,6 +273,22 @@ def test_a_report_without_its_answers_does_not_count(tmp_path):
     ranked = leaderboard(tmp_path)
     assert list(ranked.table["run"].dropna()) == ["whole"] and ranked.table["place"].iloc[0] == 1
     assert "- alone/report.json: the report's items are missing (score_items.csv)" in str(ranked)
+
+
+def test_counts_keep_their_digits_beside_a_report_that_has_none(tmp_path):
+    own, bad = make_run(tmp_path / "own", "Own"), tmp_path / "bad" / "report.json"
+    report = json.loads((own / "report.json").read_text())
+    report["model"]["size_bytes"] = 61_540_123_456
+    (own / "report.json").write_text(json.dumps(report))
+    reseal(own)
+    bad.parent.mkdir()
+    bad.write_text("{}")
+    leaderboard(tmp_path).write()
+    with (tmp_path / "leaderboard.csv").open() as file:
+        first, second = csv.DictReader(file)
+    boundary = str(report["metrics"]["failure_boundary_tokens"])
+    assert (first["size_bytes"], first["failure_boundary_tokens"]) == ("61540123456", boundary)
+    assert (second["size_bytes"], second["failure_boundary_tokens"]) == ("", "")
 
 
 def test_no_number_of_seventeen_digits_is_written(tmp_path):

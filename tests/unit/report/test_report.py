@@ -25,6 +25,7 @@ from dfqs_nb.report import metrics, reading, text
 from dfqs_nb.report.template import spec_table
 from dfqs_nb.scores import item_sets
 from dfqs_nb.workbook import cli
+from dfqs_nb.workbook import run as workbook
 
 SCHEMA = core_files.read_json(data_dir() / "spec" / "report.schema.json")
 METRICS = {
@@ -501,26 +502,37 @@ def test_flags_of_the_boundary_stand_wherever_it_stands(merged_reference, tmp_pa
 @pytest.mark.parametrize(
     ("declared", "told", "changes", "mark"),
     [
-        (65536, [], {}, "in part"),  # longer ones were not measured
-        (600, [], {}, "yes"),
-        (65536, ["-p", "longest=600"], {}, "yes"),
-        (65536, ["-p", "longest=4096"], {}, "in part"),  # the budget cut it
-        (None, [], {}, "in part"),
-        (600, [], {"provisional": True}, "in part"),
-        (600, [], {"right_censored": False, "status": "measured"}, "in part"),
-        (600, [], {"status": "floor", "right_censored": False}, "no"),
+        (65536, 0, {}, "in part"),  # longer ones were not measured
+        (600, 0, {}, "yes"),
+        (65536, 600, {}, "yes"),
+        (65536, 4096, {}, "in part"),  # the budget cut it
+        (None, 0, {}, "in part"),
+        (600, 0, {"provisional": True}, "in part"),
+        (600, 0, {"right_censored": False, "status": "measured"}, "in part"),
+        (600, 0, {"status": "floor", "right_censored": False}, "no"),
     ],
 )
 def test_a_context_that_carries_has_a_tick_only_where_the_whole_of_it_was_measured(
     made, declared, told, changes, mark
 ):
-    """As much was measured in each case: to 512 tokens."""
+    """As much was measured in each case: to 512 tokens. How the run was started last has no part in it."""
     body = copy.deepcopy(made)
-    body["model"]["context_length"], body["command"]["options"] = declared, told
-    body["details"]["context_stability_curve"]["lengths"] = [256, 512]
+    body["model"]["context_length"], body["command"]["options"] = declared, ["-p", "longest=512"]
+    body["details"]["context_stability_curve"] |= {"lengths": [256, 512], "longest": told}
     held = {"right_censored": True, "status": "right_censored", "high": None, "provisional": False}
     body["details"]["failure_boundary_tokens"] |= held | changes
     assert line_of(body, "How far").mark == mark
+
+
+def test_the_default_length_of_the_nano_tier_is_nothing_that_anybody_asked_for(made):
+    (path,) = workbook.find_notebooks(["05"])
+    tier, longest = text.NANO_LONGEST
+    assert workbook.declared_parameters(path)["longest"]["default"] == str(longest)
+    body = copy.deepcopy(made)
+    body["details"]["context_stability_curve"] |= {"lengths": [256, longest], "longest": longest}
+    body["details"]["failure_boundary_tokens"] |= {"right_censored": True, "status": "right_censored"}
+    for own, mark in ((tier, "in part"), ("standard", "yes")):
+        assert line_of({**body, "tier": own}, "How far").mark == mark
 
 
 # ---- the texts ----
@@ -787,7 +799,7 @@ def test_a_report_is_checked_by_reading_each_file_once_or_twice(copied, monkeypa
     for module in (text, reading, sys.modules["dfqs_nb.core.stage"]):
         monkeypatch.setattr(module, "sha256_of_file", lambda path: read.append(path.name) or own(path))
     assert report.check_run(copied)
-    answers = {"score_items.csv", "long_context_items.jsonl"}
+    answers = {"score_items.csv", "long_context_items.csv"}
     assert {name for name in read if read.count(name) > 1} <= answers
 
 
@@ -797,7 +809,10 @@ def test_a_report_is_checked_by_reading_each_file_once_or_twice(copied, monkeypa
 def test_check_counts_again_and_names_what_it_checked(copied, capsys):
     assert cli.main(["report", str(copied), "--check"]) == 0
     out = capsys.readouterr().out
-    assert "counted again from the answers: reasoning_score, code_score, context_stability_curve" in out
+    assert (
+        "counted again from the answers: reasoning_score, code_score, context_stability_curve, "
+        "failure_boundary_tokens\n" in out
+    )
     assert "scores.json: as it was written" in out and "dfqs_report.json: as it was written" in out
 
 
@@ -805,7 +820,7 @@ def test_check_counts_again_and_names_what_it_checked(copied, capsys):
     "name",
     [
         "report.html", "report.md", "report.json", "model-index.yml", "scores.json", "score_items.csv",
-        "long_context_items.jsonl", "ladder.json", "ladder_table.csv", "serving_table.csv", "dfqs_report.json",
+        "long_context_items.csv", "ladder.json", "ladder_table.csv", "serving_table.csv", "dfqs_report.json",
     ],
 )  # fmt: skip
 def test_a_change_of_any_file_is_noticed(copied, name, capsys):

@@ -16,9 +16,8 @@ from report_builder import CONDITIONS, make_run, reseal
 
 from dfqs_nb import stats
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.journal import Journal
 from dfqs_nb.report import compare as report_compare
-from dfqs_nb.report.compare import RETRIEVAL, compare_reports
+from dfqs_nb.report.compare import RETRIEVAL, compare_reports, leaderboard
 from dfqs_nb.report.reading import read_answers
 from dfqs_nb.workbook import cli
 
@@ -226,11 +225,11 @@ def test_an_edited_report_is_refused(pair):
         compare_reports(pair)
 
 
-@pytest.mark.parametrize("name", ["score_items.csv", "long_context_items.jsonl"])
+@pytest.mark.parametrize("name", ["score_items.csv", "long_context_items.csv"])
 def test_missing_or_edited_items_are_refused(pair, name):
     path = pair[1] / name
     raw = path.read_bytes()
-    path.write_bytes(raw.replace(b"False", b"True", 1).replace(b"false", b"true", 1))
+    path.write_bytes(raw.replace(b"False", b"True", 1))
     with pytest.raises(REFUSED, match=f"{name} is not the file that the report was made from"):
         compare_reports(pair)
     path.unlink()
@@ -247,9 +246,9 @@ def test_missing_or_edited_items_are_refused(pair, name):
             "its items give reasoning_score value 1, and the report states 0.85",
         ),
         (
-            "long_context_items.jsonl",
-            {b'"correct": false': b'"correct": true'},
-            "its items do not give the report's curve",
+            "long_context_items.csv",
+            {b"False": b"True"},
+            "its items give context_stability_curve value",
         ),
     ],
 )
@@ -260,6 +259,62 @@ def test_items_that_do_not_give_the_reports_numbers_are_refused(pair, name, chan
         path.write_bytes(path.read_bytes().replace(old, new))
     reseal(pair[1], rehash=True)
     with pytest.raises(REFUSED, match=message):
+        compare_reports(pair)
+
+
+FORGED = [
+    ("failure_boundary_tokens", {"value": 60_000, "tokens": 60_000, "low": 60_000}, "tokens"),
+    ("failure_boundary_tokens", {"right_censored": True, "high": None}, "high"),
+    ("failure_boundary_tokens", {"value": 60_000, "tokens": 60_000, "cause": "oom"}, "tokens"),
+    ("failure_boundary_tokens", {"provisional": True}, "provisional"),
+    ("context_stability_curve", {"guess_rate": 0.5}, "guess_rate"),
+    ("context_stability_curve", {"points": "lower"}, "n"),
+]
+
+
+@pytest.mark.parametrize("metric, change, key", FORGED)
+def test_curve_and_boundary_are_counted_again_wherever_a_report_is_read(pair, metric, change, key):
+    path = pair[0] / "report.json"
+    report = json.loads(path.read_text())
+    if change.get("points"):
+        change = {"points": [row | {"n": row["n"] - 1} for row in report["details"][metric]["points"]]}
+    report["details"][metric] |= change
+    report["metrics"][metric] = report["details"][metric]["value"]
+    path.write_text(json.dumps(report))
+    reseal(pair[0])
+    with pytest.raises(REFUSED, match=f"its items give {metric} {key} "):
+        compare_reports(pair)
+    board = leaderboard(pair[0].parent).table.set_index("report")["problem"]
+    assert metric in board["one/report.json"] and not board["two/report.json"]
+
+
+def test_a_boundary_that_the_runtime_set_is_read(tmp_path, pair):
+    stopped = make_run(tmp_path / "stopped", "Stopped", flat=0.99, failure=("oom", 2048))
+    assert read_answers(stopped).report["metrics"]["failure_boundary_tokens"] == 2048
+
+
+@pytest.mark.parametrize("change", [{"value": 9e9}, {"high": 9e9}, {"n": 50}, {"values": [9e9]}])
+def test_a_speed_follows_from_its_repetitions(pair, change):
+    path = pair[0] / "report.json"
+    report = json.loads(path.read_text())
+    report["details"]["cpu_tokens_per_sec"] |= change
+    report["metrics"]["cpu_tokens_per_sec"] = report["details"]["cpu_tokens_per_sec"]["value"]
+    path.write_text(json.dumps(report))
+    reseal(pair[0])
+    with pytest.raises(REFUSED, match="contradicts itself about cpu_tokens_per_sec"):
+        compare_reports(pair)
+
+
+def test_a_report_of_earlier_versions_names_the_command_that_makes_it_readable(pair):
+    """Its long-context answers were a journal."""
+    path, answers = pair[0] / "report.json", pair[0] / "long_context_items.csv"
+    report = json.loads(path.read_text())
+    report["items"]["long_context"][0]["file"] = answers.with_suffix(".jsonl").name
+    report["sources"] = {item["file"]: "" for group in report["items"].values() for item in group}
+    answers.rename(answers.with_suffix(".jsonl"))
+    path.write_text(json.dumps(report))
+    reseal(pair[0], rehash=True)
+    with pytest.raises(REFUSED, match=r"answers .* missing; `dfqs-nb run 05 07 --run one` writes them"):
         compare_reports(pair)
 
 
@@ -337,30 +392,6 @@ def test_speeds_are_compared_only_where_they_are_of_one_kind(tmp_path, pair, cha
     assert row["reading"].startswith(f"not compared: {reason}") and math.isnan(row["difference"])
     row = rows(compare_reports(pair), "cpu_tokens_per_sec", "Two")
     assert row["difference_low"] <= row["difference"] <= row["difference_high"]
-
-
-def test_a_journal_of_several_runs_gives_the_reports_own(pair):
-    path = pair[1] / "long_context_items.jsonl"
-    before = compare_reports(pair).table
-    other = Journal(path, {"another": "run"})
-    other.add(
-        "0/64/key",
-        haystack=0,
-        length=64,
-        planned=True,
-        task="pass key",
-        question="key",
-        depth=0.5,
-        expected="x",
-        answer="x",
-        correct=True,
-        n_prompt=60,
-        n_needles=1,
-        n_evaluated=61,
-        seconds=0.1,
-    )
-    reseal(pair[1], rehash=True)
-    pd.testing.assert_frame_equal(compare_reports(pair).table, before)
 
 
 def test_questions_with_other_answers_are_not_paired(tmp_path, pair):

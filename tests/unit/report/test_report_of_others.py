@@ -75,12 +75,12 @@ def test_each_budget_is_shown_with_what_it_left_out_and_the_command_that_measure
     }
     folder = run_of_gemma(tmp_path, without=("scores", "long_context"), generate=stage)
     model = json.loads((folder / "merge.json").read_text())["conditions"]["model"]
-    given = {"options": ["-p", "n_ctx=512"], "budget_minutes": 150}
+    given = {"options": ["-p", "n_ctx=512"], "tier": "standard", "budget_minutes": 150}
     for command, words in (
         ("", "--budget-minutes 120"),
         ("[1]", "--budget-minutes 120"),
         ('{"options": 5, "budget_minutes": "x"}', "--budget-minutes 120"),
-        (json.dumps(given), "-p n_ctx=512 --budget-minutes 300"),
+        (json.dumps(given), "--tier standard -p n_ctx=512 --budget-minutes 300"),
     ):
         (folder / COMMAND).write_text(command)
         made = report.build_report(folder, ask_llama_cpp=False)
@@ -88,7 +88,8 @@ def test_each_budget_is_shown_with_what_it_left_out_and_the_command_that_measure
         assert "03_load_and_generate: 95 s of 66 s; cut: 2 tokens of an answer in place of 96" in content
         assert f"`dfqs-nb run --run gemma --model {model} {words}`" in content
         assert f"`dfqs-nb run 05 06 07 --run gemma {words}`" not in content
-    assert "`dfqs-nb run 05 06 07 --run gemma -p n_ctx=512 --budget-minutes 150`" in content
+    command = "`dfqs-nb run 05 06 07 --run gemma --tier standard -p n_ctx=512 --budget-minutes 150`"
+    assert command in content
 
 
 @pytest.fixture(scope="module")
