@@ -24,7 +24,6 @@ from dfqs_nb.llama.generate import next_tokens
 from dfqs_nb.llama.model import DecodeError, Model, ReuseCheck, check_reuse
 
 JOURNAL, REUSE = "long_context_items.jsonl", "restored"  # and the row of the check of reuse in it
-ANSWERS = "long_context_items"  # the stage's table of the curve's answers
 ITEM = {  # what an answer in it holds; ``another_key``: it is right for another key of the text
     **dict.fromkeys(("task", "question", "expected", "answer"), str),
     **dict.fromkeys(("haystack", "length", "n_needles", "n_evaluated"), int),
@@ -107,7 +106,7 @@ class Run:
             of += f"{counted(boundary.n_items, 'answers')} in {counted(int(curve['texts'].sum()), 'texts')}"
             guessed = f"{guess['another_key']} of {guess['wrong']} wrong answers are another key's"
             lines.append(f"{of}, guess rate {guess['rate']:.2f} ({guessed})")
-        stage.table(ANSWERS, self.items)
+        stage.table("long_context_items", self.items)
         late = [f"{length:,}" for length in plan.grid if length not in set(counts.lengths.tolist())]
         if self.budget_hit and plan.n_haystacks and late:
             stage.leave_out([f"lengths: {', '.join(late)} tokens"])
