@@ -13,7 +13,7 @@ from sealed_run import recorded
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.paths import REPOSITORY
-from dfqs_nb.core.stage import NOTEBOOKS
+from dfqs_nb.core.stage import NOTEBOOKS, LeftOut
 from dfqs_nb.gguf.broken import reference_shards
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.report import requirements
@@ -225,7 +225,7 @@ def test_answers_are_counted_in_tokens_and_what_was_cut_is_named(header):
     evidence = judged(run_stages(), header).loc["cpu-constrained", "evidence"]
     assert evidence.endswith("3 of 3 prompts got text (17, 96, 18 tokens; 1 was cut off at 96 tokens)")
     cut = changed("generate", "answers", to=[{"tokens": 2, "finish_reason": "length"}] * 3)
-    cut["generate"]["left_out"] = ["2 tokens of an answer in place of 96"]
+    cut["generate"]["left_out"] = [LeftOut("2 tokens of an answer in place of 96")._asdict()]
     evidence = judged(cut, header).loc["cpu-constrained", "evidence"]
     assert (
         "3 were cut off at 2 tokens, because the budget allowed only 2 tokens of an answer in place of 96"
