@@ -318,7 +318,7 @@ def _context(details: Mapping[str, Any], folder: Path, command: Command) -> pd.D
         return pd.DataFrame()
     if not is_file(path):
         hint = f"{rerun(['long_context'], command)} writes them; it asks again only what was not kept"
-        raise ReportError("the long-context answers of this report are missing", where=tilde(path), hint=hint)
+        raise DfqsError("the long-context answers of this report are missing", where=tilde(path), hint=hint)
     items = _answers(path, CONTEXT_COLUMNS)
     if items.empty or (items[["length", "n_needles"]] < 1).any(axis=None):
         raise _refused(path, "holds no answers, or some without a length or a key")
