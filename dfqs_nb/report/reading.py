@@ -262,10 +262,8 @@ def read_answers(path: str | Path) -> RunItems:
             raise _refused(folder, f"the report's items are missing ({name})")
         if sha256_of_file(file) != digest:
             raise _refused(folder, f"{name} is not the file that the report was made from")
-    name, details = one_line(report["model"]["name"])[:LONGEST_NAME], report["details"]
-    return RunItems(
-        name, path, report, _scores(details, folder), _context(details, folder, report["command"])
-    )
+    name, given = one_line(report["model"]["name"])[:LONGEST_NAME], report["details"]
+    return RunItems(name, path, report, _scores(given, folder), _context(given, folder, report["command"]))
 
 
 def _refused(where: Path, what: str) -> DfqsError:
@@ -282,10 +280,8 @@ def _answers(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
 def _agree(path: Path, name: str, made: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
     for key, own in made.items():
         if not same(own, stated.get(key)):
-            shown = cell(own), cell(stated.get(key))
-            raise _refused(
-                path, "its items give {} {} {}, and the report states {}".format(name, key, *shown)
-            )
+            theirs = cell(stated.get(key))
+            raise _refused(path, f"its items give {name} {key} {cell(own)}, and the report states {theirs}")
 
 
 def same(a: Any, b: Any) -> bool:

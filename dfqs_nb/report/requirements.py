@@ -55,11 +55,7 @@ def check_requirements(
     rows, generate, declared = [], run.get("generate", {}), header.arch("context_length") if header else None
     facts = Facts(run, header, metrics, declared, command)
     known = {"file": run.get("merge", {}).get("model"), "at": settings_of(generate)}
-    known |= {
-        "declared": declared,
-        "layers": reading.on_gpu(generate),
-        "on_cpu": reading.on_cpu(command),
-    }
+    known |= {"declared": declared, "layers": reading.on_gpu(generate), "on_cpu": reading.on_cpu(command)}
     known["answered"] = sentence("answered", generate) or "no prompt got text"
     absent = [what for what, names in MEASURED.items() if all(metrics.get(name) is None for name in names)]
     for row in spec_table("requirements")["requirements"]:
@@ -106,9 +102,8 @@ def routing(facts: Facts) -> Judgement:
     is_whole = it and it["n_runs"] and not it["failed_runs"]
     is_dense = facts.header is not None and not experts(facts.header).moe_layers
     if is_dense or (is_whole and not it["routed"]):
-        return judged(
-            NOT_APPLICABLE, "dense moved" if is_whole and it.get("load_sentence") else "dense", it=it
-        )
+        name = "dense moved" if is_whole and it.get("load_sentence") else "dense"
+        return judged(NOT_APPLICABLE, name, it=it)
     if "routing" not in facts.run:
         return judged(NOT_TESTED, "absent", absent=reading.not_run(["routing"], facts.run, facts.command))
     if not is_whole:

@@ -321,10 +321,8 @@ def check_run(folder: str | Path) -> list[str]:
     again = ", ".join([*items.scores, *(name for name in (CURVE, BOUNDARY) if name in given)])
     lines.append(f"counted again from the answers: {again or 'nothing'}")
     if SPEED in given:
-        is_counted = bool(items.report["details"][SPEED].get("values"))
-        lines.append(
-            f"{'counted again from its repetitions' if is_counted else 'not counted again'}: {SPEED}"
-        )
+        values = items.report["details"][SPEED].get("values")
+        lines.append(f"{'counted again from its repetitions' if values else 'not counted again'}: {SPEED}")
     return [f"{FILE}: as it was written", *lines]
 
 
