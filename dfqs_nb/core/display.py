@@ -160,9 +160,9 @@ def per_cent(share: float, digits: int = 1) -> str:
 
 
 def counted(n: int, name: str) -> str:
-    """A number and its noun, singular for 1."""
+    """A number and its noun, singular for 1: of ``files as such`` the first plural, of ``processes``."""
     if n == 1:
-        name = re.sub(r"(?<=[a-z])s\b", "", name, count=1)
+        name = re.sub(r"(?<=ss)es\b|(?<=[a-z])s\b", "", name, count=1)
     return f"{n:,} {name}"
 
 

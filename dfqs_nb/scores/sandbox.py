@@ -205,7 +205,7 @@ def _watched(process: subprocess.Popen[bytes], limits: Limits) -> Verdict | None
                 return None
             if time.monotonic() > deadline:
                 return Verdict("timeout", "wall time")
-            if _held_bytes(process.pid) > limits.memory_bytes:
+            if _held_bytes(process.pid, limits.memory_bytes) > limits.memory_bytes:
                 return Verdict("memory", f"{limits.memory_bytes >> 20} MiB in all its processes")
     finally:
         with suppress(ProcessLookupError, PermissionError):
@@ -214,14 +214,17 @@ def _watched(process: subprocess.Popen[bytes], limits: Limits) -> Verdict | None
         process.wait()
 
 
-def _held_bytes(pid: int) -> int:
-    """Memory of all processes below this one; pages that they share count once where that matters."""
-    held, shared_once = 0, 0
+def _held_bytes(pid: int, limit: int) -> int:
+    """Memory of all processes below this one; beyond a quarter of the limit, shared pages count once."""
+    members, resident, shared_once = list[psutil.Process](), 0, 0
     with suppress(psutil.NoSuchProcess):
-        for member in psutil.Process(pid).children(recursive=True):
-            with suppress(psutil.Error, AttributeError):  # it ended, or this system does not say
-                held += member.memory_info().rss
-                shared_once += member.memory_full_info().pss if held > LIMITS.memory_bytes // 4 else 0
+        members = psutil.Process(pid).children(recursive=True)
+    for member in members:
+        with suppress(psutil.Error):  # it ended
+            resident += member.memory_info().rss
+    for member in members if resident > limit // 4 else ():  # slow: the system walks all of its pages
+        with suppress(psutil.Error, AttributeError):  # it ended, or this system does not say
+            shared_once += member.memory_full_info().pss
     return shared_once
 
 

@@ -286,7 +286,8 @@ class Endpoint:
         try:
             return in_time(seconds, partial(self._page, url, body, seconds))
         except TimeoutError:  # the connections are closed, which ends the thread that reads; others ask again
-            vars(self).pop("client", self.client).close()
+            if client := vars(self).pop("client", None):  # else another thread has closed it
+                client.close()
             raise
 
     def _page(self, url: str, body: Mapping[str, Any] | None, seconds: float) -> Any:

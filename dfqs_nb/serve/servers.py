@@ -99,6 +99,9 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer", None]):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)
         child.end(self.process, grace_seconds=0)
+        if not self.log.closed:
+            _ = self.loaded  # from the log
+            self.log.close()
         return time.perf_counter() - started
 
 

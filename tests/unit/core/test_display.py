@@ -19,6 +19,7 @@ def test_sizes_and_cells_are_short():
     assert cells == ["0.8646", "61,540,805,344", "yes", "not stated"]
     assert counted(1, "timed repetitions") == "1 timed repetition"
     assert counted(4, "texts a length") == "4 texts a length"
+    assert [counted(1, name) for name in ("processes", "pieces")] == ["1 process", "1 piece"]
 
 
 def test_columns_have_names_for_people_with_units():

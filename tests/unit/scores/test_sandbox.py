@@ -547,12 +547,14 @@ def test_a_door_of_the_kernel_is_closed(name):
 
 
 @needs_sandbox
-def test_the_memory_of_all_processes_together_is_bounded():
+@pytest.mark.parametrize(("children", "each", "limit"), [(8, 600, 1024), (3, 60, 160)])
+def test_the_memory_of_all_processes_together_is_bounded(children, each, limit):
     hog = (
-        "import os, time\nfor _ in range(8):\n    if os.fork() == 0: break\n"
-        "x = bytearray(600 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1\ntime.sleep(20)\n"
+        f"import os, time\nfor _ in range({children}):\n    if os.fork() == 0: break\n"
+        f"x = bytearray({each} << 20)\nfor i in range(0, len(x), 4096): x[i] = 1\ntime.sleep(20)\n"
     )
-    said = run(hog, FOUND, replace(LIMITS, cpu_seconds=20, wall_seconds=20))
+    limits = replace(LIMITS, cpu_seconds=20, wall_seconds=20, memory_bytes=limit << 20)
+    said = run(hog, FOUND, limits)
     assert said.outcome == "memory", said
 
 

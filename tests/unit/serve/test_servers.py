@@ -233,7 +233,7 @@ def test_a_server_asks_for_its_key_and_is_gone_when_it_is_stopped(merged_referen
     assert len(files) >= 2 and len(key) > 30 and key not in command
     assert not [path for path in files if key in path.read_bytes()]
     assert not server.alive and server.has_ended
-    assert server.stop() < 1
+    assert server.stop() < 1 and server.log.closed and server.loaded["offloaded_layers"] == 0
     with pytest.raises(EndpointError, match="nothing answers"):
         server.connect(retries=0)
 
