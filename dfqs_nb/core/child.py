@@ -105,23 +105,16 @@ class Worker(AbstractContextManager["Worker"]):
         A `DfqsError` that the child raises has the same class here. `ChildDied`: the child ended, or was
         killed after ``timeout_seconds``. The message names ``where``.
         """
-        messages, begin, process = list[dict[str, Any]](), os.fstat(self._log.fileno()).st_size, self._process
+        begin, process = os.fstat(self._log.fileno()).st_size, self._process
         if process is None or process.poll() is not None:
             self.close()
             self._process = process = start(self.module, job, log=self._log)
             _running.add(process)
         else:
             _send(process, job)
-        assert process.stdout is not None
         try:
             with killed_after(timeout_seconds, process) as late:
-                for message in filter(None, map(_parsed, process.stdout)):
-                    messages.append(message)
-                    if {"answer", "failed"} & message.keys():
-                        break
-                    on_message(message)
-                else:
-                    process.wait()
+                messages = _until_answer(process, on_message)
         except BaseException:
             self.close()
             raise
@@ -133,6 +126,20 @@ class Worker(AbstractContextManager["Worker"]):
         if "answer" in last:
             return dict(last["answer"])
         raise died("timeout" if late.is_set() else ending(process.returncode), where, messages, lines)
+
+
+def _until_answer(
+    process: subprocess.Popen[bytes], on_message: Callable[[dict[str, Any]], object]
+) -> list[dict[str, Any]]:
+    """What a child sends, up to its answer or failure; without one the child has ended."""
+    messages = list[dict[str, Any]]()
+    for message in filter(None, map(_parsed, process.stdout or ())):
+        messages.append(message)
+        if {"answer", "failed"} & message.keys():
+            return messages
+        on_message(message)
+    process.wait()
+    return messages
 
 
 def run(
@@ -152,7 +159,7 @@ def killed_after(seconds: float | None, process: subprocess.Popen[bytes]) -> Ite
         late.set()
         process.kill()
 
-    timer = threading.Timer(seconds or threading.TIMEOUT_MAX, kill)
+    timer = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, kill)
     timer.daemon = True
     timer.start()
     try:

@@ -10,12 +10,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dfqs_nb.core.display import tqdm
+from dfqs_nb.core.errors import OutputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +27,21 @@ CHUNK_BYTES = 8 << 20
 STEERING = re.compile("[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # control characters without the spaces
 FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(\.\d+)?(e[+-]?\d+)?$)")  # signed numbers are none
 JSON_BYTES = 256 << 20  # no report, stage or manifest is larger
+
+
+def check_output(path: Path, sources: Iterable[Path] = (), overwrite: bool = False) -> None:
+    """Raise `OutputError` unless a file can have this name and takes none away that should stay."""
+    what, hint = "", "choose another name"
+    if not path.parent.is_dir():
+        what, hint = "its folder does not exist", "make the folder first"
+    elif path.exists() and any(path.samefile(source) for source in sources):
+        what = "is one of the files that it would be made from"
+    elif path.exists() and not path.is_file():
+        what, hint = "is no regular file", "name a file, like model.gguf"
+    elif os.path.lexists(path) and not overwrite:
+        what, hint = "exists already", "choose another name, or pass --overwrite"
+    if what:
+        raise OutputError(what, where=path, hint=hint)
 
 
 @contextmanager

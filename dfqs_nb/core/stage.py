@@ -94,6 +94,7 @@ class Stage:
         note = self.folder / f".{self.name}.plan.json"
         limit = None if self.budget_seconds == math.inf else self.budget_seconds
         kept = remembered(note, conditions, lambda: {"budget_seconds": limit, "plan": make()}, fresh=fresh)
+        # a little more budget must not change what is measured: no earlier answer would count
         if (before := kept["budget_seconds"]) is not None and self.budget_seconds > 2 * before:
             return self.plan(conditions, make, fresh=True)
         return dict(kept["plan"])

@@ -17,7 +17,8 @@ import pandas as pd
 from annotated_types import Ge, Le, MinLen
 from pydantic import BaseModel, ValidationError
 
-from dfqs_nb.core import display, errors, files, journal, paths
+from dfqs_nb.core import display, files, journal, paths
+from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.ladder.divergence import Array, log_probs
 from dfqs_nb.llama.generate import chat_prompt
 from dfqs_nb.llama.model import Model
@@ -86,15 +87,13 @@ class Record:
             what = f"line {number}: {'.'.join(map(str, fault['loc'])) or 'no object'}: {fault['msg']}"
             hint = f'its first line must name the format, "record": "{FORMAT}"; docs/fidelity.md describes it'
             hint = hint if number == 1 else "it is cut or damaged: copy it again, or make it again"
-            raise errors.DfqsError(what, where=paths.tilde(path), hint=hint) from error
+            raise DfqsError(what, where=paths.tilde(path), hint=hint) from error
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is empty"
             hint = "make one with: dfqs-nb record MODEL -o record.jsonl"
-            raise errors.DfqsError(f"cannot be read ({why})", where=paths.tilde(path), hint=hint) from error
+            raise DfqsError(f"cannot be read ({why})", where=paths.tilde(path), hint=hint) from error
         if not lines:
-            raise errors.DfqsError(
-                "the record holds no prompt", where=paths.tilde(path), hint="make it again"
-            )
+            raise DfqsError("the record holds no prompt", where=paths.tilde(path), hint="make it again")
         return cls(head, lines)
 
 
@@ -111,7 +110,7 @@ def write_record(
     about: dict[str, Any] = {"source": model.path.name, "source_sha256": sha256}
     about |= {"licence": questions.licence, "runtime": conditions["runtime"]}
     key = {**about, "record": FORMAT, "conditions": conditions, "tokens": n_tokens, "prompts": prompts}
-    kept = journal.Journal(path.with_name(f".{path.name}.journal"), key)
+    kept = journal.Journal(path.with_name(f".{path.name}.answers"), key)
     for name, prompt in display.tqdm(prompts.items(), desc="prompts", leave=False):
         if name not in kept:
             ids = chat_prompt(model, prompt)
@@ -121,7 +120,7 @@ def write_record(
     rows = [row for row in kept.rows() if row["steps"]]  # a model that ends at once predicted nothing
     if not rows:
         hint = "give another question set with --prompts"
-        raise errors.DfqsError("every answer ended at once", where=model.path, hint=hint)
+        raise DfqsError("every answer ended at once", where=model.path, hint=hint)
     head = Head(**about, n_vocab=model.n_vocab, date=date.today().isoformat())
     with files.whole_file(path) as file:
         for row in [head.model_dump(), *rows]:
@@ -183,7 +182,7 @@ def compare_record(model: Model, record: Record) -> pd.DataFrame:
         largest = max(*line.prompt, *(token for top in line.steps for token, _ in top))
         if largest >= n_vocab or model.text(line.answer) != line.text:
             what = f"the model has another vocabulary than the record (prompt {line.id!r})"
-            raise errors.DfqsError(what, where=model.path, hint="record the original of this very model")
+            raise DfqsError(what, where=model.path, hint="record the original of this very model")
     n_ctx, rows = model.settings.n_ctx, list[dict[str, Any]]()
     # a prompt that does not fit is left out; the number of prompts shows it
     fitting = [line for line in record.lines if len(line.prompt) + len(line.steps) <= n_ctx]
@@ -194,7 +193,7 @@ def compare_record(model: Model, record: Record) -> pd.DataFrame:
             rows.append({"id": line.id, "position": at, "bytes": n_bytes, **_compared(top, ours)})
     if not rows:
         hint = f"open the model with a larger context than {n_ctx:,} tokens: --n-ctx"
-        raise errors.DfqsError("no prompt of the record fits", where=model.path, hint=hint)
+        raise DfqsError("no prompt of the record fits", where=model.path, hint=hint)
     return pd.DataFrame(rows)
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from dfqs_nb.core.display import tqdm
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import remove_stale, whole_path
+from dfqs_nb.core.files import check_output, remove_stale, whole_path
 from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.gguf.facts import class_of
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
@@ -78,8 +78,8 @@ class ImportanceMatrix:
         """The names of the entries that a model's tensors can use, and whose name contains a match.
 
         llama-quantize refuses an entry that has not a value for each column (and expert) of its tensor, as of
-        ``attn_output_a`` of ``deepseek4``, whose columns llama.cpp multiplies in groups. A `DfqsError`:
-        most entries do not fit.
+        ``attn_output_a`` of ``deepseek4``, whose columns llama.cpp multiplies in groups. A `DfqsError`: most
+        entries do not fit.
         """
         sizes = {t.name: t.shape[0] * (t.shape[2] if len(t.shape) > 2 else 1) for t in header.tensors}
         odd = [name for name, entry in self.entries.items() if sizes.get(name) != entry.sums.size]
@@ -217,23 +217,29 @@ def collect(
     n_chunks: int = 24,
     n_threads: int = 0,
     fresh: bool = False,
+    overwrite: bool = False,
 ) -> ImportanceMatrix:
     """Collect an importance matrix over a text, in whole chunks that each begin from a cleared context.
 
     ``source``: the model, in the precision that the quantization starts from. ``text``: or the name of a
     prompt set or a text file. ``path``: the file that it is written to; one from the same text and model is
-    read, unless ``fresh``. ``n_chunks``: the most; 0: all. ``n_threads``: 0: as suits the model's size. A
-    `DfqsError`: there is no such text, or it is too short.
+    read, unless ``fresh``; any other stays, unless ``overwrite``. ``n_chunks``: the most; 0: all.
+    ``n_threads``: 0: as suits the model's size. A `DfqsError`: there is no such text, it is too short, or
+    another file has the name.
     """
     text, path = load_text(text, "calibration") if isinstance(text, str) else text, Path(path)
     shards = open_shards(source)
     known: dict[str, Any] = {"source": shards.sha256, "text": asdict(text)}
     known |= {"tokens": chunk_tokens, "chunks": n_chunks, "runtime": llama_version()}
     dataset = f"{text.name} {conditions_hash(known)}"
-    if path.exists() and not fresh:
-        with suppress(DfqsError):  # a damaged file is collected again
-            if (kept := read_imatrix(path)).datasets == (dataset,):
-                return kept
+    if path.exists():
+        kept = None
+        with suppress(DfqsError):  # it is damaged, or none
+            kept = read_imatrix(path)
+        if kept is None or kept.datasets != (dataset,):
+            check_output(path, overwrite=overwrite)
+        elif not fresh:
+            return kept
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path)
     collector, n_threads = Collector(), n_threads or threads_for(shards.as_one)

@@ -23,7 +23,7 @@ import pandas as pd
 import pydantic.dataclasses
 
 from dfqs_nb.core import child, display, files, machine
-from dfqs_nb.core.errors import DfqsError, IntegrityError, OutputError, SpaceError
+from dfqs_nb.core.errors import DfqsError, IntegrityError, SpaceError
 from dfqs_nb.core.paths import data_dir, tilde
 from dfqs_nb.gguf.facts import INTEGER_TYPES, bits_per_weight, class_sizes, layer_of
 from dfqs_nb.gguf.header import DEFAULT_ALIGNMENT, TENSOR_TYPES, GGUFHeader, Tensor, check_layout, read_header
@@ -168,9 +168,8 @@ def plan(
     """Ask llama.cpp in a dry run what it would make of a model by a recipe. Writes nothing.
 
     ``source``: of F32, F16 or BF16 weights. ``imatrix``: an importance matrix that lies in a file; a recipe
-    with ``weights`` uses it. ``run``: does the child's job, for several calls. A `DfqsError`: the recipe
-    does not fit the model, a type needs an importance matrix, or that is of another model.
-    A `ModelError`: llama.cpp dies on the source.
+    with ``weights`` uses it. ``run``: does the child's job, for several calls. A `DfqsError`: recipe or
+    matrix do not fit the model, or a type needs a matrix. A `ModelError`: llama.cpp dies on the source.
     """
     recipe, shards = load_recipe(recipe) if isinstance(recipe, str) else recipe, open_shards(source)
     where, header = shards.paths[0], shards.as_one
@@ -223,18 +222,6 @@ def _check_source(shards: ShardSet) -> None:
         raise DfqsError(what, where=shards.paths[0], hint=hint)
 
 
-def check_output(output: Path, shards: ShardSet, overwrite: bool) -> None:
-    """Check that the output may have its name; errors as `quantize`."""
-    if any(output.exists() and output.samefile(path) for path in shards.paths):
-        raise OutputError("is the source itself", where=output, hint="name another file")
-    if output.is_dir():
-        raise OutputError("is a folder", where=output, hint="name a file in it")
-    if output.exists() and not overwrite:
-        raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
-    if not output.parent.is_dir():
-        raise OutputError("its folder does not exist", where=output, hint="make the folder first")
-
-
 def quantize(
     source: Files,
     recipe: Recipe | str,
@@ -253,7 +240,7 @@ def quantize(
     `IntegrityError`: what llama.cpp wrote is not what was planned.
     """
     output, shards = Path(output), open_shards(source)
-    check_output(output, shards, overwrite)
+    files.check_output(output, shards.paths, overwrite)
     files.remove_stale(output)
     planned = plan(shards, recipe, imatrix, run)
     needed = planned.nbytes + shards.headers[0].data_offset + HEADER_BYTES

@@ -82,18 +82,19 @@ class Plan:
         shape = repr((self.nbytes, len(self.sources), [astuple(copy) for copy in self.copies]))
         return hashlib.sha256(self.header + shape.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def within(self, start: int, nbytes: int) -> Iterator[tuple[Copy, int, int]]:
-        """Those of the copies that reach into a window, and which of their bytes lie in it.
 
-        Of a copy that has only padding there the range is empty.
-        """
-        first = bisect_right(self.copies, start, key=attrgetter("target_offset")) - 1
-        for run in self.copies[max(first, 0) :]:
-            low, high = max(start - run.target_offset, 0), start + nbytes - run.target_offset
-            if high <= 0:
-                return
-            if low < run.nbytes + run.padding:
-                yield run, low, max(low, min(high, run.nbytes))
+def overlaps(copies: Sequence[Copy], start: int, nbytes: int) -> Iterator[tuple[Copy, int, int]]:
+    """Those of the copies, in the target's order, that reach into a window, and which of their bytes do.
+
+    Of a copy that has only padding there the range is empty.
+    """
+    first = bisect_right(copies, start, key=attrgetter("target_offset")) - 1
+    for run in copies[max(first, 0) :]:
+        low, high = max(start - run.target_offset, 0), start + nbytes - run.target_offset
+        if high <= 0:
+            return
+        if low < run.nbytes + run.padding:
+            yield run, low, max(low, min(high, run.nbytes))
 
 
 def identities(paths: Iterable[Path]) -> tuple[Identity, ...]:
@@ -131,33 +132,38 @@ class NameTaken(OutputError):
 
 
 class Run:
-    """One pass over all windows of a plan; ``stack`` closes its files, and ``ours`` gets their names."""
+    """One pass over all windows of a plan; ``own_files``: what may go if it fails without a proven window."""
 
-    def __init__(self, plan: Plan, output: Path, consume: bool, stack: ExitStack, ours: list[Path]) -> None:
-        part, place = disk.part_path(output), disk.journal_path(output)
-        self.plan, self.failed, self.journal = plan, False, None
+    def __init__(self, plan: Plan, output: Path, consume: bool) -> None:
+        self.plan, self.output, self.consume, self.own_files = plan, output, consume, set[Path]()
+        self.journal: Journal | None = None
+        self.blocked, self.window = False, WINDOW_BYTES
+
+    def open(self, stack: ExitStack) -> None:
+        """Open and lock all files until ``stack`` closes them."""
+        plan, part, place = self.plan, disk.part_path(self.output), disk.journal_path(self.output)
         own = stack.enter_context(disk.open_own(part))
-        disk.lock_part(own, output)
+        disk.lock_part(own, self.output)
         self.part = Part(own)
-        if not self.part.size:
-            ours.append(part)  # it is new; any other may hold what the sources lack
-        if not consume and (earlier := read_journal(output)):
+        if not self.part.size:  # it is new; until the journal is read, any other may hold what sources lack
+            self.own_files.add(part)
+        if not self.consume and (earlier := read_journal(self.output)):
             if windows(earlier):
                 raise in_the_way(place)
             place.unlink()  # of a consuming copy that was killed before its first window
         self.sources = [
-            SourceFile(path, stack.enter_context(disk.open_locked(path, alone=consume)), identity)
+            SourceFile(path, stack.enter_context(disk.open_locked(path, alone=self.consume)), identity)
             for path, identity in zip(plan.sources, plan.identities, strict=True)
         ]
-        if consume:
+        if self.consume:
             file = stack.enter_context(disk.open_own(place))
-            ours.append(place)
+            self.own_files.add(place)
             self.journal = Journal(file, plan, self.sources)
-        ours.append(part)
-        self.window = self.journal.window if self.journal else WINDOW_BYTES
+            self.window = self.journal.window
+        self.own_files.add(part)
         for source in self.sources:
             source.check()
-        fsync_dir(output.parent)
+        fsync_dir(self.output.parent)
 
     def copy(self) -> tuple[str, dict[str, str], tuple[Identity, ...]]:
         """Copy every window; some are hashed and written while the next is read.
@@ -181,7 +187,7 @@ class Run:
                 copied = self._load(view, start)
                 keep = writer.submit(self._keep, view, start, copied)
                 jobs[turn] = [hasher.submit(sha256.update, view), keep]
-                for run, low, high in plan.within(start, len(view)):
+                for run, low, high in overlaps(plan.copies, start, len(view)):
                     at = run.target_offset - start
                     digests[run.name].update(view[at + low : at + high])
                 bar.update(len(view))
@@ -193,7 +199,7 @@ class Run:
 
     def _load(self, view: memoryview, start: int) -> bool:
         """Fill a window; true: from the part file, because its sources were given back."""
-        end, runs = start + len(view), list(self.plan.within(start, len(view)))
+        end, runs = start + len(view), list(overlaps(self.plan.copies, start, len(view)))
         if self.journal is not None and not all(
             disk.stores(self.sources[run.source].handle, run.source_offset + low, run.source_offset + high)
             for run, low, high in runs
@@ -225,20 +231,20 @@ class Run:
             if not self.part.has(view, start):
                 self._write(view, start)
             return
-        if self.failed:
+        if self.blocked:
             return
-        self.failed = True  # until this window is through
+        self.blocked = True  # an exception below leaves it set: no later window may release a byte
         if not copied:
             journal.add({"end": end, "xxh3": self._write(view, start)}, durable=True)
         earlier = copied and end <= journal.released
-        for run, low, high in self.plan.within(start, len(view)):
+        for run, low, high in overlaps(self.plan.copies, start, len(view)):
             if low < high:
                 gap = run.padding if high == run.nbytes else 0
                 first, last = run.source_offset + low, run.source_offset + high
                 self.sources[run.source].release(first, last, gap, earlier)
         if not earlier:
             journal.add({"released": end})
-        self.failed = False
+        self.blocked = False
 
     def _write(self, view: memoryview, start: int) -> str:
         """Write a window, compare it with what the disk gives back, and return its hash."""
@@ -257,8 +263,9 @@ class Run:
             if not disk.is_at(source.handle, source.path.resolve()):  # it may be a link
                 raise disk.changed(source.path)
 
-    def give_name(self, output: Path, replace: bool) -> None:
+    def give_name(self, replace: bool) -> None:
         """Give the part file its name, if nobody changed it; ``replace``: from a file that has the name."""
+        output = self.output
         self.part.check(self.plan.nbytes)
         try:
             if replace:
@@ -293,19 +300,13 @@ class Journal:
         identities = [source.identity for source in sources]
         new: Event = {"plan": plan.fingerprint, "window": WINDOW_BYTES, "sources": identities}
         head = lines[0] if lines else new
-        window, recorded = head.get("window"), head.get("sources", ())
-        sized = type(window) is int and 0 < window <= MAX_WINDOW_BYTES and not window % mmap.PAGESIZE
-        whole = isinstance(recorded, list) and len(recorded) == len(sources)
-        if not (sized and whole) or head.get("plan") != plan.fingerprint:
-            raise in_the_way(Path(file.name))
-        self.window: int = head["window"]
+        self.window, recorded = _checked_head(head, plan, Path(file.name))
         # up to where in the target the earlier run gave the source bytes back
         self.released = max((n for line in lines if type(n := line.get("released")) is int), default=0)
+        was_releasing = bool(lines) and "end" in lines[-1]
         for source, then in zip(sources, recorded, strict=True):
-            mtime, now = then.get("mtime_ns") if isinstance(then, dict) else None, source.identity["mtime_ns"]
-            torn = lines and "end" in lines[-1]
-            if torn and type(mtime) is int and mtime < int(now) <= written_ns + TORN_SECONDS * 10**9:
-                source.set_time(mtime)
+            if was_releasing:
+                _restore_time(source, then, written_ns)
             if source.identity != then:
                 raise disk.changed(source.path)
         file.truncate(nbytes)
@@ -320,6 +321,24 @@ class Journal:
             rest = rest[self.file.write(rest) :]
         if durable:
             os.fsync(self.file.fileno())
+
+
+def _checked_head(head: Event, plan: Plan, journal: Path) -> tuple[int, list[Any]]:
+    """The window in bytes and the sources of a journal's first line, if it is of this plan."""
+    window, sources = head.get("window"), head.get("sources")
+    # not `isinstance`: JSON's `true` is an int in Python, and bytes are deleted on this file's word
+    sized = type(window) is int and 0 < window <= MAX_WINDOW_BYTES and not window % mmap.PAGESIZE
+    whole = isinstance(sources, list) and len(sources) == len(plan.sources)
+    if not (sized and whole) or head.get("plan") != plan.fingerprint:
+        raise in_the_way(journal)
+    return head["window"], head["sources"]
+
+
+def _restore_time(source: SourceFile, then: Any, written_ns: int) -> None:
+    """Set the time back that a release changed, if the kill came between the two: see `Journal`."""
+    before, now = then.get("mtime_ns") if isinstance(then, dict) else None, source.identity["mtime_ns"]
+    if type(before) is int and before < int(now) <= written_ns + TORN_SECONDS * 10**9:
+        source.set_time(before)
 
 
 def read_journal(output: Path) -> list[Event]:

@@ -204,7 +204,8 @@ class SourceFile:
     def __init__(self, path: Path, file: IO[bytes], identity: Identity) -> None:
         self.path, self.file, self.handle, self.identity = path, file, file.fileno(), identity
         self.ctime_ns = os.fstat(self.handle).st_ctime_ns
-        self.low = self.high = self.gap = 0  # the run of copied bytes whose last block is not given back yet
+        # of the bytes copied in one piece: from where they are stored yet, their end, the padding behind it
+        self.stored_from = self.copied_to = self.padding = 0
 
     def set_time(self, mtime_ns: int) -> None:
         """Set the modification time, as it was before bytes were given back."""
@@ -232,22 +233,23 @@ class SourceFile:
                 raise IntegrityError(f"ended inside tensor {name!r}", where=self.path, hint=hint)
             view, offset = view[n:], offset + n
 
-    def release(self, start: int, end: int, gap: int, earlier: bool) -> None:
+    def release(self, start: int, end: int, padding: int, earlier: bool) -> None:
         """Give these bytes back, whole blocks at a time, and keep the file's time.
 
-        A block that is partly copied waits for its rest. The ``gap`` bytes of padding after these go with
-        them. A header between two runs does not: it is what a later run finds the tensors by. ``earlier``: a
-        run before this one gave them back.
+        A block that is partly copied waits for its rest: of blocks of 4,096 bytes, 0 to 5,000 gives back one,
+        and 5,000 to 9,000 then gives back 4,096 to 8,192. The bytes of ``padding`` after these go with them.
+        A header between two runs does not: it is what a later run finds the tensors by. ``earlier``: a run
+        before this one gave them back.
         """
-        if not self.high <= start <= self.high + self.gap:
-            self.low = start
-        self.high, self.gap = end, gap
+        if not self.copied_to <= start <= self.copied_to + self.padding:
+            self.stored_from = start  # another piece
+        self.copied_to, self.padding = end, padding
         if earlier:
             block = os.fstat(self.handle).st_blksize
-            self.low = max(self.low, end // block * block)
+            self.stored_from = max(self.stored_from, end // block * block)
             return
         self.check()
-        self.low = punch(self.handle, self.low, end)
+        self.stored_from = punch(self.handle, self.stored_from, end)
         self.set_time(int(self.identity["mtime_ns"]))
 
 
@@ -277,12 +279,14 @@ class Part:
         """Call until the view is done; return the bytes done."""
         done = 0
         while done < len(view):
-            direct = self.direct  # another thread may change it meanwhile
+            direct = self.direct  # as it is when this call begins
             try:
                 n = call(self.handle, view[done:], offset + done)
-            except OSError as error:  # EINVAL: direct calls need whole blocks
+            except OSError as error:
                 if error.errno != errno.EINVAL or not direct:
                     raise
+                # Direct calls refuse the odd piece at the end. The thread that meets it first turns them off
+                # for the file; another's call may have begun before that, and is tried again, too.
                 self.direct = self._past_cache(False)
                 continue
             if n == 0:

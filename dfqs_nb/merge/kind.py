@@ -115,11 +115,14 @@ def diagnose(path: str | Path, *, allow_holes: bool = False) -> Diagnosis:
         diagnosis = Diagnosis(path, *by_first_bytes(first, size), size)
     part = PART_NAME.fullmatch(path.name)
     seems_fine = diagnosis.kind in (Kind.SINGLE_FILE, Kind.SHARD, Kind.COMPANION, Kind.DAMAGED)
+    # 1. An unfinished download can look like anything, so that is said first; 2. a piece of a cut file looks
+    # unfinished, or like no model, so how to join it is said in place of that.
     if (part or seems_fine) and not allow_holes and (found := unfinished(path)):
         return replace(diagnosis, kind=found[0], finding=found[1], next_step=found[2])
     if part and diagnosis.kind in (Kind.UNFINISHED, Kind.OTHER_FORMAT):
         parts, whole = (quoted(path.with_name(name)) for name in (part[1], part["whole"]))
-        join = f"`printf '%s\\0' {parts}* | sort -zV | xargs -0 cat > {whole}`"  # a shell sorts 10 before 2
+        # `set -C`: not over a file that is there; `sort`: a shell has 10 before 2
+        join = f"`(set -C; printf '%s\\0' {parts}* | sort -zV | xargs -0 cat > {whole})`"
         step = f"if it is a part of one file, join all of its parts in the order of their numbers: {join}"
         return replace(diagnosis, next_step=step)
     return diagnosis

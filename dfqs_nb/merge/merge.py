@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dfqs_nb.core import files
 from dfqs_nb.core.display import quoted
 from dfqs_nb.core.errors import IntegrityError, OutputError, RegistryError, ShardError, SpaceError
-from dfqs_nb.core.files import is_file, remove_stale, there_is
-from dfqs_nb.core.paths import REPOSITORY, data_dir, outputs_dir
+from dfqs_nb.core.paths import REPOSITORY, data_dir
 from dfqs_nb.gguf import facts
 from dfqs_nb.gguf.header import check_layout, padded, read_header
 from dfqs_nb.gguf.models import resolve
@@ -58,14 +57,14 @@ def open_source(model: Given, *, merged_to: Path | None = None) -> Source:
     `HeaderError`, `LayoutError`, `ShardError`, `RegistryError`: files are missing, not sound, or not one set.
     """
     try:
-        found = [[Path(given)] if is_file(given) else resolve(given) for given in _each(model)]
+        found = [[Path(given)] if files.is_file(given) else resolve(given) for given in _each(model)]
     except RegistryError as error:
         raise (merged_to and _merged_before(model, merged_to)) or error from error
-    files = [path for paths in found for path in paths]
-    first, alone = diagnose(files[0], allow_holes=True), len(files) == 1
+    paths = [path for each in found for path in each]
+    first, alone = diagnose(paths[0], allow_holes=True), len(paths) == 1
     if alone and (first.kind is Kind.UNFINISHED or not first.headers):
-        raise ShardError(f"is no model: {first.finding}", where=files[0], hint=first.next_step)
-    shards = first.shards() if alone else open_shards(files)
+        raise ShardError(f"is no model: {first.finding}", where=paths[0], hint=first.next_step)
+    shards = first.shards() if alone else open_shards(paths)
     return Source(shards, first.kind, plan_merge(shards))
 
 
@@ -116,7 +115,9 @@ def merge_once(
     earlier = earlier_result(output)
     if earlier and not fresh and earlier.sources == plan.identities:
         return earlier
-    ours = manifest_path(output).exists() or output.resolve().is_relative_to(outputs_dir().resolve())
+    ours = False
+    with suppress(OSError, IntegrityError):
+        ours = read_manifest(output) is not None
     return _carry_out(plan, output, ours, consume)
 
 
@@ -149,47 +150,49 @@ def _carry_out(
 ) -> MergeResult:
     """Check, copy, check again, keep the hashes, and only then give the file its name; or resume that."""
     check_output(output, plan, overwrite=replace, consume=consume, in_place=in_place)
-    remove_stale(manifest_path(output))
-    began, part, ours, saved = time.perf_counter(), disk.part_path(output), list[Path](), False
+    files.remove_stale(manifest_path(output))
+    began, run, saved = time.perf_counter(), Run(plan, output, consume), False
     left = "run the same command again to resume" if consume else "the partial output was removed"
     with disk.readable_errors(output, plan.nbytes, left), ThreadPoolExecutor(1) as beside:
+        # The order is the guarantee: a kill between two steps leaves what the same command goes on from.
         try:
             with ExitStack() as stack:
-                run = Run(plan, output, consume, stack, ours)
+                run.open(stack)
                 header = beside.submit(check_header, plan)
                 if consume:  # nothing is released for a header that is refused
                     header.result()
-                sha256, hashes, sources = run.copy()
-                header.result()
-                run.check_sources()
+                sha256, hashes, sources = run.copy()  # 1. every byte is on the disk, and read back equal
+                header.result()  # 2. llama.cpp takes the header
+                run.check_sources()  # 3. no source changed while it was read
                 seconds = time.perf_counter() - began
                 result = MergeResult(output, plan.nbytes, sha256, hashes, sources, seconds)
-                save_manifest(result, part)
+                save_manifest(result, disk.part_path(output))  # 4. by it a later call knows the output
                 saved = True
-                run.give_name(output, replace or in_place)
+                run.give_name(replace or in_place)  # 5.
+                for source in run.sources if consume else ():  # 6. killed here: see `_finish_consumed`
+                    if disk.is_at(source.handle, source.path):  # that very file, and not the output
+                        source.path.unlink()
         except BaseException as error:
             if saved and earlier_result(output) is None:
                 manifest_path(output).unlink(missing_ok=True)  # another file has the name
-            _after_failure(error, output, ours)
+            _after_failure(error, output, run.own_files)
             raise
         if consume:
-            for path in plan.sources:
-                if path != output:
-                    path.unlink(missing_ok=True)
             disk.journal_path(output).unlink(missing_ok=True)
     return result
 
 
-def _after_failure(error: BaseException, output: Path, ours: list[Path]) -> None:
-    """Remove the working files that are ``ours``, unless they are needed.
+def _after_failure(error: BaseException, output: Path, own_files: set[Path]) -> None:
+    """Remove the working files of this call, unless they are needed.
 
     A consuming copy keeps its part file, which holds bytes that the sources no longer have. Any other keeps
     it where a person stopped it, or where it is complete and its name is taken.
     """
     if isinstance(error, (KeyboardInterrupt, SystemExit, NameTaken)):
         return
-    if disk.journal_path(output) not in ours or not windows(read_journal(output)):
-        for path in ours:
+    part_is_needed = disk.journal_path(output) in own_files and bool(windows(read_journal(output)))
+    if not part_is_needed:
+        for path in own_files:
             path.unlink(missing_ok=True)
     elif isinstance(error, IntegrityError):
         part = disk.part_path(output).name
@@ -202,14 +205,17 @@ def check_output(
 ) -> None:
     """Check that ``output`` may be written and that the disk holds it; errors as `merge_model`."""
     with disk.readable_errors(output, plan.nbytes, "nothing was written"):
-        _check_name(output)
-        if os.path.lexists(output) and not in_place:
-            if output.exists() and any(output.samefile(path) for path in plan.sources):
-                what, hint = "is one of the files that it would be made from", "choose another name"
-                raise OutputError(what, where=output, hint=hint)
-            if not overwrite:
-                hint = "choose another name, or pass --overwrite"
-                raise OutputError("exists already", where=output, hint=hint)
+        files.check_output(output, () if in_place else plan.sources, overwrite or in_place)
+        longest = len(os.fsencode(manifest_path(output).name))
+        if (excess := longest - os.pathconf(output.parent, "PC_NAME_MAX")) > 0:
+            hint = f"choose a name that is {excess} bytes shorter"
+            raise OutputError("its name is too long for the working files beside it", where=output, hint=hint)
+        for place in (manifest_path(output), disk.part_path(output), disk.journal_path(output)):
+            if place.exists() and any(map(place.samefile, plan.sources)):
+                raise OutputError(f"is a working file of {output.name}", where=place, hint="rename it first")
+        if not (in_place or overwrite):
+            with suppress(FileNotFoundError):  # the output, which has no name yet
+                read_manifest(output)  # a file of somebody else with that name is no manifest
         going_on = bool(windows(read_journal(output)))
         if going_on and not consume:
             raise in_the_way(disk.journal_path(output))
@@ -221,19 +227,6 @@ def check_output(
         if not os.access(output.parent, os.W_OK):
             raise OutputError("the folder may not be written", where=output.parent, hint="choose another one")
         _check_space(output, plan, consume)
-
-
-def _check_name(output: Path) -> None:
-    """Check that the output, and the working files beside it, can have their names."""
-    folder = output.parent
-    if not folder.is_dir():
-        raise OutputError("the folder does not exist", where=folder, hint="make it first")
-    if os.path.lexists(output) and not (output.is_symlink() or stat.S_ISREG(output.lstat().st_mode)):
-        raise OutputError("is no regular file", where=output, hint="name a file, like model.gguf")
-    longest = len(os.fsencode(manifest_path(output).name))
-    if (excess := longest - os.pathconf(folder, "PC_NAME_MAX")) > 0:
-        hint = f"choose a name that is {excess} bytes shorter"
-        raise OutputError("its name is too long for the working files beside it", where=output, hint=hint)
 
 
 def _check_consumable(plan: Plan) -> None:
@@ -345,7 +338,7 @@ def _emptied(path: Path) -> bool:
 
 def _merged_before(model: Given, folder: Path) -> ShardError | None:
     """An error that says where a model is whose shards an earlier merge deleted."""
-    names = {Path(given).name for given in _each(model) if not there_is(given)}
+    names = {Path(given).name for given in _each(model) if not files.there_is(given)}
     for manifest in sorted(folder.glob("*.manifest.json")):
         output = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
         earlier = earlier_result(output)

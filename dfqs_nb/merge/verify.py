@@ -21,7 +21,7 @@ from dfqs_nb.core.files import read_json, remove_stale, sha256_of_file, write_js
 from dfqs_nb.gguf import models
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
 from dfqs_nb.gguf.shards import Files, open_shards
-from dfqs_nb.merge.copy import Copy, Plan, identities
+from dfqs_nb.merge.copy import Copy, identities, overlaps
 from dfqs_nb.merge.disk import Identity
 from dfqs_nb.merge.kind import Diagnosis, Kind, diagnose
 
@@ -192,13 +192,13 @@ def hash_file(path: Path, headers: Sequence[GGUFHeader]) -> tuple[str, dict[str,
     """SHA-256 of a file, XXH64 of the tensors of its headers, and which are only zeros, in one reading."""
     size, position = headers[0].file_size, 0
     placed = [Copy(t.name, 0, 0, h.data_offset + t.offset, t.nbytes) for h in headers for t in h.tensors]
-    runs = tuple(sorted(placed, key=lambda run: run.target_offset))
-    plan, digests = Plan((path,), b"", runs, size, ()), {run.name: xxhash.xxh64() for run in runs}
+    runs = sorted(placed, key=lambda run: run.target_offset)
+    digests = {run.name: xxhash.xxh64() for run in runs}
     zeros = dict.fromkeys(run.name for run in runs if run.nbytes)
 
     def update(chunk: bytes) -> None:
         nonlocal position
-        for run, low, high in plan.within(position, len(chunk)):
+        for run, low, high in overlaps(runs, position, len(chunk)):
             at = run.target_offset - position
             digests[run.name].update(piece := memoryview(chunk)[at + low : at + high])
             if run.name in zeros and bytes(piece).strip(b"\0"):

@@ -28,7 +28,7 @@ from typer import Argument, Option
 from dfqs_nb import __version__
 from dfqs_nb.core.display import counted, did_you_mean, one_line, plain, quoted
 from dfqs_nb.core.errors import DfqsError, OutputError
-from dfqs_nb.core.files import canonical_sha256, write_json, write_table, write_text
+from dfqs_nb.core.files import canonical_sha256, check_output, write_json, write_table, write_text
 from dfqs_nb.core.paths import outputs_dir, run_dir, tilde
 from dfqs_nb.workbook import terminal
 from dfqs_nb.workbook.terminal import MEASURE, REPORT, WHOLE, Overwrite, app, say, say_table
@@ -262,9 +262,9 @@ def record(
     from dfqs_nb.scores import ItemSet
 
     questions = ItemSet.load(prompts).part(limit)
-    if output.exists() and not overwrite:
-        raise OutputError("exists already", where=output, hint="name another file, or pass --overwrite")
-    with _room_for(output), open_model(model, n_ctx, threads) as opened:
+    with _room_for(output), ExitStack() as stack:
+        check_output(output, overwrite=overwrite)
+        opened = stack.enter_context(open_model(model, n_ctx, threads))
         fidelity.write_record(opened, questions, output, n_tokens=tokens, sha256=identity(opened))
     say(f"wrote {tilde(output)}; now compare: dfqs-nb fidelity MODEL {shlex.quote(str(output))}")
 
@@ -276,6 +276,7 @@ def fidelity(
     output: Path | None = Option(None, "-o", "--output", help="Also write a CSV with a row for each token."),
     n_ctx: Context = 4096,
     threads: Threads = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare a quantization with the record of its original.
 
@@ -285,6 +286,8 @@ def fidelity(
 
     loaded = compared.Record.load(record)
     with _room_for(output) if output else nullcontext():
+        if output:
+            check_output(output, [record], overwrite)
         with open_model(model, n_ctx, threads) as opened:
             result = compared.compare_record(opened, loaded)
         n_prompts = result["id"].nunique()
@@ -445,7 +448,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         hint = isinstance(error, OSError) and HINTS.get(error.errno or 0, "")
         if isinstance(error, OSError) and (place := error.filename2 or error.filename or hint and "the disk"):
-            place = re.sub(r"(?<=/)\.([^/]+)\.([0-9a-f]{16}\.tmp|journal)$", r"\1", str(place))  # as named
+            place = re.sub(r"(?<=/)\.([^/]+)\.(\w{16}\.tmp|answers|journal)$", r"\1", str(place))  # as named
             return _fail(f"{tilde(place)}: cannot be read or written ({error.strerror}){hint}")
         what = f"unexpected {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         log = Path(tempfile.gettempdir(), LOG)

@@ -17,6 +17,7 @@ from dfqs_nb import core, gguf, ladder
 from dfqs_nb import merge as merging
 from dfqs_nb.core.display import size
 from dfqs_nb.core.errors import DfqsError, HeaderError, ShardError, SpaceError
+from dfqs_nb.core.files import check_output
 from dfqs_nb.gguf import facts, models
 from dfqs_nb.gguf.header import GGUFHeader
 from dfqs_nb.gguf.shards import ShardSet, open_shards
@@ -179,7 +180,7 @@ def quantize(
     Example: `dfqs-nb quantize dfqs-nano-f16 iq1_s-xl -o small.gguf --calibrate calibration-nano`
     """
     from dfqs_nb.ladder.imatrix import collect, read_imatrix
-    from dfqs_nb.ladder.quantizer import check_output, load_recipe
+    from dfqs_nb.ladder.quantizer import load_recipe
 
     shards, chosen = open_shards(models.resolve(source)[0]), load_recipe(recipe)
     if not (output or dry_run):
@@ -187,12 +188,12 @@ def quantize(
     if imatrix and calibrate:
         raise typer.BadParameter("give either --imatrix or --calibrate")
     if not dry_run:  # calibration takes its time
-        check_output(Path(output), shards, overwrite)
+        check_output(Path(output), shards.paths, overwrite)
     with TemporaryDirectory() as folder:
         matrix = read_imatrix(imatrix) if imatrix else None
         if calibrate and chosen.weights:
             kept = f"{folder}/imatrix.gguf" if dry_run else f"{output}.imatrix.gguf"
-            matrix = collect(shards, calibrate, kept)
+            matrix = collect(shards, calibrate, kept, overwrite=overwrite)
         if dry_run:
             plan = ladder.plan(shards, chosen, matrix)
         else:

@@ -19,6 +19,7 @@ from dfqs_nb.ladder.fidelity import Record
 from dfqs_nb.ladder.imatrix import collect
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings
+from dfqs_nb.merge.disk import journal_path
 from dfqs_nb.scores import ItemSet
 
 REFERENCE = data_dir() / "reference"
@@ -108,6 +109,8 @@ def test_another_vocabulary_is_refused(original, record):
 
 def test_a_killed_recording_goes_on_and_asks_only_what_is_missing(original, questions, tmp_path, monkeypatch):
     path, asked, real = tmp_path / "record.jsonl", [], fidelity.continuation
+    merging = journal_path(path)
+    merging.write_text("a merge's, to this very name")
 
     def stopped(model, prompt, n_tokens):
         asked.append(prompt)
@@ -118,11 +121,11 @@ def test_a_killed_recording_goes_on_and_asks_only_what_is_missing(original, ques
     monkeypatch.setattr(fidelity, "continuation", stopped)
     with pytest.raises(KeyboardInterrupt):
         fidelity.write_record(original, questions, path, n_tokens=4)
-    assert not path.exists()
+    assert not path.exists() and merging.read_text() == "a merge's, to this very name"
     fidelity.write_record(original, questions, path, n_tokens=4)
     assert len(asked) == 5  # the third prompt was asked again, the first two were not
     assert [line.id for line in Record.load(path).lines] == [item.id for item in questions.items]
-    assert [file.name for file in tmp_path.iterdir()] == ["record.jsonl"]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, merging.name}
 
 
 def test_a_resumed_record_asks_changed_prompts_again(original, questions, tmp_path, monkeypatch):

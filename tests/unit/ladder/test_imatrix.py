@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import libggml
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from dfqs_nb import routing
-from dfqs_nb.core.errors import DfqsError, HeaderError
+from dfqs_nb.core.errors import DfqsError, HeaderError, OutputError
 from dfqs_nb.core.paths import data_dir
 from dfqs_nb.gguf.header import read_header
 from dfqs_nb.ladder import divergence, imatrix
@@ -85,9 +86,16 @@ def test_a_matrix_is_collected_once_and_again_where_its_file_is_damaged(matrix, 
     with monkeypatch.context() as patch:
         patch.setattr(imatrix, "open_model", lambda *_: pytest.fail("the model was opened"))
         assert imatrix.collect(F16, "calibration-nano", path, **how).datasets == matrix.datasets
-    path.write_bytes(whole[:5000])
-    imatrix.collect(F16, "calibration-nano", path, **how)
-    assert path.read_bytes() == whole
+    for other in (
+        whole[:5000],
+        Path(replace(matrix, datasets=("a night's work",)).save(path).path).read_bytes(),
+    ):
+        path.write_bytes(other)
+        with pytest.raises(OutputError, match="exists already"):
+            imatrix.collect(F16, "calibration-nano", path, **how)
+        assert path.read_bytes() == other
+        imatrix.collect(F16, "calibration-nano", path, overwrite=True, **how)
+        assert path.read_bytes() == whole
 
 
 def test_entries_of_another_size_than_their_tensor_are_left_out(matrix):

@@ -217,9 +217,9 @@ def test_an_existing_output_stays_unless_told_otherwise(tmp_path, q8):
     quantize(F16, "Q8_0", output, overwrite=True, **QUIET)
     assert output.read_bytes() == q8.read_bytes()
     assert list(tmp_path.iterdir()) == [output], "what a kill left is removed"
-    with pytest.raises(OutputError, match="is a folder; name a file in it"):
+    with pytest.raises(OutputError, match="is no regular file; name a file"):
         quantize(F16, "Q8_0", tmp_path, overwrite=True, **QUIET)
-    with pytest.raises(OutputError, match="the source itself"):
+    with pytest.raises(OutputError, match="is one of the files that it would be made from"):
         quantize(F16, "Q8_0", F16, overwrite=True, **QUIET)
     with pytest.raises(OutputError, match="folder does not exist"):
         quantize(F16, "Q8_0", tmp_path / "no" / "out.gguf", **QUIET)

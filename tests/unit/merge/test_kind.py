@@ -374,6 +374,9 @@ def test_a_byte_part_says_how_to_join_it(names: list[str], made: Made, tmp_path:
     subprocess.run(["sh", "-c", step.split("`")[1]], check=True)
     joined = tmp_path / f"{names[0].split('.gguf')[0]}.gguf"
     assert diagnose(joined).kind is Kind.SINGLE_FILE and joined.read_bytes() == made.whole
+    joined.write_bytes(b"another file of that name")
+    assert subprocess.run(["sh", "-c", step.split("`")[1]], check=False, capture_output=True).returncode
+    assert joined.read_bytes() == b"another file of that name"
     with paths[2].open("r+b") as file:
         file.truncate(1 << 20)
         file.truncate(2 << 20)

@@ -145,7 +145,7 @@ def test_output_may_not_be_a_shard(pair):
 
 
 def test_folder_missing(tmp_path):
-    refused(OutputError, "the folder does not exist", output=tmp_path / "none" / "out.gguf")
+    refused(OutputError, "its folder does not exist", output=tmp_path / "none" / "out.gguf")
 
 
 def test_no_space_is_seen_before_the_first_byte(tmp_path, monkeypatch):

@@ -458,7 +458,54 @@ def test_merge_once_replaces_no_file_that_is_not_ours(
         merge.merge_once(source, output)
     assert output.read_bytes() == b"precious"
     monkeypatch.setenv("DFQS_OUTPUTS", str(tmp_path))
-    assert merge.merge_once(source, output).sha256 == MERGED, "the run's own folder"
+    with pytest.raises(OutputError, match="exists already"):
+        merge.merge_once(source, output, fresh=True)
+    assert output.read_bytes() == b"precious", "under the outputs can lie what no run made"
+    output.unlink()
+    merge.merge_once(source, output)
+    assert merge.merge_once(source, output, fresh=True).sha256 == MERGED, "its manifest shows it to be ours"
+    output.write_bytes(b"precious")
+    with pytest.raises(OutputError, match="exists already"):
+        merge.merge_once(source, output)
+    assert output.read_bytes() == b"precious", "the manifest is of another file"
+
+
+@needs_holes
+def test_a_file_that_takes_a_sources_name_meanwhile_is_not_deleted(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = copy.Run.give_name
+
+    def give_name(run: Any, *options: Any) -> None:
+        real(run, *options)
+        pair[1].unlink()
+        pair[1].write_bytes(b"a new download")
+
+    monkeypatch.setattr(copy.Run, "give_name", give_name)
+    assert merged(pair[0], tmp_path / "out.gguf", consume=True) == MERGED
+    assert not pair[0].exists() and pair[1].read_bytes() == b"a new download"
+
+
+def test_a_file_that_has_the_name_of_the_manifest_stays(tmp_path: Path) -> None:
+    output, other = tmp_path / "out.gguf", tmp_path / "out.gguf.manifest.json"
+    other.write_text('{"what": "a manifest of another program"}')
+    with pytest.raises(IntegrityError, match="cannot be read as a manifest; remove it"):
+        merge.merge_model(SHARDS[0], output)
+    assert {path.name for path in tmp_path.iterdir()} == {other.name} and "another" in other.read_text()
+    assert merge.merge_model(SHARDS[0], output, overwrite=True).sha256 == MERGED
+    output.unlink()
+    assert merge.merge_model(SHARDS[0], output).sha256 == MERGED, "of a file that we made, and that is gone"
+
+
+@pytest.mark.parametrize("place", [part_path, journal_path, manifest_path])
+def test_a_source_is_no_working_file(place: Callable[[Path], Path], pair: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "out.gguf"
+    named = pair[1].rename(place(output))
+    whole = named.read_bytes()
+    for options in ({}, {"overwrite": True}, {"consume": True}):
+        with pytest.raises(OutputError, match="is a working file of out.gguf; rename it first"):
+            merge.merge_model([pair[0], named], output, **options)
+    assert named.read_bytes() == whole and list(tmp_path.glob("*out.gguf*")) == [named]
 
 
 # ---- file systems ----

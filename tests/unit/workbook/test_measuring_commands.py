@@ -30,10 +30,15 @@ def test_a_record_of_the_original_judges_a_quantization(tmp_path, capsys):
     assert main(["record", ORIGINAL, "-o", str(record), *asked]) == 0
     assert f"dfqs-nb fidelity MODEL '{record}'" in capsys.readouterr().out
     assert main(["record", ORIGINAL, "-o", str(record), *asked]) == 1
-    assert "exists already; name another file, or pass --overwrite" in capsys.readouterr().err
+    assert "exists already; choose another name, or pass --overwrite" in capsys.readouterr().err
     assert main(["fidelity", "dfqs-nano-iq1_s-xl", str(record), "-o", str(table), "--n-ctx", "256"]) == 0
     assert "same likeliest token" in capsys.readouterr().out
     assert {"kl_low", "kl_high"} <= set(pd.read_csv(table))
+    whole = record.read_bytes()
+    assert main(["fidelity", "dfqs-nano-iq1_s-xl", str(record), "-o", str(record), "--n-ctx", "256"]) == 1
+    assert "is one of the files that it would be made" in capsys.readouterr().err
+    assert main(["fidelity", "dfqs-nano-iq1_s-xl", str(record), "-o", str(table), "--n-ctx", "256"]) == 1
+    assert "exists already" in capsys.readouterr().err and record.read_bytes() == whole
 
 
 def test_a_file_made_here_is_not_hashed_again_until_it_changes(tmp_path):
