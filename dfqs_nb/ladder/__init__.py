@@ -13,10 +13,6 @@ if TYPE_CHECKING:
 __all__ = ["RUNGS", "Settings", "climb", "collect", "figures", "plan", "quantize", "read_imatrix", "tables"]
 __all__ += ["source_of", "within_budget"]
 
-__getattr__ = lazy(
-    __name__,
-    **dict.fromkeys(("RUNGS", "Settings", "climb", "source_of", "within_budget"), "run"),
-    **dict.fromkeys(("collect", "read_imatrix"), "imatrix"),
-    **dict.fromkeys(("plan", "quantize"), "quantizer"),
-    **{name: name for name in ("figures", "tables")},
-)
+HOMES = dict.fromkeys(("RUNGS", "Settings", "climb", "source_of", "within_budget"), "run")
+HOMES |= dict(collect="imatrix", read_imatrix="imatrix", plan="quantizer", quantize="quantizer")
+__getattr__ = lazy(__name__, figures="figures", tables="tables", **HOMES)

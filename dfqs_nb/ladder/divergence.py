@@ -82,8 +82,7 @@ def load_text(source: str | Path, part: str = "held_out") -> Text:
             what = f"cannot be read as text ({error})"
             raise DfqsError(what, where=path, hint="give a UTF-8 file") from error
     prompts = load_prompts(str(source), Documents)
-    name = f"{prompts.name} ({part.replace('_', ' ')}, {prompts.sha256[:12]})"
-    return Text(name, getattr(prompts, part))
+    return Text(f"{prompts.name} ({part.replace('_', ' ')}, {prompts.sha256[:12]})", getattr(prompts, part))
 
 
 def log_probs(logits: Array) -> Array:
@@ -94,8 +93,7 @@ def log_probs(logits: Array) -> Array:
     """
     from scipy.special import log_softmax
 
-    rows: Array = log_softmax(logits.astype(np.float64), axis=-1).astype(np.float32)
-    return rows
+    return np.asarray(log_softmax(logits.astype(np.float64), axis=-1), np.float32)
 
 
 def predictions(recorded: RecordedModel, piece: Sequence[int]) -> Iterator[tuple[Array, Array]]:
@@ -139,11 +137,8 @@ def beside_source(
     """
     size, parts = len(pieces[0]), list[pd.DataFrame]()
     with whole_path(reference) if is_source else nullcontext(reference) as path:
-        if is_source:
-            shape = len(pieces), size - 1 - size // 2, recorded.model.n_vocab
-            base = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        else:
-            base = np.load(path, mmap_mode="r")
+        shape = len(pieces), size - 1 - size // 2, recorded.model.n_vocab
+        base = np.lib.format.open_memmap(path, "w+" if is_source else "r", np.float32, shape)
         for chunk, (kept, piece) in enumerate(zip(base, pieces, strict=True)):
             n_done = 0
             for predicted, targets in predictions(recorded, piece):

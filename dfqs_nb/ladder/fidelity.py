@@ -79,8 +79,7 @@ class Record:
         try:
             first, *rest = Path(path).read_bytes().splitlines()
             head = Head.model_validate_json(first)
-            for line in rest:
-                number += 1
+            for number, line in enumerate(rest, 2):  # noqa: B007 (an error names it)
                 lines += [Line.model_validate_json(line)] if line.strip() else []
         except ValidationError as error:
             fault = error.errors()[0]
@@ -113,18 +112,15 @@ def write_record(
     kept = journal.Journal(path.with_name(f".{path.name}.answers"), key)
     for name, prompt in display.tqdm(prompts.items(), desc="prompts", leave=False):
         if name not in kept:
-            ids = chat_prompt(model, prompt)
-            steps = continuation(model, ids, n_tokens)
-            text = model.text([top[0][0] for top in steps])
-            kept.add(name, prompt=ids, text=text, steps=steps)
+            steps = continuation(model, ids := chat_prompt(model, prompt), n_tokens)
+            kept.add(name, prompt=ids, text=model.text([top[0][0] for top in steps]), steps=steps)
     rows = [row for row in kept.rows() if row["steps"]]  # a model that ends at once predicted nothing
     if not rows:
         hint = "give another question set with --prompts"
         raise DfqsError("every answer ended at once", where=model.path, hint=hint)
     head = Head(**about, n_vocab=model.n_vocab, date=date.today().isoformat())
     with files.whole_file(path) as file:
-        for row in [head.model_dump(), *rows]:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in [head.model_dump(), *rows])
     kept.path.unlink(missing_ok=True)
 
 
@@ -163,8 +159,7 @@ def kl_bounds(top: Array, ours: Array, rest: Array) -> tuple[float, float]:
     low = seen + unseen * (np.log(unseen) - most - np.log(np.exp(rest - most).sum()))
     cap = min(max(float(np.exp(top.min())), unseen / len(rest)), unseen)
     n_full = min(int(unseen / cap), len(rest))
-    least = np.partition(rest, min(n_full, len(rest) - 1))[: n_full + 1]
-    least.sort()
+    least = np.sort(np.partition(rest, min(n_full, len(rest) - 1))[: n_full + 1])
     mass = np.append(np.full(n_full, cap), max(0.0, unseen - n_full * cap))[: len(least)]
     mass = mass[mass > 1e-12]
     high = seen + float(mass @ (np.log(mass) - least[: len(mass)]))
@@ -187,10 +182,12 @@ def compare_record(model: Model, record: Record) -> pd.DataFrame:
     # a prompt that does not fit is left out; the number of prompts shows it
     fitting = [line for line in record.lines if len(line.prompt) + len(line.steps) <= n_ctx]
     for line in display.tqdm(fitting, desc="prompts", leave=False):
-        predicted = predictions(model, line)
-        for at, (top, ours) in enumerate(zip(line.steps, predicted, strict=True)):
-            n_bytes = len(model.token_bytes(top[0][0]))
-            rows.append({"id": line.id, "position": at, "bytes": n_bytes, **_compared(top, ours)})
+        for at, (step, ours) in enumerate(zip(line.steps, predictions(model, line), strict=True)):
+            seen, top = map(np.array, zip(*step, strict=True))
+            low, high = kl_bounds(top, ours[seen].astype(float), np.delete(ours, seen).astype(float))
+            row: dict[str, Any] = {"id": line.id, "position": at, "bytes": len(model.token_bytes(step[0][0]))}
+            row |= {"nll_reference": -top[0], "nll": -float(ours[seen[0]])}
+            rows.append(row | {"same_top": ours.argmax() == seen[0], "kl_low": low, "kl_high": high})
     if not rows:
         hint = f"open the model with a larger context than {n_ctx:,} tokens: --n-ctx"
         raise DfqsError("no prompt of the record fits", where=model.path, hint=hint)
@@ -203,15 +200,6 @@ def predictions(model: Model, line: Line) -> Array:
     if len(line.prompt) > 1:
         model.decode(line.prompt[:-1])
     return np.concatenate([log_probs(rows) for rows in model.logits([line.prompt[-1], *line.answer[:-1]])])
-
-
-def _compared(step: list[tuple[int, float]], ours: Array) -> dict[str, Any]:
-    """One token of the table of `compare_record`."""
-    seen, top = np.array([token for token, _ in step]), np.array([value for _, value in step])
-    rest = np.delete(ours, seen).astype(float)
-    low, high = kl_bounds(top, ours[seen].astype(float), rest)
-    row = {"nll_reference": -top[0], "nll": -float(ours[seen[0]]), "same_top": ours.argmax() == seen[0]}
-    return row | {"kl_low": low, "kl_high": high}
 
 
 def summary(tokens: pd.DataFrame) -> pd.DataFrame:

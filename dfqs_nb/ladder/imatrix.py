@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dfqs_nb.core.display import tqdm
+from dfqs_nb.core import display, files, journal
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import check_output, remove_stale, whole_path
-from dfqs_nb.core.journal import conditions_hash
 from dfqs_nb.gguf.facts import class_of
 from dfqs_nb.gguf.header import GGUFHeader, check_layout, read_header
 from dfqs_nb.gguf.shards import Files, open_shards
@@ -92,17 +90,15 @@ class ImportanceMatrix:
 
     def coverage(self) -> pd.DataFrame:
         """By weight: the fewest and the most rows counted in one of its matrices, and how many had none."""
-        rows = [
-            (name, class_of(name), len(counts), counts.min(), counts.max(), (counts == 0).sum())
-            for name, counts in sorted((name, entry.counts) for name, entry in self.entries.items())
-        ]
+        counts = [(name, entry.counts) for name, entry in sorted(self.entries.items())]
+        rows = [(name, class_of(name), len(n), n.min(), n.max(), (n == 0).sum()) for name, n in counts]
         return pd.DataFrame(rows, columns=["weight", "class", "matrices", "least", "most", "unused"])
 
     def save(self, path: str | Path) -> ImportanceMatrix:
         """Write a GGUF that llama-quantize and llama-imatrix read; the matrix with its path."""
         import gguf
 
-        with whole_path(path) as part:
+        with files.whole_path(path) as part:
             writer = gguf.GGUFWriter(part, "imatrix")
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", list(self.datasets) or ["not stated"])
@@ -191,8 +187,7 @@ class Collector:
         if routed:  # of each token, the row for the expert at each place, or one row for all
             ids = read(node.src[2], np.int32)[0, 0]  # (tokens, k)
             for place in range(ids.shape[1]):
-                squares = np.square(rows[0, :, place % rows.shape[2]], dtype=np.float64)
-                np.add.at(sums, ids[:, place], squares)
+                np.add.at(sums, ids[:, place], np.square(rows[0, :, place % rows.shape[2]], dtype=np.float64))
             counts += np.bincount(ids.ravel(), minlength=n)
             return True
         planes = np.square(rows, dtype=np.float64).sum(axis=2).reshape(-1, rows.shape[3])
@@ -204,8 +199,7 @@ class Collector:
 
 def _name(tensor: Any) -> str:
     """A tensor's name without what a device's copy puts around it (``CUDA0#name#0``)."""
-    text: str = tensor.name.decode("utf-8", "replace")
-    return text.split("#")[1] if "#" in text else text
+    return re.sub("[^#]*#([^#]*).*", r"\1", tensor.name.decode("utf-8", "replace"))
 
 
 def collect(
@@ -231,30 +225,28 @@ def collect(
     shards = open_shards(source)
     known: dict[str, Any] = {"source": shards.sha256, "text": asdict(text)}
     known |= {"tokens": chunk_tokens, "chunks": n_chunks, "runtime": llama_version()}
-    dataset = f"{text.name} {conditions_hash(known)}"
+    dataset = f"{text.name} {journal.conditions_hash(known)}"
     if path.exists():
         kept = None
         with suppress(DfqsError):  # it is damaged, or none
             kept = read_imatrix(path)
         if kept is None or kept.datasets != (dataset,):
-            check_output(path, overwrite=overwrite)
+            files.check_output(path, overwrite=overwrite)
         elif not fresh:
             return kept
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(path)
+    files.remove_stale(path)
     collector, n_threads = Collector(), n_threads or threads_for(shards.as_one)
     with default_params(cb_eval=collector.callback):
         model = open_model(shards, OpenSettings(n_ctx=chunk_tokens, n_threads=n_threads))
     with model:
         pieces = text.chunks(model, chunk_tokens, n_chunks)
-        for piece in tqdm(pieces, desc="importance matrix", leave=False):
+        for piece in display.tqdm(pieces, desc="importance matrix", leave=False):
             model.clear()
             deque(model.logits(piece), maxlen=0)  # of every token: only those pass the last layer
     if collector.error or not collector.totals:
         why = f"the collector failed ({collector.error})" if collector.error else "no weight was used"
         raise DfqsError(why, hint="report the architecture") from collector.error
-    entries = {
-        name: Entry(sums.astype(np.float32).reshape(len(counts), -1), counts)
-        for name, (sums, counts) in collector.totals.items()
-    }
+    totals = collector.totals.items()
+    entries = {name: Entry(sums.astype("f4").reshape(len(n), -1), n) for name, (sums, n) in totals}
     return ImportanceMatrix(entries, (dataset,), len(pieces), chunk_tokens).save(path)

@@ -179,24 +179,17 @@ def plan(
         raise DfqsError(what, where=where, hint="correct the pattern, or say optional = true")
     before = {tensor.name: tensor for tensor in shards.tensors}
     types = {name: rule.type if rule else before[name].type for name, rule in recipe.chosen(header).items()}
-    job: dict[str, Any] = {
-        "work": "quantize",
-        "source": str(where.absolute()),  # links stay: a shard's name is the link's
-        "mix": file_types()[recipe.mix],
-        "types": {name: BLOCKS[kind][0] for name, kind in types.items()},
-        "keys": {
-            "general.file_type": file_types()[recipe.mix],
-            "dfqs.recipe": recipe.name,
-            "dfqs.recipe_sha256": recipe.sha256,
-            "dfqs.quantizer": f"llama-cpp-python {llama_version()}",
-        },
-    }
+    codes, mix = {name: BLOCKS[kind][0] for name, kind in types.items()}, file_types()[recipe.mix]
+    keys: dict[str, Any] = {"general.file_type": mix, "dfqs.recipe": recipe.name}
+    keys |= {"dfqs.recipe_sha256": recipe.sha256, "dfqs.quantizer": f"llama-cpp-python {llama_version()}"}
+    job: dict[str, Any] = {"work": "quantize", "mix": mix, "types": codes, "keys": keys}
+    job["source"] = str(where.absolute())  # links stay: a shard's name is the link's
     if imatrix is not None and recipe.weights:
         entries = imatrix.fitting(header, recipe.weights)
         job |= {"imatrix": str(Path(imatrix.path).resolve()), "entries": entries}
         about: dict[str, Any] = {"file": Path(imatrix.path).name, "dataset": ", ".join(imatrix.datasets)}
         about |= {"entries_count": len(entries), "chunks_count": imatrix.chunk_count}
-        job["keys"] |= {f"quantize.imatrix.{name}": value for name, value in about.items()}
+        keys |= {f"quantize.imatrix.{name}": value for name, value in about.items()}
     answer = run({**job, "dry_run": True}, where=where)
     if {name for name, _ in answer["tensors"]} != set(before):
         what = "llama.cpp's dry run names other tensors than the header"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -19,11 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dfqs_nb.core import child
-from dfqs_nb.core.display import quoted, tqdm
+from dfqs_nb.core import child, display, files, journal
 from dfqs_nb.core.errors import DfqsError
-from dfqs_nb.core.files import canonical_sha256, sha256_of_file
-from dfqs_nb.core.journal import remembered
 from dfqs_nb.core.machine import available_memory, usable_cores
 from dfqs_nb.core.stage import Fitted, fit, read_stage
 from dfqs_nb.gguf.facts import bits_per_weight, layer_of, types_by_bytes
@@ -32,7 +29,6 @@ from dfqs_nb.gguf.models import resolve
 from dfqs_nb.gguf.shards import Files, ShardSet, open_shards
 from dfqs_nb.ladder import divergence, quantizer
 from dfqs_nb.ladder.imatrix import ImportanceMatrix
-from dfqs_nb.ladder.quantizer import Recipe, load_recipe
 from dfqs_nb.llama.model import open_model
 from dfqs_nb.llama.settings import OpenSettings, llama_version, threads_for
 from dfqs_nb.llama.timing import probe
@@ -42,6 +38,7 @@ from dfqs_nb.scores import ItemSet, Options, SetRun, find_sandbox, score_set
 REFERENCE, UNQUANTIZED = "dfqs-nano-f16", {"F16", "BF16", "F32", "I32"}
 RUNGS = ("Q8_0", "Q6_K", "Q4_K_M", "Q3_K_M", "IQ2_XXS", "IQ1_M", "IQ1_S-XL")
 FORMAT = 7  # of what is kept: raised when an older one must not be used
+STEPS = "predict", "ask"
 PREDICTIONS, TRACE = "reference.npy", "reference.npz"  # of the source, with which all others are compared
 HELD_BYTES = 512 << 20  # of a child beside its model: context, Python and its libraries
 # What a climb that exceeds its budget gives up, in this order; the last rung stays.
@@ -112,9 +109,8 @@ def source_of(folder: str | Path) -> str:
     layers = [tensor for tensor in tensors if layer_of(tensor.name) is not None]
     kind = next(iter(types_by_bytes(layers or tensors)))
     what = f"{path.name} is quantized already (mostly {kind}), and a ladder starts from F16 weights"
-    command = f"dfqs-nb run 08 --run {quoted(Path(folder).name)} -p ladder_source=FILE"
-    hint = f"to climb one, put the same model at F16 for FILE: `{command}`"
-    raise DfqsError(what, hint=hint)
+    command = f"dfqs-nb run 08 --run {display.quoted(Path(folder).name)} -p ladder_source=FILE"
+    raise DfqsError(what, hint=f"to climb one, put the same model at F16 for FILE: `{command}`")
 
 
 def same_model(a: GGUFHeader, b: GGUFHeader) -> bool:
@@ -138,7 +134,8 @@ def within_budget(
     The speed of the source, timed here on a few tokens, stands for that of every rung. Of the default rungs,
     those for routed experts are left out of a dense model's ladder.
     """
-    shards, recipes = open_shards(source), {name: load_recipe(name) for name in rungs}  # a wrong name ends it
+    shards = open_shards(source)
+    recipes = {name: quantizer.load_recipe(name) for name in rungs}  # a wrong name ends it
     dense = [name for name in RUNGS if tuple(rungs) == RUNGS and recipes[name].idle_rules(shards.as_one)]
     rungs = [name for name in rungs if name not in dense]
     with open_model(shards, OpenSettings.of(shards, n_ctx=512, n_threads=settings.n_threads)) as model:
@@ -156,9 +153,8 @@ def within_budget(
     cut = fitted.values
     kept = np.linspace(0, len(rungs) - 1, cut[BELOW]).round().astype(int)
     left_out = [f"the rung {name}: its rules match no tensor of this model" for name in dense]
-    fitted = replace(fitted, left_out=(*left_out, *fitted.left_out))
     settings = replace(settings, max_items=cut[QUESTIONS], n_chunks=cut[CHUNKS])
-    return settings, [rungs[at] for at in kept], fitted
+    return settings, [rungs[at] for at in kept], replace(fitted, left_out=(*left_out, *fitted.left_out))
 
 
 def climb(
@@ -183,15 +179,13 @@ def climb(
     measured = list[Rung]()
     with _Climber(shards, Path(folder), settings, matrix, fresh) as climber:
         pool, top = ThreadPoolExecutor(n_workers(shards, settings.n_threads)), climber.top
-        recipes = {recipe.name: recipe for recipe in map(load_recipe, rungs) if recipe.name != top}
+        recipes = {recipe.name: recipe for recipe in map(quantizer.load_recipe, rungs) if recipe.name != top}
         try:
             # taken before all others: even a single worker never waits for work behind its own
-            first = [pool.submit(climber.measured, step, top, *climber.source) for step in ("predict", "ask")]
-            steps = {
-                name: pool.submit(climber.rung, name, recipe, first)
-                for name, recipe in ((top, None), *reversed(recipes.items()))  # the slowest come first
-            }
-            for name in tqdm([top, *recipes], desc="rungs", leave=False):
+            first = {step: pool.submit(climber.measured, step, top, *climber.source) for step in STEPS}
+            order = (top, None), *reversed(recipes.items())  # the slowest come first
+            steps = {name: pool.submit(climber.rung, name, recipe, first) for name, recipe in order}
+            for name in display.tqdm([top, *recipes], desc="rungs", leave=False):
                 try:
                     measured.append(steps[name].result())
                 except DfqsError as error:
@@ -234,54 +228,51 @@ class _Climber(ExitStack):
             "runtime": f"llama-cpp-python {llama_version()}",
             "sets": [chosen.identity() | {"items": len(chosen.items)} for chosen in question_sets(settings)],
             "held_out": held_out.name,
-            "words": canonical_sha256(held_out.documents),
+            "words": files.canonical_sha256(held_out.documents),
             "importance_matrix": matrix.datasets if matrix else (),
             "format": FORMAT,
         }
 
     @property
-    def _worker(self) -> child.Worker:
-        """The child of this thread."""
+    def _worker(self) -> Any:
+        """The `child.Worker` of this thread."""
         if not hasattr(self._own, "worker"):
             self._own.worker = self.enter_context(child.Worker(quantizer.CHILD))
-        worker: child.Worker = self._own.worker
-        return worker
+        return self._own.worker
 
     def _place(self, name: str) -> Path:
         place = self.folder / re.sub(r"[^\w.-]", "-", name)
         place.mkdir(parents=True, exist_ok=True)
         return place
 
-    def rung(self, name: str, recipe: Recipe | None, first: Sequence[Future[Any]]) -> Rung:
+    def rung(self, name: str, recipe: quantizer.Recipe | None, first: Mapping[str, Future[Any]]) -> Rung:
         """Make and measure a rung (without a recipe the source), after the source's own steps, ``first``."""
         path, sha256 = self._made(recipe) if recipe else self.source
-        predicted = first[0].result()
-        if recipe:
-            predicted = self.measured("predict", name, path, sha256)
-        asked = first[1].result()
-        if recipe:
-            asked = self.measured("ask", name, path, sha256)
+        done = ((step, future.result()) for step, future in first.items())  # waits for each when it is due
+        predicted, asked = (self.measured(step, name, path, sha256) if recipe else own for step, own in done)
         tokens, routing = (pd.DataFrame(predicted[part]) for part in ("tokens", "routing"))
         runs = tuple(SetRun.of(**answered) for answered in asked["sets"])
         return Rung(name, open_shards(path).as_one, tokens, routing.astype({"hashed": bool}), runs)
 
-    def _made(self, recipe: Recipe) -> tuple[Path, str]:
+    def _made(self, recipe: quantizer.Recipe) -> tuple[Path, str]:
         """A rung's file and its SHA-256, made now or by an earlier run; a changed file is made again."""
         path = self._place(recipe.name) / "model.gguf"
         note, matrix = path.with_name("made.json"), self.matrix if recipe.weights else None
 
-        def make() -> dict[str, Any]:
-            how: dict[str, Any] = {"n_threads": self.settings.n_threads, "overwrite": True}
-            how |= {"progress": False, "run": self._worker.run}
-            quantizer.quantize(self.shards, recipe, path, imatrix=matrix, **how)
-            return {"sha256": sha256_of_file(path), "stat": _stat(path)}
+        def stat() -> list[int]:
+            return [path.stat().st_size, path.stat().st_mtime_ns]
 
-        conditions: dict[str, Any] = {"source": self.source[1], "runtime": llama_version(), "format": FORMAT}
-        conditions |= {"recipe": asdict(recipe), "matrix": sha256_of_file(matrix.path) if matrix else ""}
-        kept = remembered(note, conditions, make, fresh=self.fresh or not path.exists())
-        if kept["stat"] != _stat(path):
+        def make() -> dict[str, Any]:
+            how: dict[str, Any] = {"n_threads": self.settings.n_threads, "overwrite": True, "progress": False}
+            quantizer.quantize(self.shards, recipe, path, imatrix=matrix, run=self._worker.run, **how)
+            return {"sha256": files.sha256_of_file(path), "stat": stat()}
+
+        key: dict[str, Any] = {"source": self.source[1], "runtime": llama_version(), "format": FORMAT}
+        key |= {"recipe": asdict(recipe), "matrix": files.sha256_of_file(matrix.path) if matrix else ""}
+        kept = journal.remembered(note, key, make, fresh=self.fresh or not path.exists())
+        if kept["stat"] != stat():
             self.notes.append(f"{recipe.name} was made again: {path.name} was changed after it was made")
-            kept = remembered(note, conditions, make, fresh=True)
+            kept = journal.remembered(note, key, make, fresh=True)
         return path, kept["sha256"]
 
     def measured(self, step: str, name: str, path: Path, sha256: str) -> dict[str, Any]:
@@ -292,11 +283,7 @@ class _Climber(ExitStack):
         job: dict[str, Any] = {"work": step, "path": str(path.absolute()), "sha256": sha256, "fresh": fresh}
         job |= {"place": str(place), "base": str(base), "settings": asdict(self.settings)}
         note, conditions = place / f"{step}.json", {**self.conditions, "model": sha256}
-        return remembered(note, conditions, lambda: self._worker.run(job, where=path), fresh=fresh)
-
-
-def _stat(path: Path) -> list[int]:
-    return [path.stat().st_size, path.stat().st_mtime_ns]
+        return journal.remembered(note, conditions, lambda: self._worker.run(job, where=path), fresh=fresh)
 
 
 def agreement(source: Trace, trace: Trace, chunk_tokens: int) -> pd.DataFrame:
@@ -320,9 +307,8 @@ def predict(job: dict[str, Any]) -> dict[str, Any]:
     settings, folder = Settings(**job["settings"]), Path(job["base"]).parent
     size, is_source = settings.chunk_tokens, job["place"] == job["base"]
     opened = OpenSettings(n_ctx=size, n_threads=settings.n_threads)
-    text = divergence.load_text(settings.text)
     with open_recorded(job["path"], opened, trial=False) as recorded:
-        pieces = text.chunks(recorded.model, size, settings.n_chunks, least=2)
+        pieces = divergence.load_text(settings.text).chunks(recorded.model, size, settings.n_chunks, least=2)
         tokens = divergence.beside_source(recorded, pieces, folder / PREDICTIONS, is_source=is_source)
         trace = recorded.trace(np.concatenate(pieces).tolist())
     if is_source:
@@ -334,6 +320,7 @@ def predict(job: dict[str, Any]) -> dict[str, Any]:
 def ask(job: dict[str, Any]) -> dict[str, Any]:
     """Answers to the questions; a program that the source wrote too has its verdict already."""
     settings, folder = Settings(**job["settings"]), Path(job["place"]) / "scores"
+    answered = list[dict[str, Any]]()  # for `SetRun.of`
     folder.mkdir(exist_ok=True)
     for verdicts in (Path(job["base"]) / "scores").glob("verdicts-*.jsonl"):
         if not (folder / verdicts.name).exists():
@@ -341,16 +328,12 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
     options = Options(fresh=job["fresh"], allow_unsandboxed=settings.allow_unsandboxed, progress=False)
     opened = OpenSettings(n_ctx=settings.n_ctx, n_threads=settings.n_threads)
     with open_model(job["path"], opened, trial=False) as model:
-        chosen = question_sets(settings)
-        runs = [score_set(model, each, folder, options, model_id=job["sha256"]) for each in chosen]
-    sets = [
-        {"kind": run.kind, "name": run.name, "n_items": run.score.n, "conditions": run.conditions}
-        | {"items": run.items.to_dict("records"), "model": run.model}
-        for run in runs
-    ]
-    return {"sets": sets}
+        for questions in question_sets(settings):
+            run = score_set(model, questions, folder, options, model_id=job["sha256"])
+            about = {"kind": run.kind, "name": run.name, "n_items": run.score.n, "conditions": run.conditions}
+            answered.append(about | {"items": run.items.to_dict("records"), "model": run.model})
+    return {"sets": answered}
 
 
 if __name__ == "__main__":
-    works = {"quantize": quantizer.work, "predict": predict, "ask": ask}
-    child.serve(lambda job: works[job["work"]](job))
+    child.serve(lambda job: {"quantize": quantizer.work, "predict": predict, "ask": ask}[job["work"]](job))

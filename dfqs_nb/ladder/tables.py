@@ -106,9 +106,8 @@ def hierarchy(ladder: Ladder) -> pd.DataFrame:
     `SAME`. Tests: sign flips of chunks, McNemar's over questions, Holm's correction over all.
     """
     levels = {level: [rung for rung in ladder.rungs if rung.name in names] for level, names in LEVELS.items()}
-    present = [(level, rungs) for level, rungs in levels.items() if rungs]
     rows, bits = [], attrgetter("bits_per_weight")
-    for (above, uppers), (below, lowers) in pairwise(present):
+    for (above, uppers), (below, lowers) in pairwise(level for level in levels.items() if level[1]):
         a, b = min(uppers, key=bits), max(lowers, key=bits)
         step = f"{above} -> {below}", a.name, b.name, a.bits_per_weight, b.bits_per_weight
         rows += [(*step, *row) for row in _compared(a, b)]
@@ -131,21 +130,18 @@ def _compared(a: Rung, b: Rung) -> list[tuple[Any, ...]]:
             rows.append((label, len(change), *values, *mean_interval(change), sign_flip(change)))
     for run, other in zip(a.runs, b.runs, strict=True):
         both = compare_runs(run, other)
-        values = both.a, both.b, both.difference
-        rows.append((run.name, both.n, *values, both.low, both.high, both.p))
+        rows.append((run.name, both.n, both.a, both.b, both.difference, both.low, both.high, both.p))
     return rows
 
 
 def hand_on(stage: Stage, ladder: Ladder, tested: pd.DataFrame) -> list[str]:
     """Write ``ladder.json`` (see `Stage.finish`), and return its summary lines; ``tested``: `hierarchy`."""
-    rungs = table(ladder).to_dict("records")
+    rungs, header = table(ladder).to_dict("records"), ladder.rungs[0].header
     top, low = rungs[0], rungs[-1]
     bits = low["expert_bits"]  # NaN: a dense model
-    lines = [
-        f"{ladder.rungs[0].header.path.name}: {len(rungs)} rungs from {top['rung']} "
-        f"({top['bits_per_weight']:.2f} bits a weight) to {low['rung']} "
-        f"({low['bits_per_weight']:.2f}{f', routed experts {bits:.2f}' if bits == bits else ''})"
-    ]
+    experts = f", routed experts {bits:.2f}" if bits == bits else ""
+    line = f"{header.path.name}: {len(rungs)} rungs from {top['rung']} ({top['bits_per_weight']:.2f} bits a "
+    lines = [line + f"weight) to {low['rung']} ({low['bits_per_weight']:.2f}{experts})"]
     counts = f"n = {low['n_tokens']:,} tokens in {low['n_chunks']} chunks"
     shown, told = list[dict[str, str]](), dict[str, str]()
     for row in sorted(rungs[1:], key=itemgetter("bytes"), reverse=True):
@@ -156,25 +152,23 @@ def hand_on(stage: Stage, ladder: Ladder, tested: pd.DataFrame) -> list[str]:
         same = f"{per_cent(row['routing'])}{within}" if row["routing"] >= 0 else ""  # NaN: a dense model
         cells = size(row["bytes"]), f"{row['bits_per_weight']:.2f}", f"{kld} ({interval})", tail, same or NONE
         shown.append({"rung": row["rung"], **dict(zip(SHOWN, cells, strict=True))})
-        told[row["rung"]] = (
-            f"{row['rung']}: KL divergence {kld} nats (95 % interval {interval}, 99 % of tokens "
-            f"under {tail}, {counts}){same and f', same experts in {same}'}"
-        )
+        spread = f"95 % interval {interval}, 99 % of tokens under {tail}, {counts}"
+        told[row["rung"]] = f"{row['rung']}: KL divergence {kld} nats ({spread})"
+        told[row["rung"]] += same and f", same experts in {same}"
     lines += [told[name] for name in dict.fromkeys(row["rung"] for row in (*rungs[1:2], *rungs[1:][-1:]))]
     notes = [f"{lines[0]}; {counts}"]
     for (step, a, b), part in tested.groupby(["step", "a", "b"], sort=False):
-        parts = []
-        for verdict, rows in part.groupby("verdict", sort=False):
-            metrics = ", ".join(f"{row.metric} (n = {row.n})" for row in rows.itertuples())
-            parts.append(f"{verdict}: {metrics}")
+        metrics = part["metric"] + " (n = " + part["n"].astype(str) + ")"
+        by_verdict = metrics.groupby(part["verdict"], sort=False).agg(", ".join)
+        parts = [f"{verdict}: {named}" for verdict, named in by_verdict.items()]
         ends = f"{a} at {part['bits_a'].iloc[0]:.2f} bits to {b} at {part['bits_b'].iloc[0]:.2f}"
         notes.append(f"{step} ({ends}): {'; '.join(parts)}")
     notes += ladder.notes
     lines += notes[1:]
-    facts: dict[str, Any] = {"conditions": ladder.conditions, "tier": ladder.settings.tier}
-    facts |= {"shown": shown, "notes": notes}
-    source, facts["source"] = ladder.rungs[0].header, {"name": ladder.rungs[0].header.path.name}
+    source: dict[str, Any] = {"name": header.path.name}
     if (stage.folder / "merge.json").exists():
-        facts["source"]["is_original"] = same_model(source, open_shards(stage.model["path"]).as_one)
-    stage.finish(**facts, rungs=rungs, hierarchy=tested.to_dict("records"), summary=lines)
+        source["is_original"] = same_model(header, open_shards(stage.model["path"]).as_one)
+    facts: dict[str, Any] = {"conditions": ladder.conditions, "tier": ladder.settings.tier, "source": source}
+    facts |= {"shown": shown, "notes": notes, "hierarchy": tested.to_dict("records")}
+    stage.finish(**facts, rungs=rungs, summary=lines)
     return lines
