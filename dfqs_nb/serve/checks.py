@@ -30,6 +30,7 @@ from dfqs_nb.serve.client import ContextOverflowError, Endpoint, EndpointError, 
 from dfqs_nb.serve.servers import LocalServer
 from dfqs_nb.stats import at_most
 
+Servers = Mapping[str, Endpoint]  # by name
 Finding = tuple[str, str]  # ``pass``, ``fail``, ``note`` or ``not measured``, and what was seen
 PASS, FAIL, NOTE, UNSEEN = "pass", "fail", "note", "not measured"
 PROMPTS = (
@@ -84,25 +85,19 @@ def plan_checks(
     pace = probe(model)
 
     def cut(plan: Mapping[str, int]) -> list[ItemSet]:
-        chosen = sets[: plan["sets"]]
-        return [replace(each, max_tokens=min(each.max_tokens, plan["tokens"])) for each in chosen]
+        return [replace(s, max_tokens=min(s.max_tokens, plan["tokens"])) for s in sets[: plan["sets"]]]
 
     def cost(plan: Mapping[str, int]) -> float:
-        answered = N_CHECKED * min(MAX_TOKENS, plan["tokens"])
-        checks = model.load_seconds + pace.seconds(plan["filled"], answered)
-        answers = sum(
-            pace.seconds(len(item.prompt) / 4 + 16, item_set.max_tokens)
-            for item_set in cut(plan)
-            for item in item_set.items[: plan["items"]]
-        )
+        check = model.load_seconds + pace.seconds(plan["filled"], N_CHECKED * min(MAX_TOKENS, plan["tokens"]))
+        questions = [(item, s.max_tokens) for s in cut(plan) for item in s.items[: plan["items"]]]
+        answers = sum(pace.seconds(len(item.prompt) / 4 + 16, most) for item, most in questions)
         asked = plan["rounds"] * plan["clients"] * max(clients[: plan["clients"]])
         speeds = asked * pace.seconds(64, min(tokens, plan["tokens"]))
         # this process answers, too, and again where a server's text differs
-        return answers + N_SERVERS * (checks + 2 * answers + speeds)
+        return answers + N_SERVERS * (check + 2 * answers + speeds)
 
-    whole = {"items": items or max(len(item_set.items) for item_set in sets), "sets": len(sets)}
-    whole |= {"clients": len(clients), "rounds": ROUNDS}
-    whole |= {"tokens": max(item_set.max_tokens for item_set in sets)}
+    whole = {"items": items or max(len(s.items) for s in sets), "sets": len(sets), "clients": len(clients)}
+    whole |= {"rounds": ROUNDS, "tokens": max(s.max_tokens for s in sets)}
     whole |= {"filled": min(model.settings.n_ctx, LONGEST_TRIED)}
     plan = fit(whole, CUTS, cost, seconds, NAMES)
     return cut(plan.values), plan
@@ -207,7 +202,7 @@ def moved_by(ours: Sequence[tuple[str, float]], theirs: Sequence[tuple[str, floa
 CHECKS = [Checks.context_length, Checks.chat_template, Checks.same_again, Checks.same_beside_others]
 
 
-def check_all(connected: Mapping[str, Endpoint], model: Model, **limits: int) -> pd.DataFrame:
+def check_all(connected: Servers, model: Model, **limits: int) -> pd.DataFrame:
     """All checks of each server: ``check``, ``server``, ``verdict`` and ``finding``; see `Checks`.
 
     ``limits``: ``n_tokens`` and ``longest_tried`` of `Checks`.
@@ -270,9 +265,7 @@ def score_set(
     items = item_set.part(options.limit).items
     prompts = [item.asked(item_set.instruction) if chat else item.prompt for item in items]
 
-    @cache
-    def check_longest() -> None:
-        check_whole(endpoint, ask, max(prompts, key=len))
+    check_longest = cache(lambda: check_whole(endpoint, ask, max(prompts, key=len)))
 
     def answer(request: Any) -> Any:
         check_longest()  # unless all answers are there already
@@ -290,8 +283,7 @@ def score_set(
     conditions = {"chat_template_sha256": known if chat else "none", **endpoint.conditions()}
     if bare and mode == "chat":
         conditions["chat_frame"] = PLAIN_CHAT
-    answerer = Answerer(answer, mode, conditions, model_id or endpoint.identity)
-    return answerer.score(item_set, folder, options)
+    return Answerer(answer, mode, conditions, model_id or endpoint.identity).score(item_set, folder, options)
 
 
 def room_for(model: Model) -> int:
@@ -301,7 +293,7 @@ def room_for(model: Model) -> int:
 
 def compare_all(
     model: Model,
-    connected: Mapping[str, Endpoint],
+    connected: Servers,
     item_sets: Sequence[ItemSet],
     folder: str | Path,
     *,
@@ -330,8 +322,7 @@ def compare_all(
             return []
 
     with side_by_side(ask, connected, room_for(model) - 1) as served:
-        here = place / "process"
-        runs = [scores.score_set(model, s, here, chosen, model_id=model_id) for s in item_sets]
+        runs = [scores.score_set(model, s, place / "process", chosen, model_id=model_id) for s in item_sets]
         all_served = list(served)
     for name, answers in zip(connected, all_served, strict=True):
         # a server that failed has no answers
@@ -385,8 +376,7 @@ def comparison_table(items: pd.DataFrame) -> pd.DataFrame:
     """
     counts = {"items": ("id", "size"), "same_text": ("same_text", "sum")}
     counts |= {f"right_{where}": (f"correct_{where}", "sum") for where in ("process", "server")}
-    groups = items.groupby(["server", "set"], sort=False)
-    table = groups.agg(**counts, causes=("cause", tally)).reset_index()
+    table = items.groupby(["server", "set"], sort=False).agg(**counts, causes=("cause", tally)).reset_index()
     pairs = zip(table["items"] - table["same_text"], table["items"], strict=True)
     table.insert(4, "differ_at_most", [at_most(int(differ), int(n)) for differ, n in pairs])
     return table
@@ -401,11 +391,7 @@ def tally(words: pd.Series) -> str:
 
 
 def speed_of_all(
-    connected: Mapping[str, Endpoint],
-    clients: Sequence[int],
-    n_tokens: int,
-    stopped: dict[str, str],
-    n_rounds: int = ROUNDS,
+    connected: Servers, clients: Sequence[int], n_tokens: int, stopped: dict[str, str], n_rounds: int = ROUNDS
 ) -> pd.DataFrame:
     """Speed of each server in turn, after a warm-up, under several clients that share the same requests.
 
@@ -413,7 +399,7 @@ def speed_of_all(
     ``tokens_per_sec`` of all clients together: median, ``min`` and ``max`` of the rounds. ``stopped``:
     servers that failed for good, with the reason. They are not asked, and more are added.
     """
-    rows = list[dict[str, Any]]()
+    rows = list[tuple[Any, ...]]()
     for name, endpoint in list(connected.items()) * n_rounds:
         if name in stopped:
             continue
@@ -429,8 +415,7 @@ def speed_of_all(
                 seconds, tokens = time.perf_counter() - started, sum(reply.n_tokens for reply in replies)
                 if not tokens:
                     raise EndpointError("it tells no number of tokens, so it has no speed")
-                row = {"server": name, "clients": n, "requests": len(replies), "tokens": tokens}
-                rows.append(row | {"tokens_per_sec": tokens / seconds})
+                rows.append((name, n, len(replies), tokens, tokens / seconds))
         except EndpointError as error:
             stopped[name] = error.what
     table = pd.DataFrame(rows, columns=["server", "clients", "requests", "tokens", "tokens_per_sec"])
@@ -447,7 +432,7 @@ def hand_on(
     stage: Stage,
     *,
     items: pd.DataFrame,
-    connected: Mapping[str, Endpoint],
+    connected: Servers,
     running: Mapping[str, LocalServer],
     recipes: Sequence[str],
     stopped: Mapping[str, str],
@@ -462,12 +447,10 @@ def hand_on(
     shown = {name: {"server": str(name), "checks": tally(verdicts)} for name, verdicts in by_server}
     lines = [f"{name}: {len(verdicts)} checks: {tally(verdicts)}" for name, verdicts in by_server]
     for row in tables["comparisons"].itertuples():
-        why = "" if row.causes == "none" else f" ({row.causes})"
-        bound = f"95 % upper bound of others: {per_cent(row.differ_at_most, 0)}"
-        same = f"{row.same_text} of {row.items} answers of {row.set}"
-        lines.append(f"{row.server}: {same} are those of this process{why}; {bound}")
-        cell = f"{row.same_text} of {row.items}{why}; {bound}"
-        shown[row.server][f"same answers as without a server, {row.set}"] = cell
+        same, why = f"{row.same_text} of {row.items}", "" if row.causes == "none" else f" ({row.causes})"
+        why += f"; 95 % upper bound of others: {per_cent(row.differ_at_most, 0)}"
+        lines.append(f"{row.server}: {same} answers of {row.set} are those of this process{why}")
+        shown[row.server][f"same answers as without a server, {row.set}"] = same + why
     notes = [f"{name}: not measured to the end: {why}" for name, why in stopped.items()]
     lines += notes
     for name, rows in tables["speeds"].groupby("server", sort=False):
@@ -482,14 +465,9 @@ def hand_on(
         if len(ends) > 1 and few["min"] <= many["max"] and many["min"] <= few["max"]:
             notes.append(f"{name}: these ranges overlap, so nothing is shown about more clients")
             lines.append(notes[-1])
-    stage.finish(
-        conditions={name: endpoint.conditions() for name, endpoint in connected.items()},
-        summary=lines,
-        shown=[*shown.values()],
-        notes=notes,
-        model=stage.model,
-        recipes=list(recipes),
-        loaded={name: server.loaded for name, server in running.items()},
-        **{name: frame.to_dict("records") for name, frame in tables.items()},
-    )
+    conditions = {name: endpoint.conditions() for name, endpoint in connected.items()}
+    facts: dict[str, Any] = {"shown": [*shown.values()], "notes": notes, "recipes": list(recipes)}
+    facts |= {"loaded": {name: server.loaded for name, server in running.items()}, "model": stage.model}
+    facts |= {name: frame.to_dict("records") for name, frame in tables.items()}
+    stage.finish(conditions=conditions, summary=lines, **facts)
     return lines

@@ -186,14 +186,9 @@ class Endpoint:
     def conditions(self) -> dict[str, Any]:
         """What an answer depends on, as far as the server reports it; neither address nor key."""
         name = "" if self.server in self.version else self.server
-        return {
-            "runtime": f"{name} {self.version}".strip(),
-            "endpoint": True,
-            "endpoint_model": self.model,
-            "n_ctx": self.n_ctx,
-            "n_slots": self.n_slots,
-            "request_options": dict(self.options),
-        }
+        facts: dict[str, Any] = {"runtime": f"{name} {self.version}".strip(), "endpoint": True}
+        facts |= {"endpoint_model": self.model, "n_ctx": self.n_ctx, "n_slots": self.n_slots}
+        return facts | {"request_options": dict(self.options)}
 
     def chat(self, prompt: str, max_tokens: int = 256, **options: Any) -> Reply:
         """The answer to a chat in the server's template; see `ask`."""
@@ -329,7 +324,7 @@ class Endpoint:
         error.status = status
         return error
 
-    def persist(self, request: Callable[[], Answer], retries: int = RETRIES) -> Answer:
+    def persist(self, request: Callable[[], Answer], retries: int) -> Answer:
         """The answer to a request, asked again with growing pauses after a `TemporaryError`."""
 
         def ask_once() -> Answer:
@@ -373,26 +368,17 @@ class Endpoint:
 
 
 def connect(
-    base_url: str,
-    model: str = "",
-    *,
-    key: str = "",
-    key_variable: str = "",
-    timeout_seconds: float = ANSWER_SECONDS,
-    version: str = "",
-    retries: int = RETRIES,
+    base_url: str, model: str = "", *, key: str = "", key_variable: str = "", version: str = "", **limits: Any
 ) -> Endpoint:
     """Ask a server for its models and its version; return the endpoint for all further requests.
 
     ``model``: one that the server lists; may be left out where it lists just one. ``key``, ``key_variable``:
     the key, or the environment variable that holds it; never shown or written. ``version``: of the server,
-    where it is known better than the server reports. An `EndpointError` says whether the address, the key,
-    the model or a busy server is the cause.
+    where it is known better than the server reports. ``limits``: ``timeout_seconds`` (of an answer) and
+    ``retries``. An `EndpointError` says whether address, key, model or a busy server is the cause.
     """
-    endpoint = replace(
-        _address(base_url, key, key_variable), timeout_seconds=timeout_seconds, retries=retries
-    )
-    page = endpoint.persist(lambda: endpoint.page(f"{endpoint.url}/models"), retries)
+    endpoint = replace(_address(base_url, key, key_variable), **limits)
+    page = endpoint.persist(lambda: endpoint.page(f"{endpoint.url}/models"), endpoint.retries)
     if not isinstance(page, dict) or "data" not in page:
         what = "something answers there, but it does not list models"
         raise EndpointError(what, where=endpoint.url, hint=ADDRESS_HINT)
@@ -417,20 +403,15 @@ def _facts(endpoint: Endpoint, listed: Mapping[str, Any]) -> dict[str, Any]:
     """What an `Endpoint` has of the server itself, from paths that only one kind of server has."""
     props = endpoint.optional("/props")
     if settings := pick(props, "default_generation_settings", dict):
-        return {
-            "server": "llama.cpp",
-            "version": pick(props, "build_info", str) or "",
-            "n_ctx": pick(settings, "n_ctx", int),
-            "n_slots": pick(props, "total_slots", int),
-            "chat_template": pick(props, "chat_template", str) or "",
-        }
+        facts: dict[str, Any] = {"server": "llama.cpp", "version": pick(props, "build_info", str) or ""}
+        facts |= {"n_ctx": pick(settings, "n_ctx", int), "n_slots": pick(props, "total_slots", int)}
+        return facts | {"chat_template": pick(props, "chat_template", str) or ""}
     for path, server in (("/api/version", "Ollama"), ("/version", "vLLM")):
         if version := pick(endpoint.optional(path), "version", str):
             return {"server": server, "version": version}
     described = endpoint.optional("/openapi.json")
     if "llama.cpp Python" in (pick(described, "info.title", str) or ""):
-        version = pick(described, "info.version", str) or ""
-        return {"server": "llama-cpp-python", "version": version}
+        return {"server": "llama-cpp-python", "version": pick(described, "info.version", str) or ""}
     owners = {pick(entry, "owned_by", str) for entry in listed.values()}
     return {"server": (owners.pop() if len(owners) == 1 else "") or "unknown"}
 

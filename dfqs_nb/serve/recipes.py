@@ -54,9 +54,7 @@ def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
     """The parts that commands and notes share, and the targets by name."""
     table = tomllib.loads((data_dir() / "deploy" / "targets.toml").read_text(encoding="utf-8"))
     common, defaults = table.pop("common"), table.pop("defaults")
-    return common, {
-        name: SimpleNamespace(name=name, **{**defaults, **facts}) for name, facts in table.items()
-    }
+    return common, {name: SimpleNamespace(name=name, **defaults | facts) for name, facts in table.items()}
 
 
 def targets() -> dict[str, Any]:
@@ -255,8 +253,7 @@ def _source(model: str | Path) -> _Source:
         what = f"llama.cpp refuses it: {diagnosis.finding}"
         raise DfqsError(what, where=tilde(path), hint=diagnosis.next_step)
     shards = diagnosis.shards()
-    header = shards.as_one
-    require_model(header)
+    require_model(header := shards.as_one)
     url = str(header.get("general.base_model.0.repo_url", ""))
     original = url.removeprefix("https://huggingface.co/") if "huggingface.co/" in url else NOT_GIVEN
     folder, files = str(shards.paths[0].absolute().parent), [shard.name for shard in shards.paths]
@@ -349,24 +346,16 @@ def _values(
     paths = [_join(target.mount or place, file) for file in files]
     key_name, flags = key_variable or DEFAULT_KEY_VARIABLE, settings["flags"]
     header = source.shards.as_one if source.shards else None
-    return {
-        "target": target,
-        "source": source,
+    values = {"target": target, "source": source, "name": name, "port": port, "get": get, "key": key_variable}
+    values |= {"models": paths, "model": paths[0], "model_folder": place, "folder": str(folder)}
+    return values | {
         "architecture": header.architecture if header else "deepseek4" if source.note else "",
-        "name": name,
         "served": _filled(target.served_name, {"name": name}, str),
         "placement": Markup(shlex.join(flags)),
         "cuda": "ON" if flags[:2] != ("-ngl", "0") and not mac else "",  # there it is Metal
-        "port": port,
         "base_url": f"http://{HOST}:{port}{target.prefix}/v1",
         "template_text": header.text("tokenizer.chat_template") if header else "",
         "system": f"{'macos' if mac else 'ubuntu'}-{'arm64' if arm else 'x64'}",
-        "model": paths[0],
-        "models": paths,
-        "model_folder": place,
-        "folder": str(folder),
-        "get": get,
-        "key": key_variable,
         "key_name": key_name,
         "key_or_none": Markup(f'"${{{key_name}:-none}}"'),
     }

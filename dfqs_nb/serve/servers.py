@@ -73,8 +73,7 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer", None]):
     def has_ended(self) -> bool:
         """Whether the process ended when it was asked to, and nothing listens on its port any more."""
         with socket.socket() as probe:
-            free = probe.connect_ex((HOST, self.port)) != 0
-        return free and self.process.poll() in (0, -signal.SIGTERM)
+            return probe.connect_ex((HOST, self.port)) != 0 and self.process.poll() in (0, -signal.SIGTERM)
 
     def connect(self, **options: Any) -> Endpoint:
         """An endpoint for this server; options as ``client.connect``."""
@@ -82,9 +81,8 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer", None]):
         return connect(self.base_url, self.model, key=key, version=self.version, **options)
 
     def log_lines(self) -> list[str]:
-        """The first MiB of the log, in which the model is loaded."""
-        raw = os.pread(self.log.fileno(), LOAD_BYTES, 0)  # the child shares the file's position
-        return raw.decode("utf-8", "replace").splitlines()
+        """The first MiB of the log, in which the model is loaded; the child shares the file's position."""
+        return os.pread(self.log.fileno(), LOAD_BYTES, 0).decode("utf-8", "replace").splitlines()
 
     @cached_property
     def loaded(self) -> dict[str, Any]:
