@@ -34,7 +34,6 @@ MEASURES = {
     "kl_high": "KL divergence, at most (nats)",
 }
 
-
 Token = Annotated[int, Ge(0)]
 LogProb = Annotated[float, Ge(-1e4), Le(1e-3)]  # natural
 

@@ -121,8 +121,7 @@ def load_recipe(name: str | Path) -> Recipe:
         raw = path.read_bytes()
         return Recipe(**tomllib.loads(raw.decode("utf-8")), sha256=hashlib.sha256(raw).hexdigest())
     except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise DfqsError(what, where=path, hint="check the path") from error
+        raise DfqsError(f"cannot be read ({error.strerror})", where=path, hint="check the path") from error
     except (ValueError, TypeError) as error:  # TypeError: the file gives its own sha256
         what = str(error)
         if isinstance(error, pydantic.ValidationError):
@@ -192,8 +191,7 @@ def plan(
         keys |= {f"quantize.imatrix.{name}": value for name, value in about.items()}
     answer = run({**job, "dry_run": True}, where=where)
     if {name for name, _ in answer["tensors"]} != set(before):
-        what = "llama.cpp's dry run names other tensors than the header"
-        raise DfqsError(what, where=where, hint=REPORT)
+        raise DfqsError("llama.cpp's dry run names other tensors than the header", where=where, hint=REPORT)
     tensors = []
     for name, kind in answer["tensors"]:
         code, block, nbytes = BLOCKS[kind]
