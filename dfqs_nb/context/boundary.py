@@ -15,16 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dfqs_nb import stats
 from dfqs_nb.core.display import counted
-from dfqs_nb.stats import (
-    LEVEL,
-    N_BOOT,
-    bootstrap_weights,
-    expanded_tail,
-    non_increasing,
-    ratios_to_first,
-    wilson_of_clusters,
-)
+from dfqs_nb.stats import LEVEL, N_BOOT, bootstrap_weights, expanded_tail, wilson_of_clusters
 
 SHARE = 0.85  # of the short-context ability: NoLiMa's rule (Modarressi et al. 2025, arXiv:2502.05167)
 ENOUGH_TEXTS = 12  # with fewer, a boundary is provisional
@@ -82,7 +75,7 @@ class Counts:
         right, n = self.successes.sum(0), self.trials.sum(0)
         a_0 = float(right[0] / n[0]) if len(n) else nan
         threshold = self.guess_rate + SHARE * (a_0 - self.guess_rate)
-        vars(self).update(right=right, n=n, accuracy=right / n, fit=non_increasing(right, n))
+        vars(self).update(right=right, n=n, accuracy=right / n, fit=stats.non_increasing(right, n))
         vars(self).update(a_0=a_0, threshold=threshold, n_texts=int(min((self.trials > 0).sum(0), default=0)))
 
     @classmethod
@@ -114,7 +107,7 @@ class Counts:
         table = pd.DataFrame({"length": self.lengths, "planned": self.planned, "correct": right, "n": n})
         table["texts"], table["accuracy"] = (self.trials > 0).sum(0), self.accuracy
         table["low"], table["high"] = ends = wilson_of_clusters(self.successes, self.trials)
-        low, high = ratios_to_first(*(values - self.guess_rate for values in (self.accuracy, *ends)))
+        low, high = stats.ratios_to_first(*(values - self.guess_rate for values in (self.accuracy, *ends)))
         return table.assign(fit=self.fit, curve=np.clip(curve, 0, 1), curve_low=low, curve_high=high)
 
     def boundary(self, *, n_boot: int = N_BOOT, seed: int = 0) -> Boundary:
@@ -125,9 +118,9 @@ class Counts:
         """
         about: dict[str, Any] = {"a_0": self.a_0, "threshold": self.threshold, "guess_rate": self.guess_rate}
         about |= {"n_haystacks": self.n_texts, "n_items": int(self.n.sum())}
-        provisional = self.n_texts < ENOUGH_TEXTS
+        about["provisional"] = self.n_texts < ENOUGH_TEXTS
         if wilson_of_clusters(self.successes, self.trials)[0][0] <= self.guess_rate:
-            return Boundary(0, None, None, False, "floor", None, **about, provisional=provisional)
+            return Boundary(0, None, None, False, "floor", None, **about)
         low, high = self._interval(n_boot, seed)
         tokens, first = (crossing(self.lengths, a, self.threshold) for a in (self.fit, self.accuracy))
         censored = tokens == inf
@@ -141,7 +134,6 @@ class Counts:
             **about,
             first_crossing=None if first == inf else round(first),
             not_monotone=self._rises(),
-            provisional=provisional,
         )
 
     def _interval(self, n_boot: int, seed: int) -> tuple[float, float]:
@@ -153,7 +145,7 @@ class Counts:
             weights = bootstrap_weights(int(asked.sum()), n_boot, seed * 1_000_003 + int(length))
             right[:, k], n[:, k] = weights @ self.successes[asked, k], weights @ self.trials[asked, k]
         thresholds = self.guess_rate + SHARE * (right[:, 0] / n[:, 0] - self.guess_rate)
-        lower, upper = bracket(self.lengths, non_increasing(right, n), thresholds)
+        lower, upper = bracket(self.lengths, stats.non_increasing(right, n), thresholds)
         own = [bracket(self.lengths, values, self.threshold) for values in (self.fit, self.accuracy)]
         tail = expanded_tail(self.n_texts, BRACKET_LEVEL)
         low, high = np.quantile(lower, tail, method="lower"), np.quantile(upper, 1 - tail, method="higher")

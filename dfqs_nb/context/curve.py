@@ -74,8 +74,6 @@ class Run:
 
     def ask(self, model: Model, case: Case, questions: Sequence[Question], planned: bool, bar: Any) -> None:
         """Ask some questions of a text, and keep the answers."""
-        if not questions:
-            return
         text, body = f"{case.length}/{case.haystack}", model.hold(case.body, reuse=self.reuses)
         if self.reuses and f"{text}/held" not in self.journal:
             self.journal.add(f"{text}/held", n_evaluated=len(case.body))
@@ -110,9 +108,8 @@ class Run:
         late = [f"{length:,}" for length in plan.grid if length not in set(counts.lengths.tolist())]
         if self.budget_hit and plan.n_haystacks and late:
             stage.leave_out([f"lengths: {', '.join(late)} tokens"])
-        reused = {"reuse": self.reuses}
         stage.finish(
-            conditions={**conditions, **plan.conditions(), **reused},
+            conditions={**conditions, **plan.conditions(), "reuse": self.reuses},
             summary=lines,
             model=stage.model,
             tier=plan.probe.tier,
@@ -182,7 +179,8 @@ def measure(
                 return False
             with meter.spend(cost * len(missing) / len(case.questions)):
                 bar.update(len(case.questions) - len(missing))
-                run.ask(copy, case, missing, planned, bar)
+                if missing:
+                    run.ask(copy, case, missing, planned, bar)
             return True
 
         run.budget_hit = not all(side_by_side(copies, ask, range(plan.n_texts(length))))
@@ -204,7 +202,11 @@ def measure(
         try:
             if plan.n_haystacks:
                 if plan.reuse:
-                    run.reuse = _check_reuse(model, journal, haystacks.case(0, run.at))
+                    if REUSE not in journal:
+                        case = haystacks.case(0, run.at)
+                        check = check_reuse(model, case.body[:CHECK_TOKENS], case.questions[0].prompt)
+                        journal.add(REUSE, **asdict(check))
+                    run.reuse = ReuseCheck(**journal[REUSE])
                 search_lengths(measured, plan.grid, plan.rounds)
         except DecodeError as error:
             at = min(run.at, model.settings.n_ctx) if error.cause == "n_ctx" else run.at
@@ -215,11 +217,3 @@ def measure(
         finally:
             model.clear()
     return run
-
-
-def _check_reuse(model: Model, journal: Journal, case: Case) -> ReuseCheck:
-    """What asking from a saved state changes for a question; the journal keeps what was seen."""
-    if REUSE not in journal:
-        check = check_reuse(model, case.body[:CHECK_TOKENS], case.questions[0].prompt)
-        journal.add(REUSE, **asdict(check))
-    return ReuseCheck(**journal[REUSE])

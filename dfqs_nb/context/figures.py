@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dfqs_nb.core import figures as core
-from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, token_axis, whiskers
+import pandas as pd
+from matplotlib.axes import Axes
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
+from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis, token_axis, whiskers
 
 
 def context_curve(curve: pd.DataFrame, boundary: dict[str, Any]) -> Axes | str:
@@ -38,7 +36,7 @@ def context_curve(curve: pd.DataFrame, boundary: dict[str, Any]) -> Axes | str:
     asked = f"context (tokens); a length: {n} answers in {texts} texts"
     token_axis(ax, curve.loc[curve["planned"], "length"], asked)
     ax.set_ylim(-0.03, 1.05)
-    core.share_axis(ax.yaxis, "right answers")
+    share_axis(ax.yaxis, "right answers")
     ax.legend(frameon=False, fontsize=8, loc="best")
     set_title(ax, f"Retrieval {boundary['sentence'].partition(' (')[0]}")
     return ax

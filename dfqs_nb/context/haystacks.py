@@ -53,8 +53,7 @@ class Probe(PromptSet):
 
     def codes(self, draw: random.Random, n: int) -> list[str]:
         """Codes, no two alike."""
-        digits = self.code_digits
-        return [f"{code:0{digits}}" for code in draw.sample(range(10**digits), n)]
+        return [f"{code:0{self.code_digits}}" for code in draw.sample(range(10**self.code_digits), n)]
 
 
 @dataclass(frozen=True)

@@ -272,13 +272,7 @@ def predict_failure(
 
 
 def settings_for(
-    model: Files,
-    longest: int,
-    settings: OpenSettings,
-    stage: Stage,
-    prompt_set: str,
-    *,
-    fresh: bool = False,
+    model: Files, longest: int, settings: OpenSettings, stage: Stage, prompt_set: str, *, fresh: bool = False
 ) -> tuple[OpenSettings, RuntimeFailure | None]:
     """Settings with room for the longest length that fits in memory, and the first that does not.
 

@@ -307,9 +307,8 @@ def measure_loops(
         with meter.spend(cost):
             sampling = Sampling(temperature, seed=number)
             answer = chat(copy, requests.prompts[number], n_tokens, sampling, until=meter.end)
-        if answer.finish_reason == "time":
-            return
-        journal.add(str(turn), tokens=answer.token_ids, ended=answer.finish_reason != "length")
+        if answer.finish_reason != "time":
+            journal.add(str(turn), tokens=answer.token_ids, ended=answer.finish_reason != "length")
 
     with crew(model) as models:
         side_by_side(models, ask, turns)

@@ -7,9 +7,7 @@ from dfqs_nb.routing.recorder import RecordedModel, open_recorded
 from dfqs_nb.routing.trace import Trace, differences, load_trace
 
 if TYPE_CHECKING:
-    from dfqs_nb.routing import figures
     from dfqs_nb.routing.experiment import run_experiment
-    from dfqs_nb.routing.verdict import experts_needed
 
 __all__ = ["RecordedModel", "Trace", "differences", "experts_needed", "figures", "load_trace"]
 __all__ += ["open_recorded", "run_experiment"]

@@ -20,7 +20,6 @@ import pandas as pd
 import tqdm.std
 
 from dfqs_nb.core import child, display
-from dfqs_nb.core.display import counted
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.files import canonical_sha256, write_table
 from dfqs_nb.core.journal import remembered
@@ -79,7 +78,7 @@ class Experiment:
         n, routed = len(self.sensitivities), self.reference.routed
         n_moved = int((self.sensitivities["n_differ" if routed else "logit_drift"] > 0).sum())
         what = "an expert choice" if routed else "a logit"
-        moved = f"{n_moved} of {counted(n, 'changes of settings')} changed {what}."
+        moved = f"{n_moved} of {display.counted(n, 'changes of settings')} changed {what}."
         moved = moved if n else "No setting was changed."
         lines = [self.under_load.text, self.verdict.text, moved]
         if names := self.left_out:
@@ -125,15 +124,12 @@ class Experiment:
 
     def write_tables(self, folder: str | Path) -> list[Path]:
         """Write the tables ``routing_*.csv``."""
-        folder, written = Path(folder), list[Path]()
         tables = {"conditions": self.rows, "loads": self.load_table, "flips": self.flips()}
         tables["layers"] = self.agreement().rename_axis("condition").reset_index()
         if self.profile:
             tables["coverage"] = verdict.experts_needed(self.profile).reset_index()
-        for name, table in tables.items():
-            if len(table.columns):
-                written.append(write_table(folder / f"routing_{name}.csv", table, index=False))
-        return written
+        named = [(Path(folder) / f"routing_{name}.csv", it) for name, it in tables.items() if len(it.columns)]
+        return [write_table(path, table, index=False) for path, table in named]
 
 
 def run_experiment(
@@ -213,11 +209,9 @@ class _Runs:
         costs = remembered(self.folder / "costs.json", about, probe, fresh=self.fresh)
         scale, kept = fit(self.planned, costs, self.budget_seconds, self._is_there)
         length = "full length" if scale == 1 else f"{scale:g} of each length"
+        runs = f"{len(kept)} of {len(names)} runs, at {length}. Loading takes {costs['load']:.1f} s"
         speed = f"a token {costs['prefill']:.2g} s in prefill and {costs['decode']:.2g} s in decode"
-        tell(
-            f"Budget {self.budget_seconds / 60:g} min: {len(kept)} of {len(names)} runs, at {length}. "
-            f"Loading takes {costs['load']:.1f} s, {speed}."
-        )
+        tell(f"Budget {self.budget_seconds / 60:g} min: {runs}, {speed}.")
         return scale, kept
 
     def _is_there(self, each: Condition) -> bool:

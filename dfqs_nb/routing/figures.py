@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from dfqs_nb.core.display import counted, per_cent
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from dfqs_nb.routing.trace import Trace
+from dfqs_nb.routing.trace import Trace
 
 
 def routing_agreement(agreement: pd.DataFrame, n_repeats: int, reference: Trace) -> Axes:

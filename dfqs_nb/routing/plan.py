@@ -59,9 +59,8 @@ def read_texts(folder: str | Path = "") -> list[Text]:
             texts.append(Text(domain=domain, name=path.relative_to(root).as_posix(), text=text))
     if len(texts) < 2:
         hint = f"put texts there ({', '.join(SUFFIXES)}), in a subfolder for each domain"
-        raise DfqsError(
-            f"{counted(len(texts), 'different texts')}, and 2 are needed", where=folder, hint=hint
-        )
+        what = f"{counted(len(texts), 'different texts')}, and 2 are needed"
+        raise DfqsError(what, where=folder, hint=hint)
     return texts
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.llama.build import default_params, refusal, set_context
@@ -93,8 +94,6 @@ class Recorder(Watch):
 
     def keep_logits(self, rows: np.ndarray) -> None:
         """Keep a digest of the logits of each token, float32 ``(n, n_vocab)``, and a sample of them."""
-        import xxhash
-
         ids = self._logit_ids = np.unique(np.linspace(0, rows.shape[1] - 1, LOGIT_SAMPLE).astype(np.int32))
         digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], np.uint64)
         self._add(digest=digests, logits=rows[:, ids])
@@ -364,8 +363,6 @@ class Together:
         place = np.concatenate(places)
         kept = np.lexsort((place[:, 1], place[:, 0]))
         kept = kept[place[kept, 1] < n]  # answers are not part of the trace
-        output = np.full((len(lines), n_output), -1, np.int32)
-        for slot, line in enumerate(lines):
-            output[slot, : len(line) - n] = line[n:]
+        output = np.array([line[n:] + [-1] * (n + n_output - len(line)) for line in lines], np.int32)
         trace = self.recorded.trace([0] * len(place)).rows(kept)
         return replace(trace, tokens=np.array(texts, np.int32).ravel(), output=output)

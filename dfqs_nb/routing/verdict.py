@@ -22,10 +22,7 @@ from dfqs_nb.routing.plan import IDENTICAL, Condition, Text
 from dfqs_nb.routing.trace import COMPARED, Trace, compare
 from dfqs_nb.stats import at_most, mean_interval
 
-ABOUT = (
-    *("condition", "kind", "against", "status", "process", "n_threads"),
-    *("load", "n_others", "text", "domain"),
-)
+ABOUT = "condition kind against status process n_threads load n_others text domain".split()
 SHARES = (0.5, 0.8, 0.9, 0.95)  # of choices, of which experts are counted
 CONFIRMED, CONTRADICTED, NOT_TESTABLE = "confirmed", "contradicted", "not testable here"
 
@@ -218,12 +215,10 @@ def advice(ranked: pd.DataFrame) -> list[str]:
         if free:
             lines.append(f"Free: {kind} (compared with {where}). Every logit was equal bit for bit.")
             continue
-        worst = rows.iloc[0]
-        word = "Pin" if worst["n_differ"] else "Pin for equal logits"
-        choices = (
-            f"{worst['n_differ']:,} of {worst['n_choices']:,} choices, and " if worst["n_choices"] else ""
-        )
-        seen = f'"{worst["condition"]}" changed {choices}logits by up to {worst["logit_drift"]:.2g}'
+        worst = next(rows.itertuples())
+        word = "Pin" if worst.n_differ else "Pin for equal logits"
+        choices = f"{worst.n_differ:,} of {worst.n_choices:,} choices, and " if worst.n_choices else ""
+        seen = f'"{worst.condition}" changed {choices}logits by up to {worst.logit_drift:.2g}'
         answers = rows["same_output"].dropna()  # without n_output there is none
         moved = f"; {answers.eq(False).sum()} of {counted(len(answers), 'greedy answers')} changed"
         lines.append(f"{word}: {kind} (compared with {where}). {seen}{moved * bool(len(answers))}.")
@@ -249,10 +244,8 @@ def claims(again: Verdict, ranked: pd.DataFrame) -> pd.DataFrame:
     # one run that differs is enough to know; that all are equal is known only of all
     known, seen = it["n_runs_differ"] or (it["n_runs"] and not it["failed_runs"]), again.text
     if it["n_runs"]:
-        answers = "equal" if it["same_output"] else "different"
-        seen += (
-            f" {per_cent(it['logits_equal'], 2)} of tokens have equal logits; greedy answers are {answers}."
-        )
+        equal, answers = per_cent(it["logits_equal"], 2), "equal" if it["same_output"] else "different"
+        seen += f" {equal} of tokens have equal logits; greedy answers are {answers}."
     exact = (CONFIRMED if same else CONTRADICTED) if known else NOT_TESTABLE, seen
     rows = [("routing stable", NOT_TESTABLE, stable), ("deterministic execution", *exact)]
     return pd.DataFrame(rows, columns=["claim", "status", "evidence"])

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 
 from dfqs_nb.core.figures import INK, PALETTE, new_axes, set_title, share_axis, whiskers
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 CHOICES = "-choices"  # ends the name of a set that is asked as multiple choice
 
 
 def score_families(table: pd.DataFrame) -> Axes | str:
-    """Accuracy of each family with its interval, and guessing beside it; ``table`` as `Results.families`.
-
-    A text comes out where there is nothing to draw, and says why.
-    """
+    """Accuracy of each family (`Results.families`) with its interval, and guessing; or why there is none."""
     if table.empty:
         return "No figure of families: no question was answered in the time."
     sets = list(dict.fromkeys(table["set"]))
@@ -42,16 +35,13 @@ def score_families(table: pd.DataFrame) -> Axes | str:
     several = named.groupby(["of", "family"])["length"].transform("nunique") > 1
     names = named["family"] + (", " + named["length"]).where(several, "")
     ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlim(-0.02, 1.02)
+    ax.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.4, -0.6))
     share_axis(ax.xaxis, "right answers (95 % Wilson interval)")
     # below the label of the x axis, by as many inches in a high figure as in a low one
     below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.0), bbox_transform=below)
-    beaten, can_be_guessed = [], table[table["guess_rate"] > 0]  # what nobody can guess is not counted
-    for name, part in can_be_guessed.groupby("set", sort=False):
-        above = int((part["low"] > part["guess_rate"]).sum())
-        beaten.append(f"{name}: {above} of {len(part)} families beat guessing")
-    if beaten:
+    some = table[table["guess_rate"] > 0]  # what nobody can guess is not counted
+    above = (some["low"] > some["guess_rate"]).groupby(some["set"], sort=False)
+    if beaten := [f"{name}: {it.sum()} of {len(it)} families beat guessing" for name, it in above]:
         set_title(ax, "\n".join(beaten))
     return ax

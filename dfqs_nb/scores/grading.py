@@ -7,21 +7,20 @@ import textwrap
 import unicodedata
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from symtable import SymbolTable, symtable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.core.journal import differing_fields
 from dfqs_nb.llama.generate import answer_start
 from dfqs_nb.stats import detectable, mcnemar, paired_bootstrap, wilson
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COLUMNS = "set id family length guess prompt completion expected grade reason truncated tokens seconds"
 RIGHT = ("correct", "passed")  # grades of questions, outcomes of code
@@ -134,8 +133,6 @@ class SetRun:
     @classmethod
     def of(cls, kind: str, name: str, items: Any, *, n_items: int, **facts: Any) -> SetRun:
         """A run from its judged items (a frame or rows); the whole set has ``n_items``."""
-        import pandas as pd
-
         table = pd.DataFrame(items, columns=COLUMNS.split()) if isinstance(items, list) else items
         table = table.assign(correct=table["grade"].isin(RIGHT))
         return cls(kind, name, table, score_of(kind, table, name, n_items), **facts)
@@ -150,14 +147,10 @@ class Results:
     @property
     def items(self) -> pd.DataFrame:
         """The items of all sets; columns as `SetRun.items`."""
-        import pandas as pd
-
         return pd.concat([run.items for run in self.runs], ignore_index=True)
 
     def table(self) -> pd.DataFrame:
         """One row a set: the metric, its value and interval, the guess rate, and how items failed."""
-        import pandas as pd
-
         return pd.DataFrame([{"set": run.name} | vars(run.score) for run in self.runs]).drop(columns="counts")
 
     def families(self) -> pd.DataFrame:
@@ -231,14 +224,12 @@ def normalised(text: str) -> str:
     while text != before:
         before, text = text, re.sub(r"^([*`\"'$]+)(.*)\1$", r"\2", text).strip().rstrip(".").strip()
     plain = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text).removeprefix("$")
-    try:
+    with suppress(InvalidOperation):  # it is no number
         number = Decimal(plain)
-    except InvalidOperation:
-        return text.casefold()
-    if not number.is_finite() or abs(number.adjusted()) > MOST_DIGITS:
-        return text.casefold()
-    written = format(number, "f")  # exact: arithmetic would round to 28 digits, and overflow
-    return (written.rstrip("0").rstrip(".") if "." in written else written) if number else "0"
+        if number.is_finite() and abs(number.adjusted()) <= MOST_DIGITS:
+            written = format(number, "f")  # exact: arithmetic would round to 28 digits, and overflow
+            return (written.rstrip("0").rstrip(".") if "." in written else written) if number else "0"
+    return text.casefold()
 
 
 def code_in(answer: str, name: str) -> str | None:
@@ -262,10 +253,8 @@ def parsed(code: str) -> tuple[SymbolTable | None, int]:
     with warnings.catch_warnings(action="ignore"):  # of the model's code, such as invalid escapes
         try:
             return symtable(code, "<answer>", "exec"), 0
-        except SyntaxError as error:
-            return None, error.lineno or 1
-        except (ValueError, RecursionError, MemoryError):
-            return None, 1
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            return None, getattr(error, "lineno", None) or 1
 
 
 def names_in(code: str) -> set[str]:

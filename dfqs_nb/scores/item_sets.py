@@ -1,7 +1,4 @@
-"""Frozen sets of questions as JSONL: the first line describes the set, and the file's hash identifies it.
-
-``data/prompts/README.md`` shows how to write a set of your own.
-"""
+"""Frozen sets of questions as JSONL, known by the file's hash; `data/prompts/README.md` shows the format."""
 
 from __future__ import annotations
 
@@ -23,10 +20,8 @@ from dfqs_nb.core.errors import DfqsError
 from dfqs_nb.scores.grading import code_in, names_in, normalised, parsed
 from dfqs_nb.scores.sandbox import Candidate
 
-TIERS = {
-    "nano": ("nano-reasoning-hard", "nano-code"),
-    "standard": ("standard-reasoning", "standard-code", "gsm8k-100"),
-}
+TIERS = {"nano": ["nano-reasoning-hard", "nano-code"]}
+TIERS |= {"standard": ["standard-reasoning", "standard-code", "gsm8k-100"]}
 NEEDED = {"reasoning": ("answer",), "code": ("tests", "entry_point"), "choice": ("choices",)}  # of an item
 Text = Annotated[str, MinLen(1)]
 
@@ -56,8 +51,7 @@ class Item:
         """The code in an answer with this item's tests; None where a chat's answer has none."""
         sources: tuple[str, ...] = (self.prompt + answer,)
         if mode == "chat":
-            code = code_in(answer, self.entry_point)
-            if code is None:
+            if (code := code_in(answer, self.entry_point)) is None:
                 return None
             task = f"{self.prompt}    pass\n"  # if it is no prose, the code may rely on its imports
             sources = (task, code) if parsed(task)[0] else (code,)
@@ -196,9 +190,8 @@ def _check_spelling(line: bytes, kind: Any) -> None:
 
 def _fault(head: ItemSet, item: Item) -> str:
     """What an item lacks for its kind of set; empty if nothing."""
-    for name in NEEDED[head.kind]:
-        if not getattr(item, name):
-            return f"no {name}"
+    if lacking := [name for name in NEEDED[head.kind] if not getattr(item, name)]:
+        return f"no {lacking[0]}"
     if head.kind == "reasoning" and not normalised(item.answer):
         return f"answer: nothing of {item.answer!r:.60} is compared"
     if head.kind == "choice" and len(item.choices) <= max(1, item.gold):

@@ -21,7 +21,6 @@ from scipy.special import log_softmax
 
 from dfqs_nb import __version__
 from dfqs_nb.core import display, errors, journal
-from dfqs_nb.core.display import duration
 from dfqs_nb.core.stage import LeftOut
 from dfqs_nb.llama.generate import GREEDY, Sampling, answer_start, chat_text, generate, opens_thinking
 from dfqs_nb.llama.model import PLAIN_STOP, Model, Prefix, check_reuse
@@ -304,13 +303,13 @@ class QuestionPlan:
         for number, (each, options) in enumerate(shares):
             run = score_set(self.model, each, folder, options, model_id=model_id)
             n, most = len(run.answered), len(each.items)
-            if number >= self.n_sets and not n:
-                missing.append(LeftOut(f"the set {each.name}"))
-                continue
-            runs.append(run)
-            if n < most:
+            what = f"the set {each.name}"
+            if n or number < self.n_sets:
+                runs.append(run)
                 cut = "; 1 was cut off" if n < len(run.items) else ""
-                missing.append(LeftOut(f"the set {each.name}", f"only {n} of {most} questions answered{cut}"))
+                missing += [LeftOut(what, f"only {n} of {most} questions answered{cut}")] * (n < most)
+            else:
+                missing.append(LeftOut(what))
         return Results(runs), missing
 
 
@@ -327,29 +326,27 @@ def plan_questions(
     missing = [LeftOut(f"the set {it}", needs=f"n_ctx={n}") for it, n in needs.items() if n > most]
     if len(missing) == len(needs):
         raise errors.DfqsError(f"no set fits n_ctx={most}: {'; '.join(map(str, missing))}")
-    fits = [each for each in item_sets if needs[each.name] <= model.settings.n_ctx]
-    pace, sets = probe(model), [each.part(options.limit) for each in fits]
+    sets = [it.part(options.limit) for it in item_sets if needs[it.name] <= most]
+    pace, n_sets = probe(model), len(sets)
 
     def cost(item_set: ItemSet) -> float:
         written = (item_set.max_tokens + options.thinking_tokens) * (item_set.kind != "choice")
         texts = ("".join((item.asked(item_set.instruction), *item.choices)) for item in item_set.items)
         return sum(pace.seconds(len(text) / 4 + 16, written) for text in texts)
 
-    n_sets = len(sets)
     while n_sets > 2 and sum(cost(each.part(DOZEN)) for each in sets[:n_sets]) > seconds:
         n_sets -= 1
     n, whole = sum(len(each.items) for each in sets), sum(map(cost, sets))
-    sentence = f"{n:,} of {n:,} questions, at most {duration(whole)}"
+    sentence = f"{n:,} of {n:,} questions, at most {display.duration(whole)}"
     if whole > seconds:
-        sentence = f"at most {duration(seconds)}: as many of {n:,} questions as that holds"
-        sentence += f" (all could take {duration(whole)})"
+        sentence = f"at most {display.duration(seconds)}: as many of {n:,} questions as that holds"
+        sentence += f" (all could take {display.duration(whole)})"
     return QuestionPlan(model, sets, n_sets, seconds, sentence, pace, options, missing)
 
 
 # ---- multiple choice by log-likelihood: the likeliest choice is the answer, and no text is generated ----
-#
-# The protocol is that of lm-evaluation-harness (``multiple_choice``, Gao et al. 2024): the context and each
-# choice are tokenized together, and a choice's score is the sum of its tokens' log-probabilities.
+# The protocol is that of lm-evaluation-harness (``multiple_choice``, Gao et al. 2024): a choice's score is
+# the sum of its tokens' log-probabilities.
 
 
 def chooser(model: Model, requests: Sequence[Request]) -> Callable[[Request], dict[str, Any]]:
@@ -369,7 +366,23 @@ def chooser(model: Model, requests: Sequence[Request]) -> Callable[[Request], di
         shared = commonprefix([encode(model, request)[0][:-1] for request in requests])
         return reuse, model.hold(shared if reuse else [], reuse=reuse)
 
-    return lambda request: _scored(model, *start(), request)
+    def scored(request: Request) -> dict[str, Any]:
+        (reuse, beginning), (context, choices) = start(), encode(model, request)
+        model.restore(beginning)
+        first = log_softmax(model.evaluate(context[beginning.n_tokens :]).astype(float))[None]
+        whole = model.save() if reuse else Prefix(len(context), None, context)
+        values, greedy = list[float](), list[bool]()
+        for tokens in choices:
+            rows = first
+            if len(tokens) > 1:
+                model.restore(whole)
+                logits = np.concatenate([chunk.copy() for chunk in model.logits(tokens[:-1])])
+                rows = np.concatenate([first, log_softmax(logits.astype(float), axis=-1)])
+            values.append(float(rows[np.arange(len(tokens)), tokens].sum()))
+            greedy.append(bool((rows.argmax(axis=1) == tokens).all()))
+        return {"log_likelihoods": values, "greedy": greedy, "tokens": sum(map(len, choices))}
+
+    return scored
 
 
 def encode(model: Model, request: Request) -> tuple[list[int], list[list[int]]]:
@@ -385,21 +398,3 @@ def encode(model: Model, request: Request) -> tuple[list[int], list[list[int]]]:
     whole = request.text.rstrip(), *(request.text + choice for choice in choices)
     context, *together = (model.with_bos(model.tokenize(text, special=False)) for text in whole)
     return context, [tokens[len(context) :] or tokens[-1:] for tokens in together]
-
-
-def _scored(model: Model, reuse: bool, start: Prefix, request: Request) -> dict[str, Any]:
-    """See `chooser`; ``start``: what the context begins with."""
-    context, choices = encode(model, request)
-    model.restore(start)
-    first = log_softmax(model.evaluate(context[start.n_tokens :]).astype(float))[None]
-    whole = model.save() if reuse else Prefix(len(context), None, context)
-    values, greedy = list[float](), list[bool]()
-    for tokens in choices:
-        rows = first
-        if len(tokens) > 1:
-            model.restore(whole)
-            logits = np.concatenate([chunk.copy() for chunk in model.logits(tokens[:-1])])
-            rows = np.concatenate([first, log_softmax(logits.astype(float), axis=-1)])
-        values.append(float(rows[np.arange(len(tokens)), tokens].sum()))
-        greedy.append(bool((rows.argmax(axis=1) == tokens).all()))
-    return {"log_likelihoods": values, "greedy": greedy, "tokens": sum(map(len, choices))}

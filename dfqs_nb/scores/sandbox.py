@@ -283,8 +283,7 @@ NUMBER, ARCHITECTURE, ARGUMENT = 0, 4, 16  # offsets in `struct seccomp_data`
 NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID and NET
 FAMILIES = (1, 2, 10, 16)  # of sockets: UNIX, INET, INET6, NETLINK; not VSOCK, ALG, PACKET and the rest
 
-# What is refused, for each reason: a call with Linux's numbers for x86_64 and aarch64 (from 424 on they are
-# the same everywhere).
+# What is refused, for each reason: a call with Linux's numbers for x86_64 and aarch64 (from 424 on the same).
 REFUSED = {
     "the caller's keyring": "add_key 248 217, request_key 249 218, keyctl 250 219",
     "namespaces": "unshare 272 97, setns 308 268",
@@ -298,11 +297,8 @@ REFUSED = {
     "io_uring_enter 426 426, io_uring_register 427 427, bpf 321 280, perf_event_open 298 241, "
     "userfaultfd 323 282, open_by_handle_at 304 265",
 }
-CALLS: dict[str, tuple[int, int]] = {
-    name: (int(x86), int(arm))
-    for calls in REFUSED.values()
-    for name, x86, arm in (call.split() for call in calls.split(","))
-}
+WORDS = [call.split() for calls in REFUSED.values() for call in calls.split(",")]
+CALLS = {name: (int(x86), int(arm)) for name, x86, arm in WORDS}
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from dfqs_nb.core.errors import StageError
 from dfqs_nb.core.journal import differing_fields
@@ -14,9 +16,6 @@ from dfqs_nb.gguf.facts import parameters
 from dfqs_nb.llama.model import Model
 from dfqs_nb.llama.timing import METRIC_DEPTH, spread
 from dfqs_nb.stats import LEVEL
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CLEARLY = 1.1  # times as fast
 CACHE_BYTES = 32e6  # that a processor's cache can hold, or most of it
