@@ -198,6 +198,5 @@ class Haystacks:
 
     def _tail(self, words: dict[str, str]) -> tuple[int, ...]:
         """Tokens of a question, and of what its answer begins with."""
-        probe = self.probe
-        question, prefix = (text.format(**words) for text in (probe.question, probe.answer_prefix))
-        return (*self._plain(probe.joint + question), *self._after, *self._plain(prefix))
+        question, prefix = (it.format(**words) for it in (self.probe.question, self.probe.answer_prefix))
+        return (*self._plain(self.probe.joint + question), *self._after, *self._plain(prefix))

@@ -106,9 +106,8 @@ class Experiment:
         for row, a, b in self._pairs(self.sensitivities):
             tokens, columns = np.nonzero(differ := differences(a, b))
             before = np.logical_or.accumulate(np.logical_or.accumulate(differ), axis=1)
-            is_first = ~np.pad(before, ((0, 0), (1, 0)))[tokens, columns]
             places = {"token": tokens, "layer": a.layers[columns], "margin": a.margin[tokens, columns]}
-            places["first"] = is_first
+            places["first"] = ~np.pad(before, ((0, 0), (1, 0)))[tokens, columns]
             parts.append(pd.DataFrame({"condition": row.condition, "kind": row.kind, **places}))
         return pd.concat(parts[1:] or parts, ignore_index=True)
 

@@ -24,8 +24,8 @@ from dfqs_nb.core.files import whole_file
 _ROWS = ("tokens", "experts", "margin", "digest", "logits")  # have a row a token
 _ARRAYS = (*_ROWS, "layers", "hashed", "logit_ids", "output")
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-COMPARED = "n_tokens n_layers n_choices n_differ margin_differ logits_equal logit_drift".split()
-COMPARED += ["drift_of_equal_experts", "same_output"]  # the values of `compare`
+COMPARED = tuple("n_tokens n_layers n_choices n_differ margin_differ logits_equal logit_drift".split())
+COMPARED += ("drift_of_equal_experts", "same_output")  # the values of `compare`
 NOTHING = np.zeros(0)  # where nothing was kept
 
 

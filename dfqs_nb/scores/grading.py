@@ -203,9 +203,9 @@ def compare_runs(a: SetRun, b: SetRun) -> SimpleNamespace:
     families = both["family"].to_numpy() if a.kind == "reasoning" else None
     low, high = paired_bootstrap(right_b.astype(float) - right_a, families)
     only_a, only_b = int(np.sum(right_a & ~right_b)), int(np.sum(right_b & ~right_a))
-    result = {"n": len(both), "a": values[0], "b": values[1], "difference": values[1] - values[0]}
-    result |= {"low": low, "high": high, "only_a": only_a, "only_b": only_b}
-    return SimpleNamespace(**result, p=mcnemar(only_a, only_b))
+    only = {"only_a": only_a, "only_b": only_b, "p": mcnemar(only_a, only_b)}
+    scores = {"n": len(both), "a": values[0], "b": values[1], "difference": values[1] - values[0]}
+    return SimpleNamespace(**scores, low=low, high=high, **only)
 
 
 # ---- what an answer says: in a form that can be compared, and the code in it ----
