@@ -202,10 +202,9 @@ def compare_runs(a: SetRun, b: SetRun) -> SimpleNamespace:
     right_a, right_b = both["correct_x"].to_numpy(bool), both["correct_y"].to_numpy(bool)
     families = both["family"].to_numpy() if a.kind == "reasoning" else None
     low, high = paired_bootstrap(right_b.astype(float) - right_a, families)
-    only_a, only_b = int(np.sum(right_a & ~right_b)), int(np.sum(right_b & ~right_a))
-    only = {"only_a": only_a, "only_b": only_b, "p": mcnemar(only_a, only_b)}
+    only = {"only_a": int(np.sum(right_a & ~right_b)), "only_b": int(np.sum(right_b & ~right_a))}
     scores = {"n": len(both), "a": values[0], "b": values[1], "difference": values[1] - values[0]}
-    return SimpleNamespace(**scores, low=low, high=high, **only)
+    return SimpleNamespace(**scores, low=low, high=high, **only, p=mcnemar(*only.values()))
 
 
 # ---- what an answer says: in a form that can be compared, and the code in it ----

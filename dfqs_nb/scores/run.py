@@ -295,21 +295,18 @@ class QuestionPlan:
     def ask(self, folder: str | Path, *, model_id: str = "") -> tuple[Results, list[LeftOut]]:
         """Ask each set in its share of the time (see `Options.shares`); the results, and what was left out.
 
-        Questions come spread evenly over the families. The answer at which the time ends is cut there.
-        Earlier answers always count.
+        The answer at which the time ends is cut there. Earlier answers always count.
         """
         runs, missing, base = list[SetRun](), [*self.missing], not self.model.has_template
         shares = self.options.shares(self.sets, self.budget_seconds, self.n_sets, is_base=base)
         for number, (each, options) in enumerate(shares):
             run = score_set(self.model, each, folder, options, model_id=model_id)
             n, most = len(run.answered), len(each.items)
-            what = f"the set {each.name}"
-            if n or number < self.n_sets:
+            if is_asked := n > 0 or number < self.n_sets:
                 runs.append(run)
-                cut = "; 1 was cut off" if n < len(run.items) else ""
-                missing += [LeftOut(what, f"only {n} of {most} questions answered{cut}")] * (n < most)
-            else:
-                missing.append(LeftOut(what))
+            if n < most:
+                why = f"only {n} of {most} questions answered{'; 1 was cut off' * (n < len(run.items))}"
+                missing.append(LeftOut(f"the set {each.name}", why * is_asked))
         return Results(runs), missing
 
 
@@ -321,8 +318,7 @@ def plan_questions(
     Answers count at their full length, and prompts by four characters a token. A `DfqsError`: no set has
     items that fit the model's context.
     """
-    needs = {each.name: least_context(model, each, options) for each in item_sets}
-    most = model.settings.n_ctx
+    most, needs = model.settings.n_ctx, {it.name: least_context(model, it, options) for it in item_sets}
     missing = [LeftOut(f"the set {it}", needs=f"n_ctx={n}") for it, n in needs.items() if n > most]
     if len(missing) == len(needs):
         raise errors.DfqsError(f"no set fits n_ctx={most}: {'; '.join(map(str, missing))}")

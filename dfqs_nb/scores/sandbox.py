@@ -179,10 +179,9 @@ def run(candidate: Candidate | str, sandbox: Sandbox, limits: Limits = LIMITS) -
         for file, content in ((told, json.dumps(job).encode()), (calls, call_filter())):
             file.write(content)
             file.seek(0)
-        streams: dict[str, Any] = {"stdin": told, "stdout": output, "stderr": complaint}
-        streams["pass_fds"] = [calls.fileno()] if sandbox.safe else []
-        command = _command(sandbox, calls.fileno())
-        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, **streams)
+        start: dict[str, Any] = {"stdin": told, "stdout": output, "stderr": complaint, "env": ENVIRONMENT}
+        start |= {"pass_fds": [calls.fileno()] if sandbox.safe else [], "cwd": folder}
+        process = subprocess.Popen(_command(sandbox, calls.fileno()), start_new_session=True, **start)
         stopped = _watched(process, limits)
         output.seek(0)
         complaint.seek(0)
