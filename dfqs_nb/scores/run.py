@@ -310,9 +310,7 @@ class QuestionPlan:
         return Results(runs), missing
 
 
-def plan_questions(
-    model: Model, item_sets: Sequence[ItemSet], options: Options, seconds: float
-) -> QuestionPlan:
+def plan_questions(model: Model, item_sets: list[ItemSet], options: Options, seconds: float) -> QuestionPlan:
     """Time a few tokens, and plan the sets that these seconds hold a dozen answers of, at least two.
 
     Answers count at their full length, and prompts by four characters a token. A `DfqsError`: no set has

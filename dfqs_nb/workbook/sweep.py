@@ -40,7 +40,7 @@ class Row(NamedTuple):
     key: str
 
 
-def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
+def read_rows(path: Path, notebooks: list[Path]) -> list[Row]:
     """The rows of a CSV file whose columns are ``model``, ``run`` and parameters of the notebooks.
 
     Without ``run`` the name comes from the model. An empty cell is the notebook's default. A relative path is
@@ -76,9 +76,7 @@ def read_rows(path: Path, notebooks: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def _row(
-    line: int, texts: dict[str, str], base: Path, types: dict[str, str], notebooks: Sequence[Path]
-) -> Row:
+def _row(line: int, texts: dict[str, str], base: Path, types: dict[str, str], notebooks: list[Path]) -> Row:
     """A row; its model is a name, an address, or an absolute path. Another file is another model."""
     model, known, stat = texts.pop("model"), registry.registered(), None
     if model not in known and not (model.startswith("hf://") and registry.parse_address(model)):
@@ -97,9 +95,7 @@ def _row(
     return Row(line, model, run, values, conditions_hash(made))
 
 
-def sweep(
-    table: Path, *, scheduler: str, name: str, notebooks: Sequence[Path], fresh: bool, tell: Tell
-) -> Any:
+def sweep(table: Path, *, scheduler: str, name: str, notebooks: list[Path], fresh: bool, tell: Tell) -> Any:
     """Run every row of a table (`read_rows`) that is not done yet, rank the reports, and return the rows.
 
     The frame has ``line``, ``run``, ``model``, ``status`` (``done``, ``failed``, ``not run``), ``reason``,
