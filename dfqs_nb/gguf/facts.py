@@ -126,11 +126,8 @@ def weights(*headers: GGUFHeader) -> list[Weights]:
 
 def parameters(header: GGUFHeader, *, in_bytes: bool = False) -> Parameters:
     """Count the weights from the tensor shapes, or the bytes of all tensors."""
-    rows = [
-        (row.tensor.nbytes if in_bytes else row.tensor.n_elements, row)
-        for row in weights(header)
-        if in_bytes or row.tensor.type not in INTEGER_TYPES
-    ]
+    counted = [row for row in weights(header) if in_bytes or row.tensor.type not in INTEGER_TYPES]
+    rows = [(row.tensor.nbytes if in_bytes else row.tensor.n_elements, row) for row in counted]
     active = round(sum(n * row.share for n, row in rows))
     return Parameters(sum(n for n, _ in rows), active, sum(n for n, row in rows if row.use))
 

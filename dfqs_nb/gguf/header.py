@@ -24,18 +24,18 @@ FORMATS = dict(UINT8="B", INT8="b", UINT16="H", INT16="h", UINT32="I", INT32="i"
 FORMATS |= dict(STRING="", ARRAY="", UINT64="Q", INT64="q", FLOAT64="d")
 VALUE_TYPES = dict(enumerate(FORMATS))
 # Tensor types: code, name, elements and bytes of a block, by ggml's type traits (gguf-py has 40 for Q8_1).
-_TYPES = """
+_TYPES = map(
+    str.split,
+    """
 0 F32 1 4 | 1 F16 1 2 | 2 Q4_0 32 18 | 3 Q4_1 32 20 | 6 Q5_0 32 22 | 7 Q5_1 32 24 | 8 Q8_0 32 34 |
 9 Q8_1 32 36 | 10 Q2_K 256 84 | 11 Q3_K 256 110 | 12 Q4_K 256 144 | 13 Q5_K 256 176 | 14 Q6_K 256 210 |
 15 Q8_K 256 292 | 16 IQ2_XXS 256 66 | 17 IQ2_XS 256 74 | 18 IQ3_XXS 256 98 | 19 IQ1_S 256 50 |
 20 IQ4_NL 32 18 | 21 IQ3_S 256 110 | 22 IQ2_S 256 82 | 23 IQ4_XS 256 136 | 24 I8 1 1 | 25 I16 1 2 |
 26 I32 1 4 | 27 I64 1 8 | 28 F64 1 8 | 29 IQ1_M 256 56 | 30 BF16 1 2 | 34 TQ1_0 256 54 | 35 TQ2_0 256 66 |
 39 MXFP4 32 17 | 40 NVFP4 64 36 | 41 Q1_0 128 18 | 42 Q2_0 64 18
-"""
-TENSOR_TYPES = {
-    int(code): (name, int(elements), int(n_bytes))
-    for code, name, elements, n_bytes in (row.split() for row in _TYPES.split("|"))
-}
+""".split("|"),
+)
+TENSOR_TYPES = {int(code): (name, int(n), int(n_bytes)) for code, name, n, n_bytes in _TYPES}
 
 MAGIC, DEFAULT_ALIGNMENT = b"GGUF", 32
 MAX_NAME_BYTES, MAX_LAYERS = 63, 512  # GGML_MAX_NAME less its terminating zero, LLAMA_MAX_LAYERS
@@ -285,8 +285,7 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
         is_one = entry.type == "UINT32" and entry.count is None
         if not is_one or (alignment := _decode(cursor.bytes, entry)).bit_count() != 1:
             raise cursor.fail("is not a power of two in a single UINT32")
-    tensors = _read_tensors(cursor, n_tensors)
-    cursor.inside = ""
+    tensors, cursor.inside = _read_tensors(cursor, n_tensors), ""
     raw = bytes(memoryview(cursor.bytes)[: cursor.position])
     data = cursor.start + (padded(len(raw), alignment) if n_tensors else len(raw))
     if data > cursor.size:

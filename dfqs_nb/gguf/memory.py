@@ -62,10 +62,7 @@ def kv_cache_bytes(
     type_v: str = "f16",
     swa_full: bool = False,  # the library's default is True: every token in sliding-window layers
 ) -> KvCacheBytes:
-    """Bytes of the KV cache that llama.cpp allocates for ``n_ctx`` tokens, from the header alone.
-
-    Source: ``src/llama-kv-cache*.cpp`` of llama-cpp-python 0.3.36. `HeaderError`: the header lacks a key.
-    """
+    """Bytes of KV cache, as ``src/llama-kv-cache*.cpp`` of 0.3.36 has it. `HeaderError`: a key is missing."""
     if min(n_ctx, n_ubatch) < 1:
         raise ValueError("n_ctx and n_ubatch must be at least 1")
     cells, _ = padded(n_ctx, CELL_PADDING), _stated(header, "block_count")
@@ -105,8 +102,7 @@ def _attention(header: GGUFHeader, cells: int, type_k: str, type_v: str) -> list
     """Grouped-query attention: a K and a V row for each layer and cell; latent attention keeps K only."""
     heads = _stated(header, "attention.head_count_kv", "attention.head_count")
     heads = heads * header.n_layers if len(heads) == 1 else heads
-    head_dim = header.count("attention.key_length")
-    if not head_dim:
+    if not (head_dim := header.count("attention.key_length")):
         n_heads = _stated(header, "attention.head_count")[0]  # of the first layer, as llama.cpp has it
         head_dim = max(_stated(header, "embedding_length")) // max(1, n_heads)
     value_dim = header.count("attention.value_length") or head_dim
@@ -169,12 +165,11 @@ def check_fits(needs: MemoryEstimate, memory: Memory | None = None, where: str |
         what += f"{compute}), and {size(free)} are free ({memory.source})"
         raise SpaceError(what, where=where, hint=ADVICE)
     missing = must_fit + needs.weights_bytes - needs.weights_resident_bytes - free
-    slow = (
-        f"weights of {size(needs.weights_bytes)} and {size(must_fit)} beside them exceed the {size(free)} of "
-        f"free memory by {size(missing)}: parts of the file will be read from the disk again and again, so "
-        "expect a fraction of the usual speed"
+    slow = f"weights of {size(needs.weights_bytes)} and {size(must_fit)} beside them exceed the {size(free)} "
+    slow += (
+        f"of free memory by {size(missing)}: parts of the file will be read from the disk again and again, "
     )
-    return slow if missing > 0 else ""
+    return slow + "so expect a fraction of the usual speed" if missing > 0 else ""
 
 
 def cache_table(header: GGUFHeader, contexts: Sequence[int]) -> pd.DataFrame:
@@ -298,17 +293,14 @@ def place(
     buffer, own_buffer = (None if it is None else int(np.interp(n_ctx, *it)) for it in planned)
     spare = SPARE_BYTES if own_buffer is None else max(SPARE_BYTES, own_buffer + DRIVER_BYTES)
 
-    def device(
-        name: str, capacity: int, layers: Sequence[int], routed: Sequence[int], compute: int | None = None
-    ) -> Device:
+    def device(name: str, room: int, layers: Sequence[int], routed: Sequence[int], buf: int | None) -> Device:
         dense, cache = (sum(sizes[i] for i in layers) for sizes in (model.dense, caches))
         n_bytes = sum(model.experts[i] for i in routed)
-        left = capacity - dense - n_bytes - cache - (compute or 0)
+        left = room - dense - n_bytes - cache - (buf or 0)
         token = round(sum(model.token[i] for i in layers) + n_bytes * model.used)
-        return Device(name, capacity, dense, n_bytes, cache, compute, left, token)
+        return Device(name, room, dense, n_bytes, cache, buf, left, token)
 
-    rooms = [max(0, room - spare) for room in vram_bytes]
-    cards = _on_cards(beside, model.experts[:count], rooms, whole)
+    cards = _on_cards(beside, model.experts[:count], [max(0, room - spare) for room in vram_bytes], whole)
     in_ram = [i for first, routed, _ in cards for i in range(first, routed) if model.experts[i]]
     own = [(range(first, end), range(routed, end)) for first, routed, end in cards]
     devices = [device(f"GPU {n}", vram_bytes[n], *layers, own_buffer) for n, layers in enumerate(own)]
@@ -356,12 +348,10 @@ def _on_cards(
 
 
 def _flags(count: int, cards: Sequence[int], in_ram: Sequence[int]) -> tuple[str, ...]:
-    """The arguments for so many of ``count`` layers on each card, and routed experts of some in memory.
-
-    With flash attention, on which `SPARE_BYTES` of a card count.
-    """
+    """The arguments for so many of ``count`` layers on each card, and routed experts of some in memory."""
     n_gpu = sum(cards)
-    flags = ["-ngl", str(max(99, n_gpu) if n_gpu == count else n_gpu), *(["-fa", "on"] if cards else [])]
+    flags = ["-ngl", str(max(99, n_gpu) if n_gpu == count else n_gpu)]
+    flags += ["-fa", "on"] if cards else []  # flash attention, on which `SPARE_BYTES` of a card count
     if n_gpu and len(cards) > 1:
         flags += ["-ts", ",".join(map(str, cards))]
     if list(in_ram) == list(range(count - n_gpu, count - n_gpu + len(in_ram))):  # of the first layers there

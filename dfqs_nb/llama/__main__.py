@@ -70,8 +70,7 @@ def trial(job: dict[str, Any]) -> None:
     tokens = [token % n_vocab for token in range(1, PREFILL_TOKENS + 1)]
     for part in (tokens, tokens[:1]):
         llama.eval(part)
-        logits = np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(n_vocab,))
-        if not np.isfinite(logits).all():
+        if not np.isfinite(np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(n_vocab,))).all():
             what = "the first decode gives logits that are not numbers"
             hint = "the weights are damaged: verify the file's hash, or get it again"
             raise ModelError(what, where=job["path"], hint=hint)

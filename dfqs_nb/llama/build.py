@@ -49,8 +49,7 @@ def buffers(log: Sequence[str]) -> dict[str, dict[str, int]]:
     for name, kind, mib in BUFFER.findall("\n".join(log)):
         device = device_of(name.encode())
         here = HERE_NAMES.search(name) or (device and type_of(device) == INTEGRATED)
-        place = HERE if here else f"on {name}"
-        sizes = places.setdefault(place, dict.fromkeys(KINDS.values(), 0.0))
+        sizes = places.setdefault(HERE if here else f"on {name}", dict.fromkeys(KINDS.values(), 0.0))
         sizes[KINDS.get(kind, "KV cache")] += float(mib)
     return {place: {kind: round(n * 2**20) for kind, n in sizes.items()} for place, sizes in places.items()}
 
@@ -94,14 +93,9 @@ def filled(params: Any, fields: Mapping[str, Any]) -> Any:
     return params
 
 
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
+def _replace(until: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    until.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 @contextlib.contextmanager
@@ -109,11 +103,10 @@ def default_params(model: Mapping[str, Any] | None = None, **context: Any) -> It
     """Change llama.cpp's default parameters while a model is built: ``llama_cpp.Llama`` lacks some."""
     import llama_cpp.llama_cpp as api
 
-    def changed(kind: str, fields: Mapping[str, Any]) -> Any:
-        original = getattr(api, name := f"llama_{kind}_default_params")
-        return _replaced(api, name, lambda: filled(original(), fields))
-
-    with _building, changed("model", model or {}), changed("context", context):
+    with _building, contextlib.ExitStack() as until:
+        for kind, fields in (("model", model or {}), ("context", context)):
+            original = getattr(api, name := f"llama_{kind}_default_params")
+            _replace(until, api, name, lambda old=original, fields=fields: filled(old(), fields))
         yield
 
 
@@ -147,10 +140,7 @@ class Built(NamedTuple):
 
 
 def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) -> Built:
-    """A model with exactly these settings. `ModelError`: llama.cpp refuses the file.
-
-    It may also abort; ``verbose``: standard error gets the reason.
-    """
+    """A model with exactly these settings. `ModelError`: a refusal. ``verbose``: stderr has why it aborts."""
     import llama_cpp
 
     LOG.install()
@@ -160,12 +150,10 @@ def build_llama(model: Files, settings: OpenSettings, *, verbose: bool = False) 
     paging = None if Paging.unhelped(model, settings) else Paging(open_shards(model))
     listening = paging.callback(llama_cpp.llama_cpp.llama_context_default_params().cb_eval) if paging else {}
     try:
-        with (
-            default_params(model_params(settings), **listening),
+        with default_params(model_params(settings), **listening), contextlib.ExitStack() as until:
             # it would parse every chat template, and fail on any; we render them ourselves
-            _replaced(llama_cpp._internals.LlamaModel, "metadata", lambda _model: {}),
-            paging.loading() if paging else contextlib.nullcontext(),
-        ):
+            _replace(until, llama_cpp._internals.LlamaModel, "metadata", lambda _model: {})
+            until.enter_context(paging.loading() if paging else contextlib.nullcontext())
             llama: Any = llama_cpp.Llama(str(path), verbose=verbose, **fields, **context_fields(settings))
     except ValueError as error:
         raise refusal(path) from error
@@ -184,8 +172,8 @@ def dry_run(path: str | Path, settings: OpenSettings) -> dict[str, int]:
 
     LOG.install()
     n_gpu_layers = 0x7FFFFFFF if settings.n_gpu_layers == -1 else settings.n_gpu_layers
-    fields = {"load_mode": api.LLAMA_LOAD_MODE_NONE, "n_gpu_layers": n_gpu_layers}
-    fields["no_alloc"] = True  # llama.cpp reads the header, builds the graph, and adds up
+    # llama.cpp reads the header, builds the graph, and adds up
+    fields = {"load_mode": api.LLAMA_LOAD_MODE_NONE, "n_gpu_layers": n_gpu_layers, "no_alloc": True}
     params = filled(api.llama_model_default_params(), fields | model_params(settings))
     size = set_context(api.llama_context_default_params(), settings)
     model = api.llama_model_load_from_file(os.fsencode(path), params)

@@ -8,7 +8,7 @@ import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,7 @@ def plan_memory(
     """`dry_run` under each of the settings, in a child process, which a header may abort."""
     job = {"question": "plan", "path": str(path), "settings": [each.as_dict() for each in settings]}
     limit = TIMEOUT_SECONDS * (1 + len(settings))
-    answer = (worker or child.Worker(MODULE)).run(job, where=path, timeout_seconds=limit)
-    return list(answer["plans"])
+    return list((worker or child.Worker(MODULE)).run(job, where=path, timeout_seconds=limit)["plans"])
 
 
 def compute_buffers(
@@ -126,22 +125,17 @@ def compute_buffers(
 
     def plan(n_ctx: int) -> Plan:
         settings = OpenSettings(n_ctx=n_ctx, flash_attn=bool(cards), n_gpu_layers=-bool(cards))
-
-        def ask() -> Plan:
-            return plan_memory(model.paths[0], [settings], worker)[0]
-
-        return ask() if copied else _kept("plan", model.paths, settings.as_dict(), ask)
+        ask = partial(plan_memory, model.paths[0], [settings], worker)
+        return ask()[0] if copied else _kept("plan", model.paths, settings.as_dict(), lambda: ask()[0])
 
     try:
         with child.Worker(MODULE) as worker:
             while contexts:  # each round adds one of at most 513 contexts, so it ends; mostly after two
                 plans = {n: plan(n) for n in sorted(contexts)}
-                found["compute"] |= {n: it["compute_bytes"] for n, it in plans.items()}
-                on_card = {n: it["card_compute_bytes"] for n, it in plans.items() if it["card_layers"]}
-                found["on_card"] |= on_card
+                found["compute"] |= {n: p["compute_bytes"] for n, p in plans.items()}
+                found["on_card"] |= {n: p["card_compute_bytes"] for n, p in plans.items() if p["card_layers"]}
                 asked = [(ram, cards, paged) for ram in rams for paged in (False, True)]
-                largest = {largest_context(shape, *each, **found) for each in asked}
-                contexts = largest - {0, *found["compute"]}
+                contexts = {largest_context(shape, *each, **found) for each in asked} - {0, *found["compute"]}
     except ModelError as error:
         return {}, error.what
     return found, ""

@@ -35,6 +35,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
+Choice = Callable[[Floats], Any]  # of a token, from logits
 BAR_SECONDS, PROMPT_END = 2.0, 16  # before a progress bar; tokens that hold any mark of thinking
 
 
@@ -69,7 +70,17 @@ def generate(
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     end = b"".join(map(model.token_bytes, prompt[-PROMPT_END:])) if stops else b""
     opened = opens_thinking(end.decode("utf-8", "replace"))
-    for token in _tokens(model, prompt, max_tokens, sampling):
+    model.clear()
+    logits = model.evaluate(prompt)
+    choose: Choice = np.argmax
+    if sampling.temperature > 0:
+        model.llama.set_seed(sampling.seed)
+        limits = {name: getattr(sampling, name) for name in ("top_k", "top_p", "min_p")}
+        sampler = model.llama._init_sampler(temp=sampling.temperature, repeat_penalty=1.0, **limits)
+        choose = lambda _: sampler.sample(model.llama._ctx, -1)  # noqa: E731
+    most = min(max_tokens, model.settings.n_ctx - len(prompt))
+    chosen = next_tokens(model, logits, most, choose)
+    for token in tqdm(chosen, total=most, desc="answer", unit="token", delay=BAR_SECONDS):
         if model.ends(token):
             reason = "eos"
             break
@@ -85,28 +96,8 @@ def generate(
     return Completion(text + decoder.decode(b"", final=True), tuple(tokens), reason, len(prompt))
 
 
-def _tokens(model: Model, prompt: Sequence[int], max_tokens: int, how: Sampling) -> Iterator[int]:
-    """Chosen tokens: prefill from a cleared context, then as `next_tokens`."""
-    model.clear()
-    logits = model.evaluate(prompt)
-    choose: Callable[[Floats], Any] = np.argmax
-    if how.temperature > 0:
-        model.llama.set_seed(how.seed)
-        limits = {name: getattr(how, name) for name in ("top_k", "top_p", "min_p")}
-        sampler = model.llama._init_sampler(temp=how.temperature, repeat_penalty=1.0, **limits)
-        choose = lambda _: sampler.sample(model.llama._ctx, -1)  # noqa: E731
-    most = min(max_tokens, model.settings.n_ctx - len(prompt))
-    tokens = next_tokens(model, logits, most, choose)
-    yield from tqdm(tokens, total=most, desc="answer", unit="token", delay=BAR_SECONDS)
-
-
-def next_tokens(
-    model: Model, logits: Floats, n: int, choose: Callable[[Floats], Any] = np.argmax
-) -> Iterator[int]:
-    """Up to ``n`` tokens behind a context with these logits, the likeliest each, up to one that ends it.
-
-    Each is evaluated when the next one is asked for. ``choose``: a token from logits.
-    """
+def next_tokens(model: Model, logits: Floats, n: int, choose: Choice = np.argmax) -> Iterator[int]:
+    """Up to ``n`` tokens behind these logits, to one that ends it; evaluated when the next is asked for."""
     for left in reversed(range(n)):
         yield (token := int(choose(logits)))
         if not left or model.ends(token):

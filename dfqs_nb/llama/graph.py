@@ -85,9 +85,8 @@ def read(address: int, kind: type) -> np.ndarray:
     """A tensor's elements, the slowest dimension first, whichever its device and strides."""
     void, number, tensor = ctypes.c_void_p, ctypes.c_size_t, Tensor.from_address(address)
     raw = np.empty(ggml_function("ggml_nbytes", number, void)(address), np.uint8)
-    ggml_function("ggml_backend_tensor_get", None, void, void, number, number)(
-        address, raw.ctypes.data, 0, raw.nbytes
-    )
+    get = ggml_function("ggml_backend_tensor_get", None, void, void, number, number)
+    get(address, raw.ctypes.data, 0, raw.nbytes)
     return np.lib.stride_tricks.as_strided(raw.view(kind), tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1])
 
 
@@ -170,11 +169,8 @@ class Watch(dict[int, bool]):
     def _begun(self, address: int) -> None: ...
 
 
-# ---- help for a file larger than memory: no result changes ----
-
-
 class Paging:
-    """The help for one model, while it is open; ``pinned_bytes`` of its dense weights are locked."""
+    """Help for a file larger than memory: no result changes. It locks ``pinned_bytes`` of dense weights."""
 
     def __init__(self, shards: ShardSet) -> None:
         self.paths, self.layout = shards.paths, Layout.of(shards.headers)
@@ -209,8 +205,7 @@ class Paging:
     def callback(self, current: Any) -> dict[str, Any]:
         """The ``cb_eval`` to build the context with; that of a recorder (``current``) is shared."""
         watch = Watch.behind(current)
-        others = watch is None and ctypes.cast(current, ctypes.c_void_p).value
-        if others or not self.layout.experts:
+        if (watch is None and ctypes.cast(current, ctypes.c_void_p).value) or not self.layout.experts:
             return {}
         self._watch = Watch() if watch is None else watch
         self._watch.listeners.append(self.chosen)

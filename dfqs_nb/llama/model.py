@@ -98,15 +98,14 @@ class Model(contextlib.AbstractContextManager["Model"]):
         how = f"n_ctx={self.settings.n_ctx}, n_threads={self.settings.n_threads}"
         return f"Model({self.path.name}, {self.header.architecture}, {how}{'' if self.llama else ', closed'})"
 
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_exc: object) -> None:
         """Free the weights and the context; closing twice is fine."""
         self.template.close()
         if self.llama is not None:
             self.llama.close()
             self.llama = None
+
+    __exit__ = close
 
     def _open(self) -> Any:
         if self.llama is None:
@@ -120,8 +119,7 @@ class Model(contextlib.AbstractContextManager["Model"]):
 
     def with_bos(self, tokens: Sequence[int]) -> list[int]:
         """The tokens with exactly one BOS in front where the vocabulary asks for one, else unchanged."""
-        missing = self.bos >= 0 and list(tokens[:1]) != [self.bos]
-        return [self.bos, *tokens] if missing else list(tokens)
+        return [self.bos, *tokens] if self.bos >= 0 and list(tokens[:1]) != [self.bos] else list(tokens)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token's text; control tokens have none."""
@@ -221,12 +219,10 @@ class Model(contextlib.AbstractContextManager["Model"]):
     def restore(self, prefix: Prefix) -> None:
         """Let the context hold this and nothing else."""
         self.clear()
-        if prefix.data is None:
-            if prefix.tokens:
-                self.decode(prefix.tokens)
-            return
-        size = len(prefix.data)
-        if self.api.llama_state_seq_set_data(self.llama.ctx, prefix.data, size, 0) != size:
+        if prefix.tokens:
+            self.decode(prefix.tokens)
+        set_state, data = self.api.llama_state_seq_set_data, prefix.data
+        if data is not None and set_state(self.llama.ctx, data, len(data), 0) != len(data):
             raise DecodeError("llama.cpp refuses its own state", where=self.path, hint="use reuse=False")
         self.n_past = prefix.n_tokens
 
@@ -237,8 +233,7 @@ class Model(contextlib.AbstractContextManager["Model"]):
             "system_info": self.api.llama_print_system_info().decode("utf-8", "replace").strip(),
             **self.settings.as_dict(),
             "paging": "on" if self.paging else "off",
-            "offloaded_layers": self.loaded.get("offloaded_layers"),
-            "repacked": self.loaded.get("repacked"),
+            **{name: self.loaded.get(name) for name in ("offloaded_layers", "repacked")},
             **({} if self.has_template else {"chat_frame": PLAIN_CHAT}),
         }
 
@@ -266,8 +261,7 @@ def open_model(model: Files, settings: OpenSettings | None = None, *, trial: boo
     needs = check.needs_of(header, settings)
     # a certain shortage is refused early; llama.cpp's own plan judges others, and a GPU has its own memory
     certain = settings.n_gpu_layers == 0 and needs.kv.exactness == "exact"
-    slow = check_fits(needs, where=first) if certain else ""
-    speed = math.nan
+    slow, speed = check_fits(needs, where=first) if certain else "", math.nan
     if trial:
         with heartbeat(f"trying {first.name}", shards.nbytes):
             slow, speed = check.trial(shards, settings)
@@ -341,10 +335,7 @@ class ReuseCheck:
 
     @property
     def allowed(self) -> bool:
-        """Whether the state is the right one: a wrong one moves the logits of every token.
-
-        It does not exclude rounding: sums in another order move them after a near-tie.
-        """
+        """Whether the state is right: a wrong one moves the logits of all tokens, rounding of few (near-ties)."""
         return 4 * self.n_close >= self.n_tokens
 
     @property
@@ -369,5 +360,4 @@ def check_reuse(model: Model, text: Sequence[int], question: Sequence[int]) -> R
     reused = np.concatenate([rows.copy() for rows in model.logits(question)])
     model.clear()
     moved, n = np.abs(fresh - reused).max(axis=1), len(question)
-    n_close = int((moved <= TOLERANCE).sum())
-    return ReuseCheck(len(text), n, n_close, float(moved.max()), len(text) + 2 * n)
+    return ReuseCheck(len(text), n, int((moved <= TOLERANCE).sum()), float(moved.max()), len(text) + 2 * n)

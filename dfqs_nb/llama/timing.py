@@ -187,8 +187,7 @@ def forecast(
     piece = sum(part.slice_bytes for part in parts) // len(parts) if parts else 1 << 20
     room, disk = memory_bytes - layout.dense_bytes, Disk.under(headers[0].path)
     cached = min(1.0, max(0.0, room / total)) if total else 1.0
-    again = min(max(0, -room), layout.dense_bytes)
-    missing = round(token * (1 - cached))
+    again, missing = min(max(0, -room), layout.dense_bytes), round(token * (1 - cached))
     windows = min(total, missing * (1 + 2 * (disk.read_ahead_bytes or 0) / piece))  # of no more than there is
     reads = {"with help": missing + again, "without help": round(max(missing, windows)) + again}
     helped, how = missing + again, NOT_MEASURED
@@ -218,8 +217,7 @@ def diagnose(model: Model, n_tokens: int = 4) -> tuple[str, dict[str, str]]:
     """What bounds a token, and rows for people: a forecast, and ``n_tokens`` of decode, measured."""
     pinned = model.paging.pinned_bytes if model.paging else 0
     on_cards = sum(sizes["weights"] for place, sizes in model.buffers.items() if place != HERE)
-    compute = model.buffers[HERE]["compute buffers"]
-    free = available_memory().available_bytes + pinned + on_cards - compute
+    free = available_memory().available_bytes + pinned + on_cards - model.buffers[HERE]["compute buffers"]
     expected = forecast(model.shards.headers, free, model.loading_speed)
     batches = [[token] for token in random_tokens(model, n_tokens + 2)]
     model.clear()
