@@ -79,17 +79,15 @@ def kv_cache_bytes(
 
 
 def _deepseek4(header: GGUFHeader, cells: int, n_ubatch: int, type_k: str, swa_full: bool) -> list[int]:
-    """One K row a layer and cell, no V; compressed layers add a row for each 4 or 128 tokens, and a state.
-
-    A state is K and scores in F32 (``llama_dsv4_comp_state`` in src/llama-kv-cache-dsv4.cpp, line 1315): of
-    CSA and its indexer 2 x 4 rows (this window and the last) of two heads, of HCA 128 rows of one.
-    """
+    """One K row a layer and cell, no V; compressed layers add a row for each 4 or 128 tokens, and a state."""
     head_dim = max(_stated(header, "attention.key_length"))
     indexer_dim = max(_stated(header, "attention.indexer.key_length"))
     ratios = _stated(header, "attention.compress_ratios")[: header.n_layers]
     window = cells if swa_full else min(cells, max(_stated(header, "attention.sliding_window")) + n_ubatch)
     csa_rows, hca_rows = (padded(-(-cells // ratio), CELL_PADDING) for ratio in (CSA_RATIO, HCA_RATIO))
     row_bytes, k_and_score = _row_bytes(head_dim, type_k), 2 * 4
+    # A state is K and scores in F32 (``llama_dsv4_comp_state`` in src/llama-kv-cache-dsv4.cpp, line 1315): of
+    # CSA and its indexer 2 x 4 rows (this window and the last) of two heads, of HCA 128 rows of one.
     csa_state = (2 * CSA_RATIO) * (2 * head_dim + 2 * indexer_dim) * k_and_score
     hca_state = HCA_RATIO * head_dim * k_and_score
     csa = csa_rows * (row_bytes + _row_bytes(indexer_dim, type_k)) + csa_state
@@ -274,17 +272,13 @@ def place(
     ram_bytes: int,
     vram_bytes: Sequence[int] = (),
     *,
-    compute: Mapping[int, int] | None = None,
-    on_card: Mapping[int, int] | None = None,
-    whole: bool = False,
+    compute: Mapping[int, int] | None = None,  # llama.cpp's buffer in memory by context: bytes
+    on_card: Mapping[int, int] | None = None,  # and on a card; both lie on straight lines between these
+    whole: bool = False,  # experts stay with their layer, as with `-ngl`
 ) -> Placement:
-    """The fastest placement that the sizes allow.
-
-    ``compute`` and ``on_card``: llama.cpp's buffers in memory and on a card by context; between these they
-    lie on straight lines. The cards take as many layers (dense part, shared experts, cache) as fit beside
-    `SPARE_BYTES`, or a larger buffer and `DRIVER_BYTES`, then routed experts, from the last layer of each
-    card on. ``whole``: experts stay with their layer, as with `-ngl`.
-    """
+    """The fastest placement that the sizes allow."""
+    # The cards take as many layers (dense part, shared experts, cache) as fit beside `SPARE_BYTES`, or a
+    # larger buffer and `DRIVER_BYTES`, then routed experts, from the last layer of each card on.
     import numpy as np
 
     caches, count = model.caches(n_ctx), model.n_layers + 1
@@ -317,11 +311,9 @@ def place(
 def _on_cards(
     beside: Sequence[int], experts: Sequence[int], rooms: Sequence[int], whole: bool
 ) -> list[tuple[int, int, int]]:
-    """The last layers in consecutive groups: of each card its first layer, its first with experts, its end.
-
-    Of all that fit, those with the most layers, then most bytes of experts, then rooms filled alike. Found
-    from the last card on: the best that it and those after it do with the layers from each one to the end.
-    """
+    """The last layers in consecutive groups: of each card its first, its first with experts, and its end."""
+    # Of all that fit, those with the most layers, then most bytes of experts, then rooms filled alike. Found
+    # from the last card on: the best that it and those after it do with the layers from each one to the end.
     import numpy as np
 
     count = len(beside)
@@ -335,8 +327,7 @@ def _on_cards(
         own = routed - routed[kept]
         fits = (first <= end) & (left >= 0) & (best >= 0) & ((kept == first) | (not whole))
         total = np.where(fits, own + best, -1)
-        best = total.max(axis=1)
-        square = (needs + own) ** 2.0 / max(room, 1) + uneven
+        best, square = total.max(axis=1), (needs + own) ** 2.0 / max(room, 1) + uneven
         chosen = np.where(fits & (total == best[:, None]), square, np.inf).argmin(axis=1)
         uneven = square[end, chosen]
         choices.append((kept[end, chosen], chosen))
@@ -362,11 +353,8 @@ def _flags(count: int, cards: Sequence[int], in_ram: Sequence[int]) -> tuple[str
 def largest_context(
     model: Sizes, ram: int, cards: Sequence[int] = (), paged: bool = False, also: int = 256, **options: Any
 ) -> int:
-    """The most tokens for which `place` keeps all weights in memory and on cards; 0: none.
-
-    ``paged``: weights may be read from the disk; cache and buffer may not. ``options``: of `place`. Contexts
-    are tried in steps of 256, or of a 512th of the model's own, and ``also``.
-    """
+    """The most tokens that `place` keeps in memory and on cards (``paged``: except weights); 0: none."""
+    # tried are steps of 256, or of a 512th of the model's own, and ``also``
     most = model.n_context or 1 << 20
     tried: set[int] = {most, also, *range(256, most, padded(most // 512, 256))}
     for n_ctx in sorted(tried, reverse=True):

@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from errno import EACCES, ENOSPC, EPERM, EROFS
@@ -278,8 +279,6 @@ def headers_of(file: str | Path) -> Iterator[tuple[Path, dict[Path, str]]]:
     if not ADDRESS.match(address := str(file)):
         yield Path(file), {}
         return
-    from concurrent.futures import ThreadPoolExecutor
-
     places = dict[Path, str]()
     with _copies(address, places) as folder, ThreadPoolExecutor(8) as pool:
         places |= {folder / _located(other)[1]: other for other in siblings(address)}

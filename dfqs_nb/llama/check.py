@@ -114,9 +114,8 @@ def compute_buffers(
     """llama.cpp's compute buffers by context, as `place` takes them: at ``n_ctx``, others, and the largest.
 
     With cards all layers are planned on one, with flash attention. If llama.cpp finds none here, all lie in
-    memory: ``compute`` is then larger than beside a card, and ``on_card`` is empty. Buffers grow with the
-    context, so the largest that they allow for each memory is planned, too, until it stays. Plans are kept,
-    but those of copied headers. The text says why llama.cpp plans none.
+    memory: ``compute`` is then larger than beside a card, and ``on_card`` is empty. The text says why
+    llama.cpp plans none.
     """
     shape, copied = Sizes(model.as_one), isinstance(model, Outline) and (model.glued or model.places)
     most = shape.n_context or 1 << 20
@@ -130,6 +129,7 @@ def compute_buffers(
 
     try:
         with child.Worker(MODULE) as worker:
+            # buffers grow with the context, so the largest that they allow is planned, too, until it stays
             while contexts:  # each round adds one of at most 513 contexts, so it ends; mostly after two
                 plans = {n: plan(n) for n in sorted(contexts)}
                 found["compute"] |= {n: p["compute_bytes"] for n, p in plans.items()}

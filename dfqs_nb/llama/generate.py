@@ -59,17 +59,13 @@ def generate(
     prompt: Sequence[int],
     max_tokens: int = 256,
     sampling: Sampling = GREEDY,
-    stop: Sequence[str] = (),
-    until: float = math.inf,
+    stop: Sequence[str] = (),  # texts that end it, behind the thinking of a model that thinks
+    until: float = math.inf,  # a time by `time.monotonic`
 ) -> Completion:
-    """Continue the prompt's tokens from a cleared context, until the time ``until`` (`time.monotonic`).
-
-    ``stop``: texts that end it, behind the thinking of a model that thinks. Errors: of `Model.evaluate`.
-    """
+    """Continue the prompt's tokens from a cleared context. Errors: of `Model.evaluate`."""
     text, reason, tokens, stops = "", "length", list[int](), [*filter(None, stop)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    end = b"".join(map(model.token_bytes, prompt[-PROMPT_END:])) if stops else b""
-    opened = opens_thinking(end.decode("utf-8", "replace"))
+    opened = bool(stops) and opens_thinking(model.text(prompt[-PROMPT_END:]))
     model.clear()
     logits = model.evaluate(prompt)
     choose: Choice = np.argmax
@@ -105,11 +101,8 @@ def next_tokens(model: Model, logits: Floats, n: int, choose: Choice = np.argmax
         logits = model.evaluate([token])
 
 
-def chat_text(model: Model, prompt: str, **variables: bool) -> str:
-    """The text of a chat in the model's own template, or `PLAIN_CHAT`, up to where the answer begins.
-
-    A template may ask for ``variables``, such as ``enable_thinking``. `ModelError`: it drops the prompt.
-    """
+def chat_text(model: Model, prompt: str, **variables: bool) -> str:  # such as ``enable_thinking``
+    """A chat in the model's template or `PLAIN_CHAT`, up to its answer. `ModelError`: it drops the prompt."""
     plain = PLAIN_CHAT.replace("{prompt}", prompt)
     return model.template.render(prompt, variables) if model.has_template else plain
 
@@ -130,14 +123,12 @@ def chat(
 def answer_table(
     model: Model, prompts: Sequence[str], max_tokens: int = 256, until: float = math.inf
 ) -> pd.DataFrame:
-    """Greedy answers, one row a prompt: ``prompt``, ``answer``, ``tokens`` and ``finish_reason``.
-
-    After the time ``until`` (`time.monotonic`) an answer is cut, and later prompts are not asked (``time``).
-    """
+    """Greedy answers, a row each: ``prompt``, ``answer``, ``tokens``, ``finish_reason``; as `generate`."""
     import pandas as pd
 
     rows = list[tuple[str, str, int, str]]()
     for prompt in tqdm(prompts, desc="answers"):
+        # then an answer is cut, and later prompts are not asked (``time``)
         late = bool(rows) and time.monotonic() > until
         answer = Completion("", (), "time", 0) if late else chat(model, prompt, max_tokens, until=until)
         rows.append((prompt, answer.text, answer.n_tokens, answer.finish_reason))

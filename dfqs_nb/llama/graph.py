@@ -91,17 +91,14 @@ def read(address: int, kind: type) -> np.ndarray:
 
 
 class Router:
-    """One layer's router: the ids that it chose, the tensors to ``read`` for them, and all tensors' names.
-
-    In a hash layer (``hashed``) the ids are read, else the sorted experts and the scores that sorted them.
-    """
+    """One layer's router: the ids that it chose, the tensors to ``read`` for them, and all tensors' names."""
 
     def __init__(self, address: int) -> None:
         self.ids, self.stopped = Tensor.from_address(address), False
         self.layer = int(self.ids.name.rsplit(b"-", 1)[1])
         source = Tensor.from_address(self.ids.src[0])
         self.hashed = not source.name.startswith(b"ffn_moe_argsort")
-        # scored ids are a view of the sorted experts, with gaps: whole rows of these have none
+        # scored ids are a view of the sorted experts, with gaps: whole rows of these and of scores have none
         self.reads = [self.ids] if self.hashed else [source, Tensor.from_address(source.src[0])]
         self.marks = [(tensor, tensor.name) for tensor in (self.ids, *self.reads)]
 
@@ -110,15 +107,13 @@ _watches: weakref.WeakValueDictionary[Any, Watch] = weakref.WeakValueDictionary(
 
 
 class Watch(dict[int, bool]):
-    """Receives every node that llama.cpp evaluates, and calls ``listeners`` when a router has chosen.
+    """Receives every node that llama.cpp evaluates, and calls ``listeners`` when a router has chosen."""
 
-    llama.cpp calls ``dict.__getitem__`` with a node's address: of a known node that is False, without a line
-    of Python, which runs only in ``__missing__``. To read all names would take longer than the model. In
-    decode the same graph comes again at the same addresses. At a graph's first node the names that matter
-    are checked; another graph is learned afresh. No exception may pass through llama.cpp: it is kept in
-    ``error``. A subclass has its say at a graph's begin.
-    """
-
+    # llama.cpp calls ``dict.__getitem__`` with a node's address: of a known node that is False, without a
+    # line of Python, which runs only in ``__missing__``. To read all names would take longer than the model.
+    # In decode the same graph comes again at the same addresses. At a graph's first node the names that
+    # matter are checked; another graph is learned afresh. No exception may pass through llama.cpp: it is kept
+    # in ``error``. A subclass has its say at a graph's begin.
     def __init__(self) -> None:
         import llama_cpp.llama_cpp as api
 

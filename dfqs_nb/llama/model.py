@@ -65,11 +65,7 @@ class Prefix(NamedTuple):
 
 @dataclass(repr=False)
 class Model(contextlib.AbstractContextManager["Model"]):
-    """An open model. Close it (or use it in a ``with`` block) to free its memory.
-
-    ``path``: its first file. ``header``: of all shards. ``n_past``: tokens in the context now. ``bos``: the
-    token that begins every text (-1: none does). Without ``has_template`` it is asked in `PLAIN_CHAT`.
-    """
+    """An open model. Close it (or use it in a ``with`` block) to free its memory."""
 
     llama: Any  # llama-cpp-python's `Llama`; None when closed
     shards: ShardSet
@@ -85,13 +81,14 @@ class Model(contextlib.AbstractContextManager["Model"]):
         import llama_cpp.llama_cpp as api
 
         self.api: Any = api
-        self.path, self.header = self.shards.paths[0], self.shards.as_one
+        self.path, self.header = self.shards.paths[0], self.shards.as_one  # its first file; of all shards
         source, vocabulary = self.header.text("tokenizer.chat_template"), self.llama._model
         special = self.llama.token_bos(), self.llama.token_eos()
         bos, eos = (vocabulary.token_get_text(token) if token >= 0 else "" for token in special)
         self.template = ChatTemplate(source, bos, eos, self.path)  # its process starts with the first chat
+        # without a template it is asked in `PLAIN_CHAT`; of tokens: in the context now, of the vocabulary
         self.has_template, self.n_past, self.n_vocab = bool(source), 0, int(self.llama.n_vocab())
-        self.bos = int(special[0]) if vocabulary.add_bos_token() else -1
+        self.bos = int(special[0]) if vocabulary.add_bos_token() else -1  # begins every text; -1: none does
 
     def __repr__(self) -> str:
         """In a notebook: the file's name, without the folders of this machine."""
@@ -267,8 +264,7 @@ def open_model(model: Files, settings: OpenSettings | None = None, *, trial: boo
             slow, speed = check.trial(shards, settings)
     with heartbeat(f"loading {first.name}", shards.nbytes):
         unhelped, built = Paging.unhelped(shards, settings), build_llama(shards, settings)
-    if not math.isnan(built.speed):  # mostly it is: the trial leaves the file in the cache
-        speed = built.speed
+    speed = speed if math.isnan(built.speed) else built.speed  # mostly NaN: after the trial it is cached
     log, help_ = LOG.tail(), built.paging.sentence if built.paging else ""
     loaded = loaded_facts(log) | {"paging": help_ or unhelped}
     opened = Model(built.llama, shards, settings, buffers(log), built.seconds, speed, loaded, built.paging)
@@ -288,11 +284,9 @@ def _warnings(model: Model) -> tuple[str, ...]:
 
 
 class ChatTemplate:
-    """A model's chat template: its author's code, so a child renders it in a sandbox, with limits.
+    """A model's chat template: its author's code, so a child renders it in a sandbox, with limits."""
 
-    A prompt is the same in every run: clock and random choices repeat. ``where``: its file, for messages.
-    """
-
+    # a prompt is the same in every run: clock and random choices repeat
     def __init__(self, source: str, bos: str, eos: str, where: Path) -> None:
         self._job = {"question": "render", "source": source, "bos": bos, "eos": eos}
         self._worker, self._lock, self.where = child.Worker("dfqs_nb.llama"), threading.Lock(), where
@@ -335,7 +329,7 @@ class ReuseCheck:
 
     @property
     def allowed(self) -> bool:
-        """Whether the state is right: a wrong one moves the logits of all tokens, rounding of few (near-ties)."""
+        """Whether it is the right state: a wrong one moves the logits of all tokens; rounding, of a few."""
         return 4 * self.n_close >= self.n_tokens
 
     @property
@@ -348,14 +342,11 @@ class ReuseCheck:
 
 
 def check_reuse(model: Model, text: Sequence[int], question: Sequence[int]) -> ReuseCheck:
-    """Compare the logits of a question after a text, and after its saved state; to save changes nothing.
-
-    Both evaluate the text first, then the question: other calls would round differently, saved state or not.
-    """
+    """Compare the logits of a question after a text and after its saved state; to save changes nothing."""
+    # both evaluate the text first, then the question: other calls would round differently
     model.clear()
     model.decode(text)
-    state = model.save()
-    fresh = np.concatenate([rows.copy() for rows in model.logits(question)])
+    state, fresh = model.save(), np.concatenate([rows.copy() for rows in model.logits(question)])
     model.restore(state)
     reused = np.concatenate([rows.copy() for rows in model.logits(question)])
     model.clear()

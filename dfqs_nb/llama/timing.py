@@ -72,7 +72,6 @@ def measure_speed(
 
     No token is sampled, and each repetition starts from a cleared context, after a warm-up. A depth has fewer
     repetitions if they do not fit in its share of the ``seconds``. Its tokens must fit in ``n_ctx``.
-
     A row a depth and ``phase`` (prefill, decode): ``depth``, ``n_threads``, ``repetitions``, ``tokens``;
     tokens a second as ``median``, ``min``, ``max`` and ``values`` in order; ``other_cores`` that other
     programs used, and whether that was enough to slow it (``contended``).
@@ -118,8 +117,7 @@ def sentence(row: pd.Series, notebook: str, run: str) -> str:
         if not Load(row["other_cores"]).contended:
             why, notebook = "notebook 03 was clearly faster, so the machine was slowed", f"03 {notebook}"
     again = " ".join(["dfqs-nb run", notebook, "--run", quoted(run)])
-    busy = f"; contended: {why}. Repeat it on a quiet machine: `{again}`"
-    return text + busy * bool(row["contended"])
+    return text + f"; contended: {why}. Repeat it on a quiet machine: `{again}`" * bool(row["contended"])
 
 
 def plan_cost(
@@ -177,10 +175,10 @@ def forecast(
 ) -> Forecast:
     """What a token will read, from the headers of all shards, with so much memory for weights.
 
-    Without help the kernel reads a window before and behind each missing page. llama.cpp doubles the device's
-    read-ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs about S + 2 x read-ahead. Seconds hold
-    while the disk is as fast as ``disk_speed`` (bytes a second, from ``source``), or as now for a second.
+    Seconds hold while the disk is as fast as ``disk_speed`` (bytes a second), or as now for a second.
     """
+    # Without help the kernel reads a window before and behind each missing page. llama.cpp doubles the read-
+    # ahead (``POSIX_FADV_SEQUENTIAL``), so a slice of S bytes costs about S + 2 x read-ahead.
     layout = Layout.of(headers)
     parts = [part for layer in layout.experts.values() for part in layer]
     total, token = layout.expert_bytes, layout.token_bytes
