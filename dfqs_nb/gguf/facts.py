@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dfqs_nb.core.display import entries
 from dfqs_nb.core.errors import ModelError
@@ -92,8 +92,7 @@ def is_tied(*headers: GGUFHeader) -> bool:
     return "output.weight" not in {tensor.name for header in headers for tensor in header.tensors}
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """A tensor of a model: where it lies, and how much of it a token reads."""
 
     tensor: Tensor

@@ -213,8 +213,7 @@ class Device(NamedTuple):
     token_bytes: int  # of weights that a token reads there, on average
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """A model on a machine."""
 
     devices: tuple[Device, ...]  # the cards in order, then memory
@@ -341,8 +340,7 @@ def _on_cards(
 def _flags(count: int, cards: Sequence[int], in_ram: Sequence[int]) -> tuple[str, ...]:
     """The arguments for so many of ``count`` layers on each card, and routed experts of some in memory."""
     n_gpu = sum(cards)
-    flags = ["-ngl", str(max(99, n_gpu) if n_gpu == count else n_gpu)]
-    flags += ["-fa", "on"] if cards else []  # flash attention, on which `SPARE_BYTES` of a card count
+    flags = ["-ngl", str(max(99, n_gpu) if n_gpu == count else n_gpu), *(["-fa", "on"] if cards else [])]
     if n_gpu and len(cards) > 1:
         flags += ["-ts", ",".join(map(str, cards))]
     if list(in_ram) == list(range(count - n_gpu, count - n_gpu + len(in_ram))):  # of the first layers there
@@ -407,8 +405,7 @@ class ExpertTensor(NamedTuple):
     n: int
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where a model's weights lie in its files."""
 
     experts: dict[int, list[ExpertTensor]]  # by layer, in the order of use: those that its router numbers

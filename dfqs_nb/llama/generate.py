@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -39,8 +39,7 @@ Choice = Callable[[Floats], Any]  # of a token, from logits
 BAR_SECONDS, PROMPT_END = 2.0, 16  # before a progress bar; tokens that hold any mark of thinking
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """What a model answered."""
 
     text: str
@@ -67,7 +66,6 @@ def generate(
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     opened = bool(stops) and opens_thinking(model.text(prompt[-PROMPT_END:]))
     model.clear()
-    logits = model.evaluate(prompt)
     choose: Choice = np.argmax
     if sampling.temperature > 0:
         model.llama.set_seed(sampling.seed)
@@ -75,7 +73,7 @@ def generate(
         sampler = model.llama._init_sampler(temp=sampling.temperature, repeat_penalty=1.0, **limits)
         choose = lambda _: sampler.sample(model.llama._ctx, -1)  # noqa: E731
     most = min(max_tokens, model.settings.n_ctx - len(prompt))
-    chosen = next_tokens(model, logits, most, choose)
+    chosen = next_tokens(model, model.evaluate(prompt), most, choose)
     for token in tqdm(chosen, total=most, desc="answer", unit="token", delay=BAR_SECONDS):
         if model.ends(token):
             reason = "eos"

@@ -268,19 +268,15 @@ def open_model(model: Files, settings: OpenSettings | None = None, *, trial: boo
     log, help_ = LOG.tail(), built.paging.sentence if built.paging else ""
     loaded = loaded_facts(log) | {"paging": help_ or unhelped}
     opened = Model(built.llama, shards, settings, buffers(log), built.seconds, speed, loaded, built.paging)
-    opened.warnings = _warnings(opened)
+    lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(level=WARNING)]
+    texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
+    if not opened.has_template:
+        texts.append(f"it has no chat template, as base models: a prompt is asked as {PLAIN_CHAT!r}")
+    opened.warnings = tuple(dict.fromkeys(texts))
     for text in (". ".join(filter(None, (slow, help_))), *(f"{first.name}: {it}" for it in opened.warnings)):
         if text:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
     return opened
-
-
-def _warnings(model: Model) -> tuple[str, ...]:
-    lines = [re.sub(r"^\w+: ", "", line).strip(" *-") for line in LOG.tail(level=WARNING)]
-    texts = [f"llama.cpp warns: {line}" for line in lines if line and not HARMLESS.search(line)]
-    if not model.has_template:
-        texts.append(f"it has no chat template, as base models: a prompt is asked as {PLAIN_CHAT!r}")
-    return tuple(dict.fromkeys(texts))
 
 
 class ChatTemplate:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import inf, isnan, nan
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,8 +29,7 @@ CUTS += [{"n_answers": 1}]  # what a plan that exceeds its budget gives up, in t
 NOT_MEASURED = "not measured"
 
 
-@dataclass(frozen=True)
-class Pace:
+class Pace(NamedTuple):
     """Seconds that a token of prompt and a token of answer take at a short context."""
 
     prefill: float
@@ -157,8 +155,7 @@ def plan_cost(
     return cost
 
 
-@dataclass(frozen=True)
-class Forecast:
+class Forecast(NamedTuple):
     """What a token of decode will read. Experts are taken to be chosen evenly: bytes are upper bounds."""
 
     helped: int  # bytes from the disk with the paging help
