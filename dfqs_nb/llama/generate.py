@@ -64,7 +64,8 @@ def generate(
     """Continue the prompt's tokens from a cleared context. Errors: of `Model.evaluate`."""
     text, reason, tokens, stops = "", "length", list[int](), [*filter(None, stop)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    opened = bool(stops) and opens_thinking(model.text(prompt[-PROMPT_END:]))
+    end = b"".join(map(model.token_bytes, prompt[-PROMPT_END:])) if stops else b""
+    opened = opens_thinking(end.decode("utf-8", "replace"))
     model.clear()
     choose: Choice = np.argmax
     if sampling.temperature > 0:

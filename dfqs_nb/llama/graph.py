@@ -216,7 +216,6 @@ class Paging:
         room = max(0, memory.available_bytes - used)
         room = room if limit is None else min(room, limit)
         lock = ctypes.CDLL(None).mlock
-        lock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         for file, descriptor in enumerate(self._files):
             mapped = mmap.mmap(descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ)  # shares the page cache
             self._pins.append(np.frombuffer(mapped, np.uint8))
@@ -226,7 +225,7 @@ class Paging:
                 end = min(end, low + room // mmap.PAGESIZE * mmap.PAGESIZE)  # whole pages are locked
                 if end > start:
                     advise_read(descriptor, low, end, self._window[file])  # a lock alone reads by windows
-                    if lock(base + low, end - low):
+                    if lock(ctypes.c_void_p(base + low), ctypes.c_size_t(end - low)):
                         room = 0  # nor is anything more read in vain
                     else:
                         room -= padded(end - low, mmap.PAGESIZE)
