@@ -172,7 +172,7 @@ def test_a_template_that_begins_the_thinking_needs_its_end(tmp_path):
 @pytest.mark.parametrize(("opened", "text"), [(False, "<think>"), (True, "")])
 def test_a_stop_text_counts_only_behind_the_thinking(model, monkeypatch, opened, text):
     said = text + "It must end in </answer>.</think><answer>12</answer> and so on"
-    monkeypatch.setattr(llama_generate, "_tokens", lambda *_: iter(model.tokenize(said, special=False)))
+    monkeypatch.setattr(llama_generate, "next_tokens", lambda *_: iter(model.tokenize(said, special=False)))
     prompt = model.tokenize("Q?<think>\n" if opened else "Q?", special=False)
     made = generate(model, prompt, 99, stop=["</answer>"])
     assert made.text == text + "It must end in </answer>.</think><answer>12" and made.finish_reason == "stop"
