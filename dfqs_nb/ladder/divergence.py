@@ -169,12 +169,7 @@ def summary(tokens: pd.DataFrame, source: pd.DataFrame) -> dict[str, Any]:
     """
     means = tokens.groupby("chunk")[["nll", "kld", "same_top"]].mean()
     changes = means["nll"] - source.groupby("chunk")["nll"].mean()
-    return {
-        "n_tokens": len(tokens),
-        "n_chunks": len(means),
-        "perplexity": exp(means["nll"].mean()),
-        **{name: exp(value) for name, value in estimate("perplexity_ratio", changes).items()},
-        **estimate("kld", means["kld"]),
-        **estimate("same_top", means["same_top"]),
-        "kld_tail": float(tokens["kld"].quantile(TAIL)),
-    }
+    row = {"n_tokens": len(tokens), "n_chunks": len(means), "perplexity": exp(means["nll"].mean())}
+    row |= {name: exp(value) for name, value in estimate("perplexity_ratio", changes).items()}
+    row |= estimate("kld", means["kld"]) | estimate("same_top", means["same_top"])
+    return row | {"kld_tail": float(tokens["kld"].quantile(TAIL))}

@@ -222,16 +222,11 @@ class _Climber(ExitStack):
         self.source = shards.paths[0], shards.sha256
         self.top = next(iter(types_by_bytes(shards.as_one.tensors)))  # checked with the first rung
         held_out = divergence.load_text(settings.text)
-        self.conditions = {
-            **asdict(settings),
-            "source_sha256": self.source[1],
-            "runtime": f"llama-cpp-python {llama_version()}",
-            "sets": [chosen.identity() | {"items": len(chosen.items)} for chosen in question_sets(settings)],
-            "held_out": held_out.name,
-            "words": files.canonical_sha256(held_out.documents),
-            "importance_matrix": matrix.datasets if matrix else (),
-            "format": FORMAT,
-        }
+        sets = [chosen.identity() | {"items": len(chosen.items)} for chosen in question_sets(settings)]
+        known: dict[str, Any] = {**asdict(settings), "source_sha256": self.source[1]}
+        known |= {"runtime": f"llama-cpp-python {llama_version()}", "sets": sets, "held_out": held_out.name}
+        known |= {"words": files.canonical_sha256(held_out.documents)}
+        self.conditions = known | {"importance_matrix": matrix.datasets if matrix else (), "format": FORMAT}
 
     @property
     def _worker(self) -> Any:

@@ -348,16 +348,14 @@ def _values(
     header = source.shards.as_one if source.shards else None
     values = {"target": target, "source": source, "name": name, "port": port, "get": get, "key": key_variable}
     values |= {"models": paths, "model": paths[0], "model_folder": place, "folder": str(folder)}
+    values |= {"placement": Markup(shlex.join(flags)), "base_url": f"http://{HOST}:{port}{target.prefix}/v1"}
+    values |= {"key_name": key_name, "key_or_none": Markup(f'"${{{key_name}:-none}}"')}
     return values | {
-        "architecture": header.architecture if header else "deepseek4" if source.note else "",
         "served": _filled(target.served_name, {"name": name}, str),
-        "placement": Markup(shlex.join(flags)),
+        "architecture": header.architecture if header else "deepseek4" if source.note else "",
         "cuda": "ON" if flags[:2] != ("-ngl", "0") and not mac else "",  # there it is Metal
-        "base_url": f"http://{HOST}:{port}{target.prefix}/v1",
         "template_text": header.text("tokenizer.chat_template") if header else "",
         "system": f"{'macos' if mac else 'ubuntu'}-{'arm64' if arm else 'x64'}",
-        "key_name": key_name,
-        "key_or_none": Markup(f'"${{{key_name}:-none}}"'),
     }
 
 
