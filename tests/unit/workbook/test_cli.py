@@ -76,7 +76,7 @@ def test_inspect_of_a_byte_part_says_how_to_join(tmp_path):
     first.write_bytes(whole[:1_000_000])
     (tmp_path / "w.gguf.part2of2").write_bytes(whole[1_000_000:])
     done = dfqs("inspect", first)
-    command = re.search("`(printf [^`]*)`", done.stdout)
+    command = re.search(r"`(\(set -C; printf [^`]*)`", done.stdout)
     assert done.returncode == 1 and command, done.stdout
     subprocess.run(command[1], shell=True, check=True)
     assert (tmp_path / "w.gguf").read_bytes() == whole
