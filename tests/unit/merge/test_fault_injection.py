@@ -194,8 +194,13 @@ def name_with_a_dot_behind(place: int) -> str:
     return f"{'ä' * (place // 2)}{'M' * (place % 2)}.gguf" if place % 3 else f"{'M' * place}.gguf"
 
 
+def quick_near_80(place: int, most: int = 2):
+    """A place where long names were once cut, or one near it; the others are slow tests."""
+    return pytest.param(place, marks=[pytest.mark.slow] if abs(place - 80) > most else [])
+
+
 @all_actions
-@pytest.mark.parametrize("place", range(65, 91))
+@pytest.mark.parametrize("place", [quick_near_80(place) for place in range(65, 91)])
 def test_a_long_name_costs_no_byte(action, place, tmp_path, whole):
     case = new_case(action, tmp_path / "f", name_with_a_dot_behind(place))
     assert len(os.fsencode(case.output.name)) == place + 5
@@ -203,7 +208,7 @@ def test_a_long_name_costs_no_byte(action, place, tmp_path, whole):
 
 
 @all_actions
-@pytest.mark.parametrize("place", [66, 79, 80, 81])
+@pytest.mark.parametrize("place", [quick_near_80(place, 0) for place in (66, 79, 80, 81)])
 def test_a_killed_run_with_a_long_name_goes_on(action, place, tmp_path, whole):
     ticks = measure(action)[0]
     for number, at in enumerate((ticks // 3, ticks - 17, ticks - 11, ticks - 7, ticks - 3)):
